@@ -1,0 +1,101 @@
+"""What the commands share: errors as one line, with the nearest key for a typo."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mlpmatch_pl.errors import UserError, suggest
+
+_UNDERSCORED = re.compile(r"^[+~]*dataset\.(labeled|val)=.*?(?<![\w./])(\d+)_(\d+)(?![\w./])")
+
+
+def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
+    """Refuse ``dataset.labeled=1_8``: Hydra reads it as the number 18.
+
+    Example:
+        >>> refuse_underscored_fractions(["dataset.labeled=1/8"])
+        >>> refuse_underscored_fractions(["dataset.labeled=1_8"])
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.errors.UserError: expected a fraction such as 1/8, but got 1_8, which Hydra reads as the number 18; \
+write dataset.labeled=1/8
+    """
+    for argument in arguments:
+        if match := _UNDERSCORED.match(argument):
+            key, part, whole = match.groups()
+            raise UserError(
+                f"expected a fraction such as 1/8, but got {part}_{whole}, which Hydra reads as the number "
+                f"{part}{whole}; write dataset.{key}={part}/{whole}"
+            )
+
+
+@contextmanager
+def guarded(config_name: str) -> Iterator[None]:
+    """Turn wrong input into one line on stderr and exit code 1; other errors keep their traceback.
+
+    Args:
+        config_name: The command's primary config, to find the nearest key of a mistyped override.
+    """
+    # Hydra would print its own shortened trace and exit; with this it raises, and the decision is made here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        yield
+    except Exception as error:
+        message = _message(error, config_name)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _message(error: BaseException, config_name: str) -> str | None:
+    """Return what to tell the user, or None for an error that is not theirs."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+    for link in chain:
+        if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", str(link)):
+            return f"the configuration has no key {match[2]}." + suggest(match[2], _all_keys(config_name))
+        if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*)", str(link), re.S):
+            options = match[3].split()
+            return f"there is no {match[1]}={match[2]}, only {', '.join(options)}." + suggest(match[2], options)
+        if match := re.search(r"Missing mandatory value: (\S+)", str(link)):
+            return f"expected a value for {match[1]}, but none is set; add {match[1]}=... to the command"
+        if match := re.search(r"Environment variable '(\w+)' not found", str(link)):
+            return f"expected the environment variable {match[1]}, but it is not set; export {match[1]}=..."
+    for link in chain:
+        if isinstance(link, HydraException | OmegaConfBaseException):
+            return " ".join(str(link).split())
+    return None
+
+
+def _all_keys(config_name: str) -> list[str]:
+    """List the keys of the configuration that the command's valid group choices compose."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+
+    def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(child := node._get_node(key)):
+                yield from keys(child, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+    GlobalHydra.instance().clear()
+    groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w-]+", argument)]
+    with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
+        for overrides in (groups, []):
+            try:
+                return list(keys(compose(config_name, overrides)))
+            except HydraException:
+                continue
+    return []

@@ -1,0 +1,1 @@
+"""Files to batches: sources, splits, views, samplers, checks, and the data module."""

@@ -1,0 +1,206 @@
+"""Paired batches of labeled and unlabeled images, exact over workers, ranks and resumes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset
+
+from mlpmatch_pl.data.checks import check_data
+from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler
+from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews, WholeImages
+from mlpmatch_pl.data.sources import SegmentationData, Source
+from mlpmatch_pl.data.views import StrongView, WeakView
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.perturbation import CutMix
+
+
+class SemiSupervisedDataModule(LightningDataModule):
+    """Training batches of ``{"labeled": ..., "unlabeled": ...}``, and whole images for evaluation.
+
+    An epoch is one pass over the longer of the two streams; the shorter one is passed over again, reshuffled each
+    time. Both streams and all views are functions of (seed, epoch, draw).
+
+    Args:
+        data: The data set, from `mlpmatch_pl.data.folder.folder`, `mlpmatch_pl.data.shapes.shapes` or your own sources.
+        crop_size: Height and width of the training views in pixels.
+        batch_size: Labeled images in a batch, a device.
+        unlabeled_batch_size: Unlabeled images in a batch, a device; as many as labeled ones if left out.
+        num_strong: Strong views of an unlabeled image. 0 gives labeled images only: ``unlabeled_batch_size`` more of
+            them, so that a step sees as many images and an epoch has as many steps as with unlabeled images.
+        partner: ``batch``, or ``same_image`` for a second view of every unlabeled image (CutMix partner).
+        scale: Smallest and largest factor of the long side, in the weak view.
+        strong: Options of `mlpmatch_pl.data.views.StrongView`.
+        cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
+        eval_batch_size: Images in an evaluation batch; more than 1 only if all have the same size.
+        num_workers: Worker processes in all; as many as there are free cores if left out.
+        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
+        seed: Seed of the streams and the views.
+
+    Raises:
+        UserError: If a value is out of range, or there are no unlabeled images for a method that needs them.
+
+    Example:
+        >>> from mlpmatch_pl.data.shapes import shapes
+        >>> datamodule = SemiSupervisedDataModule(shapes(labeled=4, train=16), crop_size=64, batch_size=2, num_workers=0)
+        >>> batch = next(iter(datamodule.train_dataloader()))[0]
+        >>> tuple(batch["labeled"]["image"].shape), tuple(batch["unlabeled"]["strong"].shape)
+        ((2, 3, 64, 64), (2, 2, 3, 64, 64))
+    """
+
+    def __init__(
+        self,
+        data: SegmentationData,
+        crop_size: int = 321,
+        batch_size: int = 8,
+        unlabeled_batch_size: int | None = None,
+        num_strong: int = 2,
+        partner: str = "batch",
+        scale: Sequence[float] = (0.5, 2.0),
+        strong: Mapping[str, Any] | None = None,
+        cutmix: Mapping[str, Any] | None = None,
+        eval_batch_size: int = 1,
+        num_workers: int | None = None,
+        multiprocessing_context: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data, self.seed, self.num_strong = data, seed, num_strong
+        self.batch_size = batch_size
+        self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
+        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self.multiprocessing_context = multiprocessing_context
+        if min(self.batch_size, self.unlabeled_batch_size, eval_batch_size) < 1 or (num_workers or 0) < 0:
+            raise UserError(
+                f"expected batch sizes of at least 1 and workers of at least 0, but got {batch_size} labeled, "
+                f"{self.unlabeled_batch_size} unlabeled, {eval_batch_size} for evaluation, {num_workers} workers"
+            )
+        if num_strong and not data.unlabeled:
+            raise UserError(
+                f"expected unlabeled images beside the {len(data.labeled.names)} labeled ones, but there are none; "
+                "label fewer (dataset.labeled), add images without mask, or use method=supervised"
+            )
+        weak = WeakView(crop_size, (scale[0], scale[1]), ignore_index=data.ignore_index)
+        self._labeled = LabeledViews(data.train, data.labeled_indices, weak, seed)
+        self._unlabeled = UnlabeledViews(
+            data.train,
+            data.unlabeled,
+            weak,
+            StrongView(**(strong or {})),
+            CutMix(**{key: _pair(value) for key, value in (cutmix or {}).items()}),
+            num_strong,
+            partner == "same_image",
+            seed,
+        )
+        self._checked = False
+        self._resume = (0, 0)  # epoch and batch to go on with
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in a batch, labeled and unlabeled, a device."""
+        return self.batch_size + self.unlabeled_batch_size
+
+    def steps_per_epoch(self, world_size: int = 1) -> int:
+        """Return the number of batches in an epoch."""
+        labeled = math.ceil(len(self._labeled) / (self.batch_size * world_size))
+        unlabeled = math.ceil(len(self._unlabeled) / (self.unlabeled_batch_size * world_size))
+        return max(labeled, unlabeled)
+
+    def prepare_data(self) -> None:
+        """Check every file once, see `mlpmatch_pl.data.checks.check_data`."""
+        if not self._checked:
+            check_data(self.data)
+            self._checked = True
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Return the paired loader; the first epoch after a resume starts where the run stopped."""
+        (epoch, batch), self._resume = self._resume, (0, 0)
+        if not self.num_strong:
+            sizes = {"labeled": (self._labeled, self.images_per_step)}
+        else:
+            sizes = {
+                "labeled": (self._labeled, self.batch_size),
+                "unlabeled": (self._unlabeled, self.unlabeled_batch_size),
+            }
+        workers = self._workers(len(sizes))
+        loaders = {
+            name: self._stream(dataset, size, name, epoch, batch, workers[name])
+            for name, (dataset, size) in sizes.items()
+        }
+        return CombinedLoader(loaders, "min_size")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return whole validation images, each exactly once over all ranks."""
+        return self._whole(self.data.val)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return whole test images, or the validation images where there are no others."""
+        return self._whole(self.data.test or self.data.val)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how far the training stream has been read (saved in every checkpoint)."""
+        loop = self.trainer.fit_loop  # type: ignore[union-attr]
+        return {
+            "epoch": loop.epoch_progress.current.processed,
+            "batch": loop.epoch_loop.batch_progress.current.ready,
+            "batches": int(loop.max_batches),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where the checkpoint was written. Lightning calls this before it asks for loaders."""
+        epoch, batch = state_dict["epoch"], state_dict["batch"]
+        self._resume = (epoch + 1, 0) if batch >= state_dict["batches"] else (epoch, batch)
+
+    def _stream(
+        self, dataset: Dataset[Any], batch_size: int, name: str, epoch: int, batch: int, workers: int
+    ) -> DataLoader[Any]:
+        rank, world_size = self._place()
+        num_samples = self.steps_per_epoch(world_size) * batch_size
+        sampler = StreamSampler(len(dataset), num_samples, rank, world_size, seed=_stream_seed(self.seed, name))  # type: ignore[arg-type]
+        sampler.set_epoch(epoch)
+        sampler.start = batch * batch_size
+        return self._loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, drop_last=True)
+
+    def _whole(self, source: Source) -> DataLoader[Any]:
+        sampler = ShardSampler(len(source), *self._place())
+        workers = self._workers(1)["labeled"]
+        return self._loader(
+            WholeImages(source), batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers
+        )
+
+    def _loader(self, dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            dataset,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            multiprocessing_context=self.multiprocessing_context if num_workers else None,
+            pin_memory=on_gpu,
+            **options,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _workers(self, loaders: int) -> dict[str, int]:
+        """Share the workers out: an unlabeled sample costs about three times a labeled one."""
+        _, world_size = self._place()
+        free = max((os.cpu_count() or 1) // world_size - 1, 0)
+        total = free if self.num_workers is None else self.num_workers
+        if loaders == 1:
+            return {"labeled": total}
+        labeled = max(total // 4, 1) if total > 1 else 0
+        return {"labeled": labeled, "unlabeled": total - labeled}
+
+
+def _stream_seed(seed: int, name: str) -> int:
+    return 2 * seed + (name == "unlabeled")
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) else value

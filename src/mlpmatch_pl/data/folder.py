@@ -1,0 +1,264 @@
+"""Images and masks in folders or list files: one's own data, without writing a class.
+
+    root/images/**/a.jpg     root/masks/**/a.png      paired by relative path without suffix
+
+or list files with a line ``image mask`` (or just ``image``) each, relative to root, as UniMatch publishes them.
+Masks are single-channel or palette images of class ids. Unlabeled images need no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+from PIL import Image as PILImage
+
+from mlpmatch_pl.data.sources import Image, Mask, SegmentationData, class_list
+from mlpmatch_pl.data.splits import Split, choose, is_list_file
+from mlpmatch_pl.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+Choice = str | int | float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask, if it has one, as paths relative to the root."""
+
+    image: str
+    mask: str | None
+
+
+class FolderSource:
+    """Pairs of files below a root, see `mlpmatch_pl.data.sources.Source`."""
+
+    def __init__(self, root: Path, pairs: Sequence[Pair]) -> None:
+        self.root, self.pairs = root, tuple(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """Return the image's path relative to the root."""
+        return self.pairs[index].image
+
+    def image(self, index: int) -> Image:
+        """Read an image as RGB, turned as its EXIF tag says."""
+        path = self.root / self.pairs[index].image
+        try:  # not cv2.imread, which cannot open every unicode path
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        except (OSError, cv2.error) as error:
+            raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
+        if pixels is None:
+            raise UserError(f"cannot read the image {path}: it is broken or no image; replace or remove it")
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
+
+    def has_mask(self, index: int) -> bool:
+        """Tell whether the pair has a mask."""
+        return self.pairs[index].mask is not None
+
+    def mask(self, index: int) -> Mask:
+        """Read a mask of class ids; palette indices stay indices."""
+        relative = self.pairs[index].mask
+        if relative is None:
+            raise UserError(f"expected a mask for the image {self.name(index)}, but it has none")
+        path = self.root / relative
+        try:
+            with PILImage.open(path) as file:
+                ids = np.asarray(file)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
+        if ids.ndim != 2:
+            raise UserError(
+                f"expected a mask with one channel of class ids, but {path} has {ids.shape[2]} channels (mode "
+                f"{file.mode}); save class ids as a grey or palette PNG"
+            )
+        if ids.dtype != np.uint8:  # 1-bit and 16-bit files
+            if ids.min() < 0 or ids.max() > 255:
+                raise UserError(f"expected class ids from 0 to 255, but {path} has the value {ids.max()}")
+            ids = ids.astype(np.uint8)
+        return ids
+
+
+def folder(
+    root: str,
+    classes: Sequence[str],
+    images: str = "images",
+    masks: str = "masks",
+    train: str | None = None,
+    labeled: Choice | None = None,
+    unlabeled: str | None = None,
+    val: Choice = 0.2,
+    test: str | None = None,
+    ignore_index: int = 255,
+    palette: Sequence[Sequence[int]] | None = None,
+    split_seed: int = 0,
+) -> SegmentationData:
+    """Describe a data set of files.
+
+    Args:
+        root: The folder that everything else is relative to.
+        classes: Class names in the order of the mask values, background included.
+        images: Folder with the images, with any sub-folders.
+        masks: Folder with the masks.
+        train: List file of the training images, labeled or not; every image that is not in val or test if left out.
+        labeled: Fraction (``1/8``), count (``20``) or list file of the images whose masks are used; all that have a
+            mask if left out.
+        unlabeled: List file of images without masks; the rest of the training images if left out.
+        val: Fraction or count of the images with masks, or a list file.
+        test: List file to report on.
+        ignore_index: Mask value of pixels that do not count.
+        palette: An RGB colour for each class, for pictures.
+        split_seed: Seed of choices by fraction or count.
+
+    Raises:
+        UserError: If a folder, file, list or choice is wrong. Files' contents are checked by `checks`.
+    """
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise UserError(f"expected dataset.root to be a folder, but {base} does not exist; set dataset.root=/path/to/data")
+    if palette is not None and len(palette) != len(classes):
+        raise UserError(f"expected {len(classes)} colours in dataset.palette, one a class, but got {len(palette)}")
+    names = class_list(classes, ignore_index)
+    files = Files(base, images, masks)
+    val_pairs = files.read_list(str(val)) if is_list_file(val) else []
+    test_pairs = files.read_list(test) if test else []
+    held_out = {pair.image for pair in (*val_pairs, *test_pairs)}
+    if train:
+        train_pairs = files.read_list(train)
+    elif is_list_file(labeled) and unlabeled:
+        train_pairs = []  # the two lists are the training set
+    else:
+        train_pairs = [pair for pair in files.discover() if pair.image not in held_out]
+    if not is_list_file(val):
+        fixed = {pair.image for pair in files.read_list(str(labeled))} if is_list_file(labeled) else set()
+        candidates = [pair.image for pair in train_pairs if pair.mask and pair.image not in fixed]
+        chosen = set(choose(candidates, val, split_seed, "val").names)
+        val_pairs = [pair for pair in train_pairs if pair.image in chosen]
+        train_pairs = [pair for pair in train_pairs if pair.image not in chosen]
+    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed)
+    _refuse_overlap(split.names, val_pairs, "validation")
+    _refuse_overlap(split.names, test_pairs, "test")
+    return SegmentationData(
+        class_names=names,
+        train=FolderSource(base, train_pairs),
+        labeled=split,
+        unlabeled=rest,
+        val=FolderSource(base, val_pairs),
+        test=FolderSource(base, test_pairs) if test_pairs else None,
+        ignore_index=ignore_index,
+        palette=tuple((int(r), int(g), int(b)) for r, g, b in palette or ()),
+    )
+
+
+def _select(
+    files: Files, train: list[Pair], labeled: Choice | None, unlabeled: str | None, seed: int
+) -> tuple[list[Pair], Split, tuple[int, ...]]:
+    """Return all training pairs, the labeled list, and the indices of the unlabeled ones."""
+    pairs = {pair.image: pair for pair in train}
+    if is_list_file(labeled):
+        listed = files.read_list(str(labeled))
+        # A list of bare names, as `Split.save` writes it, finds the masks of the training set.
+        listed = [pair if pair.mask else pairs.get(pair.image, pair) for pair in listed]
+        if bare := [pair.image for pair in listed if not pair.mask]:
+            raise UserError(f"expected a mask for every image in {labeled}, but {bare[0]} has none")
+        pairs |= {pair.image: pair for pair in listed}
+        split = Split(str(labeled), tuple(pair.image for pair in listed))
+    else:
+        masked = [name for name, pair in pairs.items() if pair.mask]
+        if not masked:
+            raise UserError(
+                f"expected masks for some training images below {files.root / files.masks}, but none was found; "
+                "a mask has its image's path and name, with its own suffix"
+            )
+        split = choose(masked, len(masked) if labeled is None else labeled, seed)
+    taken = set(split.names)
+    if unlabeled:
+        extra = files.read_list(unlabeled)
+        pairs |= {pair.image: pair for pair in extra if pair.image not in pairs}
+        wanted = {pair.image for pair in extra}
+        if both := sorted(wanted & taken):
+            raise UserError(f"expected labeled and unlabeled images to differ, but {both[0]} is in both lists")
+    else:
+        wanted = set(pairs) - taken
+    ordered = list(pairs.values())
+    return ordered, split, tuple(index for index, pair in enumerate(ordered) if pair.image in wanted)
+
+
+def _refuse_overlap(labeled: Iterable[str], held_out: Iterable[Pair], what: str) -> None:
+    if both := sorted(set(labeled) & {pair.image for pair in held_out}):
+        raise UserError(
+            f"expected labeled and {what} images to differ, but {both[0]} is in both ({len(both)} in all); "
+            "remove them from one list"
+        )
+
+
+class Files:
+    """Finds and pairs the files below a root."""
+
+    def __init__(self, root: Path, images: str, masks: str) -> None:
+        self.root, self.images, self.masks = root, images, masks
+
+    def discover(self) -> list[Pair]:
+        """Pair all images with the masks of the same relative path without suffix."""
+        if not (self.root / self.images).is_dir():
+            raise UserError(
+                f"expected a folder with images at {self.root / self.images}, but it does not exist; "
+                "set dataset.images, or give list files with dataset.train, dataset.labeled and dataset.val"
+            )
+        images, masks = self._by_stem(self.images), self._by_stem(self.masks)
+        if not images:
+            raise UserError(
+                f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {self.root / self.images}, but found none"
+            )
+        if lonely := sorted(set(masks) - set(images)):
+            raise UserError(
+                f"expected an image for every mask, but {masks[lonely[0]]} has none ({len(lonely)} in all); "
+                "an image and its mask have the same path below their folders, without suffix"
+            )
+        return [Pair(image, masks.get(stem)) for stem, image in images.items()]
+
+    def read_list(self, name: str) -> list[Pair]:
+        """Read a list file, given relative to the root or to the working directory."""
+        path = next((path for path in (self.root / name, Path(name)) if path.is_file()), None)
+        if path is None:
+            raise UserError(
+                f"expected a list file, but {name} exists neither in {self.root} nor in the working directory; "
+                "a fraction is written 1/8, a count 92"
+            )
+        pairs = [self._parse(line, path) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not pairs:
+            raise UserError(f"expected at least one image in the list {path}, but it is empty")
+        if len({pair.image for pair in pairs}) < len(pairs):
+            names = [pair.image for pair in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"expected every image once in the list {path}, but {twice} comes more than once")
+        return pairs
+
+    def _parse(self, line: str, path: Path) -> Pair:
+        line = line.rstrip()
+        parts = line.split("\t") if "\t" in line else line.split(" ")
+        if len(parts) > 2:  # a bare name with spaces is told from a pair by being a file
+            parts = [line] if (self.root / line).is_file() else parts
+        if len(parts) > 2:
+            raise UserError(f"expected 'image mask' in {path}, but found {line!r}; separate names with spaces by a tab")
+        for part in parts:
+            if PurePosixPath(part).is_absolute() or ".." in PurePosixPath(part).parts:
+                raise UserError(f"expected paths below {self.root} in {path}, but found {part!r}")
+            if not (self.root / part).is_file():
+                raise UserError(f"expected the file {self.root / part}, which {path} lists, but it does not exist")
+        return Pair(parts[0], parts[1] if len(parts) == 2 else None)
+
+    def _by_stem(self, name: str) -> dict[str, str]:
+        base, found = self.root / name, {}
+        for path in sorted(base.rglob("*")):
+            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+                continue
+            stem = path.relative_to(base).with_suffix("").as_posix()
+            if stem in found:
+                raise UserError(f"expected one file named {stem} in {base}, but found {found[stem]} and {path.name}")
+            found[stem] = path.relative_to(self.root).as_posix()
+        return found

@@ -1,0 +1,114 @@
+"""What a data set is to this package: named images with masks, as arrays.
+
+A source knows nothing of splits, views, batches or Lightning. Write one for data that `folder` cannot read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.errors import UserError
+
+Image = NDArray[np.uint8]
+Mask = NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """Named images, some of them with masks."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def name(self, index: int) -> str:
+        """Return a stable name, as split lists and messages use it."""
+
+    def image(self, index: int) -> Image:
+        """Return an image, uint8, (H, W, 3), RGB."""
+
+    def has_mask(self, index: int) -> bool:
+        """Tell whether the image has a mask."""
+
+    def mask(self, index: int) -> Mask:
+        """Return the mask, uint8, (H, W): 0..C-1 or the ignore index."""
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """A data set, split.
+
+    Attributes:
+        class_names: A name for each class, in the order of the mask values.
+        train: Labeled and unlabeled training images.
+        labeled: The training images whose masks are used, a named list.
+        unlabeled: Indices into ``train`` of the images that are used without mask.
+        val: Images to choose a checkpoint by.
+        test: Images to report on, if there are any beside ``val``.
+        ignore_index: Mask value of pixels that do not count.
+        palette: An RGB colour for each class.
+    """
+
+    class_names: tuple[str, ...]
+    train: Source
+    labeled: Split
+    unlabeled: tuple[int, ...]
+    val: Source
+    test: Source | None = None
+    ignore_index: int = 255
+    palette: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def labeled_indices(self) -> tuple[int, ...]:
+        """Indices into ``train`` of the labeled images, in the order of the list."""
+        index = {self.train.name(i): i for i in range(len(self.train))}
+        return tuple(index[name] for name in self.labeled.names)
+
+    @property
+    def colors(self) -> tuple[tuple[int, int, int], ...]:
+        """The palette, or distinct colours where none is given."""
+        return self.palette or default_palette(len(self.class_names))
+
+
+def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
+    """Check the names of the classes.
+
+    Raises:
+        UserError: If there are fewer than two, a name comes twice, or the ignore index is one of the classes.
+
+    Example:
+        >>> class_list(["road", "sky"], 255)
+        ('road', 'sky')
+    """
+    names = tuple(str(name) for name in classes)
+    if len(names) < 2:
+        raise UserError(
+            f"expected at least 2 class names, background included, but got {list(names)}; "
+            "set dataset.classes, as in 'dataset.classes=[background,road]'"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"expected different class names, but got {list(names)}")
+    if not len(names) <= ignore_index <= 255:
+        raise UserError(
+            f"expected an ignore value from {len(names)} (the number of classes) to 255, but got {ignore_index}"
+        )
+    return names
+
+
+def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Return distinct colours, the first black: PASCAL VOC's bit-interleaved colour map.
+
+    Example:
+        >>> default_palette(3)
+        ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    """
+    return tuple(_voc_color(index) for index in range(count))
+
+
+def _voc_color(index: int) -> tuple[int, int, int]:
+    red, green, blue = (sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
+    return red, green, blue

@@ -1,0 +1,116 @@
+"""Which images are labeled: a named, hashed list, chosen by fraction, count or file.
+
+Choices by fraction or count are nested: with one seed, the 1/16 is inside the 1/8. A result is always
+labeled by its list's name and hash, because several incompatible splits are called "1/16".
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.seeding import mix
+
+_FRACTION = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A list of image names.
+
+    Attributes:
+        label: What it is called in results, as in ``1/8 (seed 0)`` or a file's name.
+        names: The images, in order.
+
+    Example:
+        >>> Split("two", ("a.png", "b.png")).sha256[:8]
+        '611f7f22'
+    """
+
+    label: str
+    names: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the names: equal for equal lists, whatever they are called."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write one name a line; the file can be given as ``dataset.labeled`` again."""
+        path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8")
+
+
+def is_list_file(spec: object) -> bool:
+    """Tell whether a choice names a list file rather than a fraction or a count.
+
+    Example:
+        >>> is_list_file("splits/92/labeled.txt"), is_list_file("1/8"), is_list_file(92)
+        (True, False, False)
+    """
+    return isinstance(spec, str) and not _FRACTION.fullmatch(spec) and not _is_number(spec)
+
+
+def choose(names: Sequence[str], spec: str | int | float, seed: int, what: str = "labeled") -> Split:
+    """Choose images by fraction or count.
+
+    Args:
+        names: What to choose from.
+        spec: A fraction (``"1/8"`` or ``0.125``) or a count (``92``).
+        seed: Seed of the choice; another seed is another list.
+        what: Name of the key, for messages and so that several choices are independent.
+
+    Returns:
+        The chosen names, sorted, at least one.
+
+    Raises:
+        UserError: If the choice is no such number, or is empty or larger than the set.
+
+    Example:
+        >>> choose(["a", "b", "c", "d"], "1/2", seed=0).names
+        ('b', 'd')
+        >>> choose(["a", "b", "c", "d"], "1/4", seed=0).names
+        ('b',)
+    """
+    count = _count(spec, len(names), what)
+    if count < 1:
+        raise UserError(f"expected dataset.{what} to choose at least 1 image, but {spec} chooses none of {len(names)}")
+    if count > len(names):
+        raise UserError(
+            f"expected dataset.{what} of at most {len(names)}, the number of images with a mask to choose from, "
+            f"but got {spec}"
+        )
+    ordered = sorted(names)
+    random.Random(mix(seed, what)).shuffle(ordered)
+    return Split(f"{spec} (seed {seed})", tuple(sorted(ordered[:count])))
+
+
+def _count(spec: str | int | float, total: int, what: str) -> int:
+    if isinstance(spec, str) and (match := _FRACTION.fullmatch(spec)):
+        part, whole = int(match[1]), int(match[2])
+        if whole == 0 or part > whole:
+            raise UserError(f"expected dataset.{what} as a fraction of at most 1, but got {spec}")
+        return max(round(total * part / whole), min(part, 1))
+    number = float(spec) if _is_number(spec) else None
+    if number is None or number < 0:
+        raise UserError(
+            f"expected dataset.{what} as a fraction such as 1/8, a count such as 92, or a list file, but got {spec!r}"
+        )
+    if number == int(number) and not isinstance(spec, float):
+        return int(number)
+    if number > 1:
+        raise UserError(f"expected dataset.{what} as a fraction of at most 1 or a whole count, but got {spec}")
+    return max(round(total * number), 1 if number else 0)
+
+
+def _is_number(spec: object) -> bool:
+    # float() reads "1_8" as 18: underscores are refused, because split folders are called so.
+    if isinstance(spec, bool) or (isinstance(spec, str) and "_" in spec):
+        return False
+    try:
+        float(spec)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,130 @@
+"""One confusion matrix over the whole data set, and every metric derived from it.
+
+Letters: C classes; rows are the truth, columns the prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from mlpmatch_pl.errors import UserError
+
+Absent = Literal["exclude", "zero"]
+
+
+def confusion_matrix(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true and predicted class.
+
+    Args:
+        prediction_BHW: Classes 0..C-1, (B, H, W).
+        mask_BHW: True classes, (B, H, W); every value outside 0..C-1 is ignored.
+        num_classes: C.
+
+    Returns:
+        int64, (C, C).
+
+    Example:
+        >>> confusion_matrix(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 255]]]), 2).tolist()
+        [[1, 1], [0, 0]]
+    """
+    truth_N, prediction_N = mask_BHW.flatten().long(), prediction_BHW.flatten().long()
+    counted_N = (truth_N >= 0) & (truth_N < num_classes)
+    # Ignored pixels go to a bin of their own: no boolean indexing, which would wait for the device.
+    bin_N = torch.where(counted_N, truth_N * num_classes + prediction_N, num_classes**2)
+    return torch.bincount(bin_N, minlength=num_classes**2 + 1)[:-1].reshape(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of a confusion matrix, computed in float64.
+
+    Attributes:
+        iou_C: Intersection over union by class; NaN for a class that is absent from truth and prediction.
+        dice_C: Dice (F1) by class, NaN likewise.
+        recall_C: Accuracy by class; NaN for a class that is absent from the truth.
+        support_C: Number of true pixels by class.
+        accuracy: Share of correct pixels (NaN when there are none).
+        miou: Mean IoU; absent classes are excluded, or count zero with ``absent="zero"``.
+        dice: Mean Dice likewise.
+
+    Example:
+        >>> scores = Scores.of(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+        >>> [round(value, 3) for value in scores.iou_C.tolist()]
+        [0.75, 0.8, nan]
+        >>> round(scores.miou, 3), round(Scores.of(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), "zero").miou, 3)
+        (0.775, 0.517)
+    """
+
+    iou_C: Tensor
+    dice_C: Tensor
+    recall_C: Tensor
+    support_C: Tensor
+    accuracy: float
+    miou: float
+    dice: float
+
+    @classmethod
+    def of(cls, counts_CC: Tensor, absent: Absent = "exclude") -> Scores:
+        """Derive all metrics from a (C, C) matrix of counts."""
+        counts = counts_CC.double()
+        hit, truth, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+        iou_C, dice_C = hit / (truth + predicted - hit), 2 * hit / (truth + predicted)
+        mean = _MEANS[absent]
+        return cls(
+            iou_C, dice_C, hit / truth, counts_CC.sum(1), (hit.sum() / truth.sum()).item(), mean(iou_C), mean(dice_C)
+        )
+
+    def as_dict(self, class_names: Sequence[str]) -> dict[str, float]:
+        """Return ``miou``, ``acc``, ``dice`` and ``iou/<class>``; a class without IoU is left out."""
+        by_class = {f"iou/{name}": iou for name, iou in zip(class_names, self.iou_C.tolist(), strict=True)}
+        scores = {"miou": self.miou, "acc": self.accuracy, "dice": self.dice, **by_class}
+        return {key: value for key, value in scores.items() if value == value}
+
+
+_MEANS = {
+    "exclude": lambda values_C: values_C.nanmean().item(),
+    "zero": lambda values_C: values_C.nan_to_num(0.0).mean().item(),
+}
+
+
+class ConfusionMatrix(Metric):
+    """A confusion matrix that accumulates over batches and is summed over processes.
+
+    Args:
+        num_classes: Number of classes.
+
+    Example:
+        >>> metric = ConfusionMatrix(2)
+        >>> metric.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]))
+        >>> Scores.of(metric.compute()).accuracy
+        0.5
+    """
+
+    full_state_update = False
+    counts_CC: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("counts_CC", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, prediction_BHW: Tensor, mask_BHW: Tensor) -> None:
+        """Add a batch, see `confusion_matrix`."""
+        self.counts_CC += confusion_matrix(prediction_BHW, mask_BHW, self.num_classes)
+
+    def compute(self) -> Tensor:
+        """Return the counts of all batches, int64, (C, C)."""
+        return self.counts_CC
+
+
+def check_absent(absent: str) -> Absent:
+    """Return the rule for absent classes, or refuse an unknown one."""
+    if absent not in _MEANS:
+        raise UserError(f"expected evaluation.absent as exclude or zero, but got {absent!r}")
+    return absent  # type: ignore[return-value]

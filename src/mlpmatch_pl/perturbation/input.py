@@ -1,0 +1,104 @@
+"""Input perturbation on a batch: CutMix boxes, and mixing a batch with its partner.
+
+The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.views`.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.seeding import mix
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Draws the box that an image takes from its partner (UniMatch's parameters by default).
+
+    Args:
+        p: Probability that there is a box at all.
+        area: Smallest and largest area of the box, as a share of the image.
+        ratio: Smallest and largest height / width, drawn uniformly.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Example:
+        >>> y0, x0, y1, x1 = CutMix(p=1.0).box(random.Random(0), 100, 100)
+        >>> 0 <= y0 < y1 <= 100 and 0 <= x0 < x1 <= 100
+        True
+        >>> CutMix(p=0.0).box(random.Random(0), 100, 100)
+        (0, 0, 0, 0)
+    """
+
+    p: float = 0.5
+    area: tuple[float, float] = (0.02, 0.4)
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise UserError(f"expected CutMix p between 0 and 1, but got {self.p}")
+        if not 0 < self.area[0] <= self.area[1] <= 0.8:  # larger boxes hardly ever fit, and leave no image
+            raise UserError(f"expected CutMix area as 0 < low <= high <= 0.8, but got {list(self.area)}")
+        if not 0 < self.ratio[0] <= self.ratio[1] or self.area[1] * self.ratio[0] > 1 or self.area[1] / self.ratio[1] > 1:
+            raise UserError(
+                f"expected CutMix ratios for which a box of area {self.area[1]} fits, but got {list(self.ratio)}"
+            )
+
+    def box(self, rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
+        """Draw (y0, x0, y1, x1), the end exclusive; all zero when nothing is mixed."""
+        if rng.random() >= self.p:
+            return 0, 0, 0, 0
+        area = rng.uniform(*self.area) * height * width
+        while True:  # until it fits, as in the authors' code
+            ratio = rng.uniform(*self.ratio)
+            box_width, box_height = int((area / ratio) ** 0.5), int((area * ratio) ** 0.5)
+            x0, y0 = rng.randrange(width), rng.randrange(height)
+            if x0 + box_width <= width and y0 + box_height <= height:
+                return y0, x0, y0 + box_height, x0 + box_width
+
+
+def inside_boxes(boxes_B4: Tensor, height: int, width: int) -> Tensor:
+    """Turn boxes into masks, without waiting for the device.
+
+    Args:
+        boxes_B4: Integer boxes (y0, x0, y1, x1), the end exclusive, (B, 4).
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+
+    Returns:
+        bool, (B, H, W): True inside the box.
+
+    Example:
+        >>> inside_boxes(torch.tensor([[0, 1, 2, 3]]), 3, 4).int().tolist()
+        [[[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]]
+    """
+    y_H1 = torch.arange(height, device=boxes_B4.device)[:, None]
+    x_1W = torch.arange(width, device=boxes_B4.device)[None, :]
+    y0, x0, y1, x1 = boxes_B4[:, :, None, None].unbind(1)
+    return (y_H1 >= y0) & (y_H1 < y1) & (x_1W >= x0) & (x_1W < x1)
+
+
+def partner_shift(batch_size: int, seed: int, step: int) -> int:
+    """Return by how many places a batch is rolled, so that no image is its own partner.
+
+    Args:
+        batch_size: Number of unlabeled images in the batch, at least 2.
+        seed: Seed of all draws.
+        step: The training step.
+
+    Returns:
+        A shift from 1 to batch_size - 1. Batches are shuffled, so a roll pairs images at random.
+
+    Example:
+        >>> partner_shift(2, seed=0, step=0)
+        1
+    """
+    if batch_size < 2:
+        raise UserError(
+            "expected at least 2 unlabeled images in a batch, so that CutMix finds a different partner, "
+            f"but got {batch_size}; raise loader.unlabeled_batch_size or use method.partner=same_image"
+        )
+    return random.Random(mix(seed, "partner", step)).randrange(1, batch_size)

@@ -1,0 +1,165 @@
+"""Network perturbation: which residual blocks are deactivated at which step, and how one is bypassed.
+
+A residual block computes ``act(shortcut(x) + residual(x))``. Deactivating it drops the residual branch:
+``act(shortcut(x))``. It is stochastic depth with one draw for the whole batch (MLPMatch, arXiv 2411.05307).
+
+Your own residual block takes part after three lines::
+
+    @bypass.register
+    def _(block: MyBlock, x):
+        return x
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, singledispatch
+from typing import Any
+
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from mlpmatch_pl.errors import UserError, suggest
+from mlpmatch_pl.seeding import mix
+
+Stages = Sequence[Sequence[int]]
+"""Indices of the blocks that may be deactivated, grouped by encoder stage."""
+
+
+@singledispatch
+def bypass(block: nn.Module, x_BDHW: Tensor) -> Tensor:
+    """Return what a residual block gives without its residual branch.
+
+    Args:
+        block: The residual block.
+        x_BDHW: Its input, (B, D, H, W). It is never changed in place, because the active block reads it too.
+
+    Raises:
+        TypeError: If no rule is registered for the type of block.
+
+    Example:
+        >>> import torch
+        >>> block = BasicBlock(8, 8)
+        >>> x = torch.rand(1, 8, 4, 4)
+        >>> torch.equal(bypass(block, x), x)
+        True
+    """
+    raise TypeError(f"no bypass is registered for {type(block).__name__}; register one with @bypass.register")
+
+
+@singledispatch
+def has_shortcut(block: nn.Module) -> bool:
+    """Tell whether a block has an identity or projected shortcut, so that it may be deactivated.
+
+    Every type with a registered `bypass` has one, unless its family says otherwise here.
+    """
+    return bypass.dispatch(type(block)) is not bypass.dispatch(object)
+
+
+def _bypass_resnet(block: Any, x_BDHW: Tensor, activation: str) -> Tensor:
+    # timm's activations work in place: an identity shortcut must not write into the shared input.
+    shortcut = x_BDHW.clone() if block.downsample is None else block.downsample(x_BDHW)
+    return getattr(block, activation)(shortcut)  # type: ignore[no-any-return]
+
+
+@bypass.register
+def _(block: BasicBlock, x_BDHW: Tensor) -> Tensor:
+    return _bypass_resnet(block, x_BDHW, "act2")
+
+
+@bypass.register
+def _(block: Bottleneck, x_BDHW: Tensor) -> Tensor:
+    return _bypass_resnet(block, x_BDHW, "act3")
+
+
+@bypass.register(DepthwiseSeparableConv)
+@bypass.register(EdgeResidual)
+@bypass.register(InvertedResidual)
+def _(block: nn.Module, x_BDHW: Tensor) -> Tensor:
+    return x_BDHW
+
+
+@has_shortcut.register(DepthwiseSeparableConv)
+@has_shortcut.register(EdgeResidual)
+@has_shortcut.register(InvertedResidual)
+def _(block: Any) -> bool:
+    return bool(block.has_skip)
+
+
+def _single_block(stages: Stages, rng: random.Random) -> frozenset[int]:
+    return frozenset({rng.choice(_flat(stages))})
+
+
+def _single_stage(stages: Stages, rng: random.Random) -> frozenset[int]:
+    return frozenset(rng.choice(stages))
+
+
+def _stage_bernoulli(stages: Stages, rng: random.Random, p: float = 0.25) -> frozenset[int]:
+    return frozenset(_flat([stage for stage in stages if rng.random() < p]))
+
+
+def _n_blocks(stages: Stages, rng: random.Random, k: int = 2) -> frozenset[int]:
+    return frozenset(rng.sample(_flat(stages), min(k, len(_flat(stages)))))
+
+
+def _block_bernoulli(stages: Stages, rng: random.Random, p: float = 0.1) -> frozenset[int]:
+    return frozenset(block for block in _flat(stages) if rng.random() < p)
+
+
+def _flat(stages: Stages) -> list[int]:
+    return [block for stage in stages for block in stage]
+
+
+SAMPLERS: Mapping[str, Callable[..., frozenset[int]]] = {
+    "single_block": _single_block,  # paper: one bottleneck layer in the entire encoder
+    "single_stage": _single_stage,  # the other reading of "layer"
+    "stage_bernoulli": _stage_bernoulli,  # the authors' code; 0.75**4 = 31.6 % of the draws are empty
+    "n_blocks": _n_blocks,  # ablation; the paper says that more than one hurts
+    "block_bernoulli": _block_bernoulli,  # ablation
+}
+
+
+class NetworkPerturbation:
+    """Draws the blocks to deactivate, as a function of (seed, step) alone.
+
+    Every rank draws the same blocks without communication (with SyncBatchNorm, ranks that skip different
+    layers would deadlock), and a resumed run repeats the draws of the run it continues.
+
+    Args:
+        sampler: One of `SAMPLERS`.
+        seed: Seed of all draws.
+        options: ``k`` for ``n_blocks``, ``p`` for the two Bernoulli samplers.
+
+    Raises:
+        UserError: If the sampler or its options are unknown or out of range.
+
+    Example:
+        >>> perturbation = NetworkPerturbation("single_block", seed=0)
+        >>> stages = [[0, 1, 2], [3, 4, 5, 6]]
+        >>> perturbation.draw(stages, step=7) == perturbation.draw(stages, step=7)
+        True
+        >>> len(perturbation.draw(stages, step=7))
+        1
+    """
+
+    def __init__(self, sampler: str = "single_block", seed: int = 0, **options: float) -> None:
+        if sampler not in SAMPLERS:
+            raise UserError(
+                f"expected a network perturbation sampler of {', '.join(SAMPLERS)}, but got {sampler!r}."
+                + suggest(sampler, SAMPLERS)
+            )
+        known = {"n_blocks": {"k"}, "stage_bernoulli": {"p"}, "block_bernoulli": {"p"}}.get(sampler, set())
+        if unknown := sorted(set(options) - known):
+            raise UserError(
+                f"sampler {sampler!r} takes {', '.join(sorted(known)) or 'no options'}, but got {', '.join(unknown)}"
+            )
+        if not 0 <= options.get("p", 0) <= 1:
+            raise UserError(f"expected the sampler's p between 0 and 1, but got {options['p']}")
+        if options.get("k", 1) < 1 or int(options.get("k", 1)) != options.get("k", 1):
+            raise UserError(f"expected the sampler's k as an integer of at least 1, but got {options['k']}")
+        self.seed = seed
+        self._sample = partial(SAMPLERS[sampler], **options)
+
+    def draw(self, stages: Stages, step: int) -> frozenset[int]:
+        """Return the indices of the blocks to deactivate at a step (possibly none, for Bernoulli samplers)."""
+        return self._sample(stages, random.Random(mix(self.seed, "network", step)))

@@ -1,0 +1,87 @@
+"""DeepLabV3+ decoder, as UniMatch and MLPMatch configure it.
+
+Chen et al., "Encoder-Decoder with Atrous Separable Convolution" (ECCV 2018), with plain convolutions:
+ASPP over the high-level features, low-level features reduced to 48 channels, two 3x3 convolutions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlpmatch_pl.segmentor.features import Features
+
+LOW_LEVEL_CHANNELS = 48
+
+
+def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
+    padding = dilation * (kernel_size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 and an image-pooling branch."""
+
+    def __init__(self, in_channels: int, out_channels: int, atrous_rates: Sequence[int]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [_conv_bn_relu(in_channels, out_channels, 1)]
+            + [_conv_bn_relu(in_channels, out_channels, 3, rate) for rate in atrous_rates]
+        )
+        self.pooling = _conv_bn_relu(in_channels, out_channels, 1)
+        self.project = _conv_bn_relu((len(atrous_rates) + 2) * out_channels, out_channels, 1)
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        pooled = self.pooling(x_BDHW.mean((2, 3), keepdim=True)).expand(-1, -1, *x_BDHW.shape[2:])
+        return self.project(torch.cat([*(branch(x_BDHW) for branch in self.branches), pooled], dim=1))  # type: ignore[no-any-return]
+
+
+class DeepLabV3Plus(nn.Module):
+    """Features at stride 4 and at the output stride to logits at stride 4.
+
+    Args:
+        in_channels: Channels of the low- and of the high-level features.
+        num_classes: Number of classes.
+        channels: Width of the decoder.
+        atrous_rates: Dilations of the ASPP branches; 6, 12, 18 for output stride 16.
+
+    Example:
+        >>> decoder = DeepLabV3Plus((32, 96), num_classes=5, channels=16).eval()
+        >>> tuple(decoder(Features((torch.rand(1, 32, 17, 17), torch.rand(1, 96, 5, 5)))).shape)
+        (1, 5, 17, 17)
+    """
+
+    def __init__(
+        self,
+        in_channels: tuple[int, int],
+        num_classes: int,
+        channels: int = 256,
+        atrous_rates: Sequence[int] = (6, 12, 18),
+    ) -> None:
+        super().__init__()
+        low_channels, high_channels = in_channels
+        self.aspp = ASPP(high_channels, channels, atrous_rates)
+        self.reduce = _conv_bn_relu(low_channels, LOW_LEVEL_CHANNELS, 1)
+        self.fuse = nn.Sequential(
+            *_conv_bn_relu(channels + LOW_LEVEL_CHANNELS, channels, 3), *_conv_bn_relu(channels, channels, 3)
+        )
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        """Return logits, (B, num_classes, H / 4, W / 4), in the precision of the weights whatever the autocast."""
+        low_BDHW, high_BDHW = features.levels
+        high_BDHW = _resize(self.aspp(high_BDHW), low_BDHW.shape[2:])
+        fused_BDHW = self.fuse(torch.cat([self.reduce(low_BDHW), high_BDHW], dim=1))
+        # Confidences close to the threshold flip when logits are rounded to 16 bits.
+        with torch.autocast(fused_BDHW.device.type, enabled=False):
+            return self.classifier(fused_BDHW.to(self.classifier.weight.dtype))  # type: ignore[no-any-return]

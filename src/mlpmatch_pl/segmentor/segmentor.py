@@ -1,0 +1,104 @@
+"""Image to logits: normalisation, encoder, decoder, upsampling."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.segmentor.deeplabv3plus import DeepLabV3Plus
+from mlpmatch_pl.segmentor.encoder import Encoder
+from mlpmatch_pl.segmentor.features import Features
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0..255
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+class Segmentor(nn.Module):
+    """A timm encoder with a DeepLabV3+ decoder.
+
+    Images go in as they are stored, with values from 0 to 255 in any dtype; they are normalised here, so that
+    training, prediction and export cannot disagree about it.
+
+    Args:
+        num_classes: Number of classes.
+        backbone: Name of a timm model, see `Encoder`.
+        pretrained: True, or the path of a local file with the encoder's weights.
+        in_chans: Number of image channels.
+        output_stride: 8, 16 or 32.
+        decoder_channels: Width of the decoder.
+        atrous_rates: Dilations of the ASPP branches.
+        mean: Mean of each channel, for values from 0 to 255.
+        std: Standard deviation of each channel, for values from 0 to 255.
+
+    Raises:
+        UserError: If an argument is out of range, or mean and std do not match in_chans.
+
+    Example:
+        >>> segmentor = Segmentor(5, backbone="test_resnet", decoder_channels=16).eval()
+        >>> tuple(segmentor(torch.zeros(2, 3, 65, 81, dtype=torch.uint8)).shape)
+        (2, 5, 65, 81)
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50s",
+        pretrained: bool | str = False,
+        in_chans: int = 3,
+        output_stride: int = 16,
+        decoder_channels: int = 256,
+        atrous_rates: Sequence[int] = (6, 12, 18),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UserError(f"expected at least 2 classes, background included, but got {num_classes}")
+        if len(mean) != in_chans or len(std) != in_chans:
+            raise UserError(
+                f"expected mean and std with a value for each of the {in_chans} channels, "
+                f"but got {len(mean)} and {len(std)} values; set backbone.mean and backbone.std"
+            )
+        self.encoder = Encoder(backbone, pretrained, in_chans, output_stride)
+        self.decoder = DeepLabV3Plus(self.encoder.channels, num_classes, decoder_channels, atrous_rates)
+        self.register_buffer("mean_C11", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Return logits.
+
+        Args:
+            image_BCHW: Images, (B, in_chans, H, W), values 0..255, any dtype, H and W at least 33.
+
+        Returns:
+            Logits at the images' size, (B, num_classes, H, W).
+        """
+        return self.decode(self.encode(image_BCHW), image_BCHW.shape[2:])
+
+    def encode(self, image_BCHW: Tensor, deactivated: frozenset[int] = frozenset()) -> Features:
+        """Run the encoder once, with the given blocks deactivated."""
+        return self.encoder(self.normalize(image_BCHW), deactivated)  # type: ignore[no-any-return]
+
+    def encode_forked(
+        self,
+        image_BCHW: Tensor,
+        deactivated: frozenset[int],
+        perturbed_context: AbstractContextManager[None] | None = None,
+    ) -> tuple[Features, Features]:
+        """Return plain and perturbed features, see `Encoder.forward_forked`."""
+        return self.encoder.forward_forked(self.normalize(image_BCHW), deactivated, perturbed_context)
+
+    def decode(self, features: Features, size: Sequence[int]) -> Tensor:
+        """Return logits of the given size, upsampled bilinearly with aligned corners, (B, num_classes, *size)."""
+        logits_BCHW = self.decoder(features)
+        return F.interpolate(logits_BCHW, size=tuple(size), mode="bilinear", align_corners=True)
+
+    def normalize(self, image_BCHW: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation; the result has the precision of the weights."""
+        return (image_BCHW.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11

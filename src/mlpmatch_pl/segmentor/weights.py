@@ -1,0 +1,138 @@
+"""Weights from files: pretrained encoders, and the state dicts that UniMatch and MLPMatch publish.
+
+Files are untrusted: nothing is unpickled but tensors and plain values.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor, nn
+
+from mlpmatch_pl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Names in the published state dicts -> names here. The encoder's own names are timm's already.
+PUBLISHED_NAMES = (
+    (r"^module\.", ""),
+    (r"^backbone\.", "encoder.model."),
+    (r"^head\.b([0-3])\.", r"decoder.aspp.branches.\1."),
+    (r"^head\.b4\.gap\.1\.", "decoder.aspp.pooling.0."),
+    (r"^head\.b4\.gap\.2\.", "decoder.aspp.pooling.1."),
+    (r"^head\.project\.", "decoder.aspp.project."),
+    (r"^(reduce|fuse|classifier)\.", r"decoder.\1."),
+)
+# Published checkpoints hold the best score as a numpy scalar (under numpy 1's name of the module).
+_NUMPY_SCALARS: list[Any] = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray.scalar,
+    np.dtype,
+    np.dtypes.Float64DType,
+]
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from a ``.safetensors`` file or a torch file, without running code from it.
+
+    Wrappers are looked through: ``{"model": ...}``, ``{"state_dict": ...}``, ``{"ema": ...}``.
+
+    Raises:
+        UserError: If the file is missing or no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"expected a file with weights, but {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"expected a state dict of tensors in {path}, but it cannot be read: {error}") from error
+    for key in ("model", "state_dict", "ema"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"expected a state dict of tensors in {path}, but found {type(content).__name__}")
+    return dict(content)
+
+
+def load_pretrained(
+    model: nn.Module, backbone: str, pretrained: bool | str, in_chans: int, skip: tuple[str, ...]
+) -> None:
+    """Load a timm model's weights, by name from timm or from a local file, and log a report of three lines.
+
+    Args:
+        model: The timm model.
+        backbone: Its name.
+        pretrained: True for timm's own weights, or the path of a local file.
+        in_chans: Number of image channels; the first convolution is adapted to it.
+        skip: Parts of the model that the encoder does not use.
+
+    Raises:
+        UserError: If the weights cannot be had, or belong to another architecture.
+    """
+    source = pretrained if isinstance(pretrained, str) else f"timm {backbone}"
+    state = read_state_dict(pretrained) if isinstance(pretrained, str) else _download(backbone, in_chans)
+    first = next(name for name, parameter in model.named_parameters() if parameter.dim() == 4)
+    if first in state and state[first].shape[1] != in_chans:
+        state[first] = adapt_input_conv(in_chans, state[first])
+    state = {name: value for name, value in state.items() if not name.startswith(skip)}
+    expected = {name for name in model.state_dict() if not name.startswith(skip)}
+    load_reported(model, state, expected, source)
+
+
+def load_published(segmentor: nn.Module, path: str | Path) -> None:
+    """Load a public UniMatch or MLPMatch ``.pth`` file, or a state dict of a `Segmentor`, into a segmentor.
+
+    A classifier for another number of classes is left as it is, and reported.
+
+    Raises:
+        UserError: If the file is missing or belongs to another architecture.
+    """
+    state = {}
+    for name, value in read_state_dict(path).items():
+        for pattern, replacement in PUBLISHED_NAMES:
+            name = re.sub(pattern, replacement, name)
+        state[name.removeprefix("segmentor.")] = value
+    load_reported(segmentor, state, set(segmentor.state_dict()), str(path), optional=("decoder.classifier",))
+
+
+def load_reported(
+    model: nn.Module, state: Mapping[str, Tensor], expected: set[str], source: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Load the tensors that fit, log what was loaded, missing and mismatched, and refuse a misfit."""
+    own = model.state_dict()
+    mismatched = sorted(name for name in expected & set(state) if own[name].shape != state[name].shape)
+    # A file from before BatchNorm counted its batches is complete without the counters.
+    missing = sorted(name for name in expected - set(state) if not name.endswith("num_batches_tracked"))
+    loaded = {name: state[name] for name in expected & set(state) if name not in mismatched}
+    log.info("weights from %s: loaded %d of %d tensors", source, len(loaded), len(expected))
+    log.info("  missing: %s", ", ".join(missing) or "none")
+    log.info("  of another shape: %s", ", ".join(mismatched) or "none")
+    if misfits := [name for name in missing + mismatched if not (optional and name.startswith(optional))]:
+        raise UserError(
+            f"expected weights of the configured architecture, but {source} lacks or has another shape of "
+            f"{len(misfits)} tensors ({', '.join(misfits[:3])}, ...); check backbone.name"
+        )
+    model.load_state_dict({**own, **loaded})
+
+
+def _download(backbone: str, in_chans: int) -> dict[str, Tensor]:
+    try:
+        return timm.create_model(backbone, pretrained=True, in_chans=in_chans).state_dict()
+    except Exception as error:
+        raise UserError(
+            f"could not download timm's weights of {backbone} ({type(error).__name__}); "
+            "give a local file, as in backbone.pretrained=weights.pth, or backbone.pretrained=false"
+        ) from error

@@ -1,0 +1,46 @@
+"""The table at the end of a run."""
+
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mlpmatch_pl.evaluation import Scores
+
+
+def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: str, title: str) -> str:
+    """Write IoU, Dice, accuracy and share of the pixels by class, and their means.
+
+    Args:
+        counts_CC: Confusion matrix, (C, C).
+        class_names: Names of the classes.
+        absent: ``exclude`` or ``zero``, see `mlpmatch_pl.evaluation.Scores`.
+        title: What was evaluated.
+
+    Example:
+        >>> import torch
+        >>> print(class_table(torch.tensor([[3, 1], [0, 4]]), ["a", "b"], "exclude", "t").splitlines()[3])
+        │ a     │ 75.00 │ 85.71 │    75.00 │    50.0 │
+    """
+    scores = Scores.of(counts_CC, absent)  # type: ignore[arg-type]
+    table = Table(title=title, title_justify="left")
+    table.add_column("class")
+    for column in ("IoU %", "Dice %", "recall %", "pixels %"):
+        table.add_column(column, justify="right")
+    share_C = scores.support_C / scores.support_C.sum().clamp_min(1)
+    rows = zip(class_names, scores.iou_C, scores.dice_C, scores.recall_C, share_C, strict=True)
+    for name, iou, dice, recall, share in rows:
+        table.add_row(name, _percent(iou), _percent(dice), _percent(recall), f"{100 * float(share):.1f}")
+    table.add_section()
+    table.add_row("mean", _percent(scores.miou), _percent(scores.dice), f"{100 * scores.accuracy:.2f} (all)", "")
+    console = Console(width=100, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _percent(value: Tensor | float) -> str:
+    number = float(value)
+    return f"{100 * number:.2f}" if number == number else "absent"

@@ -1,0 +1,55 @@
+"""Train from the command line.
+
+    python -m mlpmatch_pl.train                                             # embedded data, a CPU will do
+    python -m mlpmatch_pl.train dataset=folder dataset.root=my_images 'dataset.classes=[road,sky]' dataset.labeled=20
+    python -m mlpmatch_pl.train -m method=supervised,mlpmatch seed=0,1,2    # a sweep
+    python -m mlpmatch_pl.train trainer.devices=4                           # DDP
+    python -m mlpmatch_pl.train hydra.run.dir=runs/mine resume=auto         # go on with a run
+
+Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer at once.
+"""
+
+import os
+import sys
+from datetime import datetime
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from mlpmatch_pl.cli import guarded, refuse_underscored_fractions
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train with a composed configuration.
+
+    Args:
+        cfg: As composed from ``conf/train.yaml``; outside of Hydra's command line, ``output_dir`` must be set.
+
+    Returns:
+        What metrics.json holds: final metrics, the split's name and hash, times, versions.
+
+    Raises:
+        UserError: If the configuration or the data is wrong, before anything is written over.
+    """
+    from mlpmatch_pl.launch import run
+
+    return run(cfg)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="train")
+def _hydra_main(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+def main() -> None:
+    """Run the command; wrong input ends with one line and exit code 1."""
+    # One stamp for all processes of a run: every rank computes the same folder.
+    os.environ.setdefault("MLPMATCH_STAMP", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    with guarded("train"):
+        refuse_underscored_fractions(sys.argv[1:])
+        _hydra_main()
+
+
+if __name__ == "__main__":
+    main()
