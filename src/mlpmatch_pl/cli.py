@@ -19,8 +19,7 @@ def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
         >>> refuse_underscored_fractions(["dataset.labeled=1_8"])
         Traceback (most recent call last):
         ...
-        mlpmatch_pl.errors.UserError: expected a fraction such as 1/8, but got 1_8, which Hydra reads as the number 18; \
-write dataset.labeled=1/8
+        mlpmatch_pl.errors.UserError: expected a fraction such as 1/8, but got 1_8, ...
     """
     for argument in arguments:
         if match := _UNDERSCORED.match(argument):
@@ -61,31 +60,37 @@ def _message(error: BaseException, config_name: str) -> str | None:
     for link in chain:
         if isinstance(link, UserError):
             return str(link)
-    for link in chain:
-        if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", str(link)):
-            return f"the configuration has no key {match[2]}." + suggest(match[2], _all_keys(config_name))
-        if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*)", str(link), re.S):
+    for text in map(str, chain):
+        if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
+            return f"the configuration has no key {match[2]}." + suggest(match[2], _similar_keys(match[2], config_name))
+        if match := re.search(
+            r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s+Config search path",
+            text,
+            re.S,
+        ):
             options = match[3].split()
             return f"there is no {match[1]}={match[2]}, only {', '.join(options)}." + suggest(match[2], options)
-        if match := re.search(r"Missing mandatory value: (\S+)", str(link)):
+        if match := re.search(r"Missing mandatory value: \S+\s+full_key: (\S+)", text):
             return f"expected a value for {match[1]}, but none is set; add {match[1]}=... to the command"
-        if match := re.search(r"Environment variable '(\w+)' not found", str(link)):
+        if match := re.search(r"Environment variable '(\w+)' not found", text):
             return f"expected the environment variable {match[1]}, but it is not set; export {match[1]}=..."
     for link in chain:
         if isinstance(link, HydraException | OmegaConfBaseException):
             return " ".join(str(link).split())
+        if type(link).__name__ == "MisconfigurationException":  # Lightning's; not imported for its sake
+            return f"Lightning refuses the trainer's configuration: {link}"
     return None
 
 
-def _all_keys(config_name: str) -> list[str]:
-    """List the keys of the configuration that the command's valid group choices compose."""
+def _similar_keys(wrong: str, config_name: str) -> list[str]:
+    """List the keys as deep as a wrong one, of the configuration that the command's valid group choices compose."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
 
     def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-        for key in node:
+        for key in map(str, node):
             yield f"{prefix}{key}"
             if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(child := node._get_node(key)):
                 yield from keys(child, f"{prefix}{key}.")  # type: ignore[arg-type]
@@ -95,7 +100,7 @@ def _all_keys(config_name: str) -> list[str]:
     with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
         for overrides in (groups, []):
             try:
-                return list(keys(compose(config_name, overrides)))
+                return [key for key in keys(compose(config_name, overrides)) if key.count(".") == wrong.count(".")]
             except HydraException:
                 continue
     return []

@@ -42,6 +42,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     output_dir = Path(config["output_dir"]).resolve()
     checkpoint = find_checkpoint(config["resume"], output_dir)
+    if not isinstance(config["seed"], int):
+        raise UserError(f"expected seed as a whole number, but got {config['seed']!r}")
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
@@ -51,7 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         datamodule.prepare_data()
         if trainer.is_global_zero:
             _write_run_folder(cfg, output_dir, datamodule)
-        _describe(module, datamodule, output_dir)
+        _describe(module, datamodule, trainer, output_dir)
         started = time.monotonic()
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
         metrics = _finish(trainer, module, datamodule, config, time.monotonic() - started)
@@ -84,7 +86,9 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
         return None
     path = last if resume == "auto" else Path(resume)
     if not path.is_file():
-        raise UserError(f"expected a checkpoint to resume from, but {path} does not exist; leave resume out to start anew")
+        raise UserError(
+            f"expected a checkpoint to resume from, but {path} does not exist; leave resume out to start anew"
+        )
     return str(path)
 
 
@@ -130,7 +134,6 @@ def build_trainer(config: dict[str, Any], output_dir: Path, datamodule: SemiSupe
     trainer.fit_loop.max_epochs = epochs
     if options["check_val_every_n_epoch"] is None:
         trainer.check_val_every_n_epoch = every
-    log.info("%d epochs of %d steps", epochs, steps)
     if options["enable_progress_bar"]:
         images = datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
         progress = ProgressBar(images) if sys.stdout.isatty() else ProgressLines(images)
@@ -173,7 +176,9 @@ def build_module(
     """Build the module with the learning rate scaled to the images in an optimizer step."""
     backbone, schedule, data = dict(config["backbone"]), config["schedule"], datamodule.data
     if backbone["in_chans"] != 3:
-        raise UserError(f"expected backbone.in_chans=3, because the data are RGB images, but got {backbone['in_chans']}")
+        raise UserError(
+            f"expected backbone.in_chans=3, because the data are RGB images, but got {backbone['in_chans']}"
+        )
     together = trainer.world_size if trainer.strategy.root_device.type == "cuda" else 1  # SyncBatchNorm
     method.check_batch(
         datamodule.batch_size * together + (0 if method.uses_unlabeled else datamodule.unlabeled_batch_size * together),
@@ -181,10 +186,6 @@ def build_module(
     )
     images = datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
     lr = schedule["lr"] * images / schedule["reference_images"]
-    log.info(
-        "learning rate %.4g = %g * %d / %d images in an optimizer step; decoder x %g",
-        lr, schedule["lr"], images, schedule["reference_images"], schedule["lr_multi"],
-    )  # fmt: skip
     module = MLPMatch(
         len(data.class_names),
         method=config["method"],
@@ -199,6 +200,10 @@ def build_module(
         channels_last=config["trainer"]["channels_last"],
         seed=config["seed"],
     )
+    log.info(
+        "learning rate %.4g = %g * %d / %d images in an optimizer step; decoder x %g",
+        lr, schedule["lr"], images, schedule["reference_images"], schedule["lr_multi"],
+    )  # fmt: skip
     if config["init_weights"]:
         load_published(module.segmentor, config["init_weights"])
     return module
@@ -219,7 +224,7 @@ def _write_run_folder(cfg: DictConfig, output_dir: Path, datamodule: SemiSupervi
     datamodule.data.labeled.save(output_dir / "labeled.txt")
 
 
-def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, output_dir: Path) -> None:
+def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path) -> None:
     data = datamodule.data
     log.info(
         "%s: %d labeled images (%s, sha256 %s), %d unlabeled, %d validation, %d test; %d classes",
@@ -227,7 +232,11 @@ def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, output_dir
         len(data.val), len(data.test or ()), len(data.class_names),
     )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in module.parameters()) / 1e6
-    log.info("%s, %.1f million parameters; run folder %s", module.hparams["backbone"], parameters, output_dir)
+    log.info(
+        "%s, %.1f million parameters; %d epochs of %d steps; run folder %s",
+        module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
+        output_dir,
+    )  # fmt: skip
 
 
 def _finish(

@@ -49,9 +49,7 @@ class Method:
     lambda_max: float = 0.0
     lambda_schedule: str = "linear_epoch"
     network_updates_batchnorm: bool = True
-    cutmix: Mapping[str, Any] = field(
-        default_factory=lambda: {"p": 0.5, "area": [0.02, 0.4], "ratio": [0.3, 3.3333]}
-    )
+    cutmix: Mapping[str, Any] = field(default_factory=lambda: {"p": 0.5, "area": [0.02, 0.4], "ratio": [0.3, 3.3333]})
     partner: str = "batch"
     passes: str = "forked"
     late_schedule: bool = False

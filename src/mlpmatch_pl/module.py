@@ -106,7 +106,7 @@ class MLPMatch(LightningModule):
             num_classes, backbone, pretrained, in_chans, output_stride, decoder_channels, atrous_rates, mean, std
         )
         if channels_last:
-            self.segmentor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.segmentor.to(memory_format=torch.channels_last)
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed)
         self.confusion = ConfusionMatrix(num_classes)
@@ -118,7 +118,7 @@ class MLPMatch(LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.steps`."""
         lambda_np = self.volatile_weight()
-        result = self.step(batch["labeled"], batch.get("unlabeled"), self._draw_step(batch_idx))
+        result = self.step(batch["labeled"], batch.get("unlabeled", {}), self._draw_step(batch_idx))
         loss = total_loss(result.terms, self.method, lambda_np)
         self._log_step(loss, result.terms, lambda_np, batch, result.pseudo)
         return loss
@@ -141,14 +141,20 @@ class MLPMatch(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the class of every pixel, (B, H, W)."""
-        return self(batch["image"]).argmax(dim=1)
+        prediction: Tensor = self(batch["image"]).argmax(dim=1)
+        return prediction
 
     def configure_optimizers(self) -> Any:
         """SGD with the encoder at ``lr`` and the decoder at ``lr * lr_multi``, decayed polynomially per step."""
         hparams = self.hparams
+        decoder_lr = hparams["lr"] * hparams["lr_multi"]
         groups = [
             {"params": self.segmentor.encoder.parameters(), "lr": hparams["lr"], "name": "encoder"},
-            {"params": self.segmentor.decoder.parameters(), "lr": hparams["lr"] * hparams["lr_multi"], "name": "decoder"},
+            {
+                "params": self.segmentor.decoder.parameters(),
+                "lr": decoder_lr,
+                "name": "decoder",
+            },
         ]
         optimizer = torch.optim.SGD(groups, momentum=hparams["momentum"], weight_decay=hparams["weight_decay"])
         decay = partial(
@@ -248,7 +254,7 @@ def poly_decay(step: int, steps: int, power: float, late: bool) -> float:
         >>> [round(poly_decay(step, 10, 0.9, late=True), 4) for step in range(4)]
         [1.0, 1.0, 0.9095, 0.8181]
     """
-    return max(1 - max(step - late, 0) / max(steps, 1), 0.0) ** power
+    return float(max(1 - max(step - late, 0) / max(steps, 1), 0.0) ** power)
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:

@@ -9,7 +9,7 @@ A labeled batch holds ``image`` (B, 3, H, W) uint8 and ``mask`` (B, H, W) uint8 
 ``partner: same_image`` also ``partner`` with ``weak``, ``strong`` and ``valid`` of a second view.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +41,17 @@ class StepResult:
 
 @dataclass(frozen=True)
 class WeakLogits:
-    """Predictions on the weak views, (B, C, H, W); a level of perturbation that is off has an empty list."""
+    """Predictions on the weak views, (B, C, H, W).
 
-    x: Tensor
+    Attributes:
+        u: The plain prediction on the unlabeled views, which becomes the pseudo labels.
+        labeled: By term: ``x``, and ``x_np`` where the network is perturbed.
+        unlabeled: By term: ``fp`` and ``u_np``, where those levels are perturbed.
+    """
+
     u: Tensor
-    fp: list[Tensor]
-    x_np: list[Tensor]
-    u_np: list[Tensor]
+    labeled: dict[str, Tensor]
+    unlabeled: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class SupervisedStep:
     def __init__(self, segmentor: Segmentor, criterion: Criterion) -> None:
         self.segmentor, self.criterion = segmentor, criterion
 
-    def __call__(self, labeled: Batch, unlabeled: Batch | None, step: int) -> StepResult:
+    def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
         """Return the single term ``x``."""
         return StepResult({"x": self.criterion(self.segmentor(labeled["image"]), labeled["mask"])}, None)
 
@@ -80,19 +84,18 @@ class MultiLevelStep:
         seed: Seed of all draws.
     """
 
-    def __init__(
-        self, segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int
-    ) -> None:
+    def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int) -> None:
         self.segmentor, self.criterion, self.threshold = segmentor, criterion, threshold
-        self.feature_perturbations = (
-            [FeaturePerturbation(method.feature_dropout, seed)] if method.feature_weight else []
-        )
-        self.network_perturbations = (
-            [NetworkPerturbation(**{"seed": seed, **method.network_perturbation})]
-            if method.network_perturbation
-            else []
-        )
-        self.partner = {"batch": BatchPartner(seed), "same_image": SameImagePartner(segmentor)}[method.partner]
+        # By name; a level that is off is not there, and so the step needs no conditions.
+        fp = {"fp": FeaturePerturbation(method.feature_dropout, seed)} if method.feature_weight else {}
+        options = method.network_perturbation
+        self.feature_perturbations = fp
+        self.network_perturbations = {"np": NetworkPerturbation(**{"seed": seed, **options})} if options else {}
+        partners: dict[str, Callable[[Batch, int], Partner]] = {
+            "batch": BatchPartner(seed),
+            "same_image": SameImagePartner(segmentor),
+        }
+        self.partner = partners[method.partner]
         self.perturbed_context = _nothing if method.network_updates_batchnorm else self._frozen_statistics
 
     def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
@@ -108,14 +111,12 @@ class MultiLevelStep:
         pseudo = PseudoLabels.from_logits(weak.u, unlabeled["valid"])
         strong_logits, targets = self.strong_pass(unlabeled, pseudo, partner)
 
-        terms = {"x": self.criterion(weak.x, labeled["mask"])}
-        terms |= {"x_np": self.criterion(logits, labeled["mask"]) for logits in weak.x_np}
+        terms = {name: self.criterion(logits, labeled["mask"]) for name, logits in weak.labeled.items()}
         terms |= {
             f"s{view}": consistency_loss(logits, target, self.threshold)
             for view, (logits, target) in enumerate(zip(strong_logits, targets, strict=True), 1)
         }
-        terms |= {"fp": consistency_loss(logits, pseudo, self.threshold) for logits in weak.fp}
-        terms |= {"u_np": consistency_loss(logits, pseudo, self.threshold) for logits in weak.u_np}
+        terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in weak.unlabeled.items()}
         return StepResult(terms, pseudo)
 
     def weak_pass(self, x_B3HW: Tensor, u_B3HW: Tensor, step: int) -> WeakLogits:
@@ -127,21 +128,33 @@ class MultiLevelStep:
         images, sizes = torch.cat([x_B3HW, u_B3HW]), [len(x_B3HW), len(u_B3HW)]
         features, perturbed = self.encode(images, step)
         unlabeled = features[sizes[0] :]
-        dropped = [Features(drop(unlabeled.levels, step)) for drop in self.feature_perturbations]
+        dropped = [Features(drop(unlabeled.levels, step)) for drop in self.feature_perturbations.values()]
         logits = self.segmentor.decode(Features.cat([features, *dropped]), images.shape[2:])
-        x, u, *fp = logits.split(sizes + [sizes[1]] * len(dropped))
+        x, u, *fp = torch.split(logits, sizes + [sizes[1]] * len(dropped))
         with self.perturbed_context():
-            pairs = [self.segmentor.decode(part, images.shape[2:]).split(sizes) for part in perturbed]
-        return WeakLogits(x, u, fp, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+            pairs = {
+                name: torch.split(self.segmentor.decode(part, images.shape[2:]), sizes)
+                for name, part in perturbed.items()
+            }
+        return self._weak_logits(x, u, fp, pairs)
 
-    def encode(self, images_B3HW: Tensor, step: int) -> tuple[Features, list[Features]]:
-        """Return plain features, and those of each network perturbation."""
-        features, perturbed = None, []
-        for perturbation in self.network_perturbations:
+    def _weak_logits(
+        self, x: Tensor, u: Tensor, fp: Sequence[Tensor], pairs: Mapping[str, Sequence[Tensor]]
+    ) -> WeakLogits:
+        return WeakLogits(
+            u=u,
+            labeled={"x": x} | {f"x_{name}": pair[0] for name, pair in pairs.items()},
+            unlabeled=dict(zip(self.feature_perturbations, fp, strict=True))
+            | {f"u_{name}": pair[1] for name, pair in pairs.items()},
+        )
+
+    def encode(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
+        """Return plain features, and those of the network perturbation where it is on."""
+        plain, perturbed = None, {}
+        for name, perturbation in self.network_perturbations.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
-            features, other = self.segmentor.encode_forked(images_B3HW, deactivated, self.perturbed_context())
-            perturbed.append(other)
-        return features or self.segmentor.encode(images_B3HW), perturbed
+            plain, perturbed[name] = self.segmentor.encode_forked(images_B3HW, deactivated, self.perturbed_context())
+        return plain or self.segmentor.encode(images_B3HW), perturbed
 
     def strong_pass(
         self, unlabeled: Batch, pseudo: PseudoLabels, partner: Partner
@@ -163,24 +176,24 @@ class MultiLevelStep:
 class OfficialStep(MultiLevelStep):
     """The authors' passes one by one, for the faithful preset.
 
-    The same terms as `MultiLevelStep`, but the feature-perturbed half holds the labeled images too (their predictions
-    are thrown away, yet enter the decoder's BatchNorm), and the deactivated network runs a full pass of its own.
+    The same terms as `MultiLevelStep`, but the feature-perturbed half holds the labeled images too (their
+    predictions are thrown away, yet enter the decoder's BatchNorm), and the deactivated network runs a full pass.
     """
 
     def weak_pass(self, x_B3HW: Tensor, u_B3HW: Tensor, step: int) -> WeakLogits:
         """Predict the weak views in the authors' order: plain and feature-perturbed together, then deactivated."""
         images, sizes = torch.cat([x_B3HW, u_B3HW]), [len(x_B3HW), len(u_B3HW)]
         features = self.segmentor.encode(images)
-        dropped = [Features(drop(features.levels, step)) for drop in self.feature_perturbations]
+        dropped = [Features(drop(features.levels, step)) for drop in self.feature_perturbations.values()]
         logits = self.segmentor.decode(Features.cat([features, *dropped]), images.shape[2:])
-        x, u, *rest = logits.split(sizes * (1 + len(dropped)))
-        pairs = []
-        for perturbation in self.network_perturbations:
+        x, u, *rest = torch.split(logits, sizes * (1 + len(dropped)))
+        pairs = {}
+        for name, perturbation in self.network_perturbations.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
             with self.perturbed_context():
                 perturbed = self.segmentor.encode(images, deactivated)
-                pairs.append(self.segmentor.decode(perturbed, images.shape[2:]).split(sizes))
-        return WeakLogits(x, u, rest[1::2], [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+                pairs[name] = torch.split(self.segmentor.decode(perturbed, images.shape[2:]), sizes)
+        return self._weak_logits(x, u, rest[1::2], pairs)
 
 
 class BatchPartner:

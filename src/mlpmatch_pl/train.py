@@ -11,10 +11,13 @@ Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer at
 
 import os
 import sys
+from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mlpmatch_pl.cli import guarded, refuse_underscored_fractions
@@ -37,9 +40,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return run(cfg)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="train")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> None:
-    train(cfg)
+    # A job of a sweep fails on its own and leaves the others; Hydra names it at the end.
+    with guarded("train") if HydraConfig.get().mode == RunMode.RUN else nullcontext():
+        train(cfg)
 
 
 def main() -> None:

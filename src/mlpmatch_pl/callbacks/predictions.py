@@ -24,8 +24,8 @@ MARGIN, TITLE = 8, 22
 class PredictionSheets(Callback):
     """Writes a sheet for some fixed evaluation images, once they have been validated or tested.
 
-    The images are spread evenly over the set, the test set if there is one. Sheets are written at the end of testing, by
-    the first process alone, with the weights that were tested.
+    The images are spread evenly over the test set, or the validation set where there is no other. Sheets are written
+    at the end of testing, by the first process alone, with the weights that were tested.
 
     Args:
         dirpath: Folder to write to.
@@ -79,7 +79,8 @@ def prediction_sheet(
 
     Example:
         >>> flat = np.zeros((20, 40), np.uint8)
-        >>> sheet = prediction_sheet(np.zeros((20, 40, 3), np.uint8), flat, flat, flat / 1.0, ["a", "b"], [(0, 0, 0)] * 2)
+        >>> image, confidence = np.zeros((20, 40, 3), np.uint8), flat / 1.0
+        >>> sheet = prediction_sheet(image, flat, flat, confidence, ["a", "b"], [(0, 0, 0), (9, 9, 9)])
         >>> sheet.mode
         'RGB'
     """
@@ -121,7 +122,8 @@ def colorize(label_HW: Array, colors: Colors) -> Array:
     """
     table = np.full((256, 3), IGNORED_COLOR, np.uint8)
     table[: len(colors)] = colors
-    return table[label_HW]  # type: ignore[no-any-return]
+    colored: Array = table[label_HW]
+    return colored
 
 
 def _legend_rows(names: Sequence[str], width: int, font: Any) -> list[list[tuple[int, int]]]:

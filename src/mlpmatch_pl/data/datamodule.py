@@ -47,7 +47,8 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     Example:
         >>> from mlpmatch_pl.data.shapes import shapes
-        >>> datamodule = SemiSupervisedDataModule(shapes(labeled=4, train=16), crop_size=64, batch_size=2, num_workers=0)
+        >>> data = shapes(labeled=4, train=16)
+        >>> datamodule = SemiSupervisedDataModule(data, crop_size=64, batch_size=2, num_workers=0)
         >>> batch = next(iter(datamodule.train_dataloader()))[0]
         >>> tuple(batch["labeled"]["image"].shape), tuple(batch["unlabeled"]["strong"].shape)
         ((2, 3, 64, 64), (2, 2, 3, 64, 64))
@@ -121,6 +122,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Return the paired loader; the first epoch after a resume starts where the run stopped."""
         (epoch, batch), self._resume = self._resume, (0, 0)
         if not self.num_strong:
+            sizes: dict[str, tuple[LabeledViews | UnlabeledViews, int]]
             sizes = {"labeled": (self._labeled, self.images_per_step)}
         else:
             sizes = {
@@ -144,7 +146,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Return how far the training stream has been read (saved in every checkpoint)."""
-        loop = self.trainer.fit_loop  # type: ignore[union-attr]
+        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         return {
             "epoch": loop.epoch_progress.current.processed,
             "batch": loop.epoch_loop.batch_progress.current.ready,
@@ -157,11 +159,11 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._resume = (epoch + 1, 0) if batch >= state_dict["batches"] else (epoch, batch)
 
     def _stream(
-        self, dataset: Dataset[Any], batch_size: int, name: str, epoch: int, batch: int, workers: int
+        self, dataset: LabeledViews | UnlabeledViews, batch_size: int, name: str, epoch: int, batch: int, workers: int
     ) -> DataLoader[Any]:
         rank, world_size = self._place()
         num_samples = self.steps_per_epoch(world_size) * batch_size
-        sampler = StreamSampler(len(dataset), num_samples, rank, world_size, seed=_stream_seed(self.seed, name))  # type: ignore[arg-type]
+        sampler = StreamSampler(len(dataset), num_samples, rank, world_size, seed=_stream_seed(self.seed, name))
         sampler.set_epoch(epoch)
         sampler.start = batch * batch_size
         return self._loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, drop_last=True)
@@ -169,9 +171,7 @@ class SemiSupervisedDataModule(LightningDataModule):
     def _whole(self, source: Source) -> DataLoader[Any]:
         sampler = ShardSampler(len(source), *self._place())
         workers = self._workers(1)["labeled"]
-        return self._loader(
-            WholeImages(source), batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers
-        )
+        return self._loader(WholeImages(source), batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers)
 
     def _loader(self, dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -54,7 +54,8 @@ class FolderSource:
             raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
         if pixels is None:
             raise UserError(f"cannot read the image {path}: it is broken or no image; replace or remove it")
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
+        image: Image = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        return image
 
     def has_mask(self, index: int) -> bool:
         """Tell whether the pair has a mask."""
@@ -119,7 +120,9 @@ def folder(
     """
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise UserError(f"expected dataset.root to be a folder, but {base} does not exist; set dataset.root=/path/to/data")
+        raise UserError(
+            f"expected dataset.root to be a folder, but {base} does not exist; set dataset.root=/path/to/data"
+        )
     if palette is not None and len(palette) != len(classes):
         raise UserError(f"expected {len(classes)} colours in dataset.palette, one a class, but got {len(palette)}")
     names = class_list(classes, ignore_index)
@@ -253,7 +256,8 @@ class Files:
         return Pair(parts[0], parts[1] if len(parts) == 2 else None)
 
     def _by_stem(self, name: str) -> dict[str, str]:
-        base, found = self.root / name, {}
+        base = self.root / name
+        found: dict[str, str] = {}
         for path in sorted(base.rglob("*")):
             if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
                 continue

@@ -164,7 +164,8 @@ def _colors(rng: np.random.Generator, label: int) -> tuple[Array, Array]:
 
 
 def _rotation(angle: float) -> Array:
-    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix: Array = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return matrix
 
 
 def _pattern_axes(rng: np.random.Generator, size: int, center: Array) -> tuple[Array, Array]:
@@ -178,7 +179,8 @@ def _pattern_axes(rng: np.random.Generator, size: int, center: Array) -> tuple[A
 
 def _polygon(radii: Sequence[float], offset: float = 0.0) -> Array:
     angles = np.linspace(0, 2 * np.pi, len(radii), endpoint=False) + offset
-    return np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
+    points: Array = np.stack([np.cos(angles), np.sin(angles)], 1) * np.asarray(radii)[:, None]
+    return points
 
 
 _ARM = 0.36

@@ -22,7 +22,7 @@ from mlpmatch_pl.data.sources import Image, Mask
 from mlpmatch_pl.errors import UserError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
-import albumentations as A  # noqa: E402
+import albumentations as A
 
 # Workers times ranks times cores threads would be far too many; loading is parallel over workers.
 cv2.setNumThreads(0)
@@ -62,9 +62,7 @@ class WeakView:
                 f"expected loader.scale as 0 < low <= high and flip from 0 to 1, but got {self.scale} and {self.flip}"
             )
 
-    def __call__(
-        self, image: Image, mask: Mask | None, rng: random.Random
-    ) -> tuple[Image, Mask, NDArray[np.bool_]]:
+    def __call__(self, image: Image, mask: Mask | None, rng: random.Random) -> tuple[Image, Mask, NDArray[np.bool_]]:
         """Return the view, its mask (all zero without one) and where it is no padding."""
         height, width = image.shape[:2]
         long_side = max(height, width)
@@ -129,9 +127,7 @@ class StrongView:
         brightness, contrast, saturation, hue = jitter
         self._compose: Any = A.Compose(
             [
-                A.ColorJitter(
-                    brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=jitter_p
-                ),
+                A.ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=jitter_p),
                 A.ToGray(p=gray_p),
                 A.GaussianBlur(sigma_limit=tuple(blur_sigma), blur_limit=0, p=blur_p),
             ]

@@ -133,7 +133,7 @@ class SupervisedCriterion(nn.Module):
         return loss
 
 
-_OPTIONS = {
+_OPTIONS: dict[str, set[str]] = {
     "ce": {"class_weights", "dice_weight"},
     "ohem": {"threshold", "min_kept", "dice_weight"},
     "dice": set(),
@@ -157,7 +157,7 @@ def build_criterion(spec: str | Mapping[str, Any], num_classes: int, ignore_inde
         >>> criterion(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.uint8)).item() > 0
         True
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", "ce")
     if name not in _OPTIONS:
         raise UserError(f"expected a criterion of {', '.join(_OPTIONS)}, but got {name!r}." + suggest(name, _OPTIONS))
@@ -169,5 +169,5 @@ def build_criterion(spec: str | Mapping[str, Any], num_classes: int, ignore_inde
     if class_weights is not None and len(class_weights) != num_classes:
         raise UserError(f"expected {num_classes} class weights, one a class, but got {len(class_weights)}")
     dice_weight = float(options.pop("dice_weight", 0.0))
-    function = {"ce": cross_entropy, "ohem": ohem_cross_entropy, "dice": dice_loss}[name]
-    return SupervisedCriterion(function, ignore_index, options, class_weights, dice_weight)
+    functions: dict[str, Callable[..., Tensor]] = {"ce": cross_entropy, "ohem": ohem_cross_entropy, "dice": dice_loss}
+    return SupervisedCriterion(functions[name], ignore_index, options, class_weights, dice_weight)

@@ -10,9 +10,7 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
 }
 
 
-def volatile_weight(
-    schedule: str, maximum: float, *, epoch: int, epochs: int, step: int, steps: int
-) -> float:
+def volatile_weight(schedule: str, maximum: float, *, epoch: int, epochs: int, step: int, steps: int) -> float:
     """Return lambda, the weight of the network-perturbed labeled term (MLPMatch).
 
     Args:

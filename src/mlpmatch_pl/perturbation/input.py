@@ -42,7 +42,11 @@ class CutMix:
             raise UserError(f"expected CutMix p between 0 and 1, but got {self.p}")
         if not 0 < self.area[0] <= self.area[1] <= 0.8:  # larger boxes hardly ever fit, and leave no image
             raise UserError(f"expected CutMix area as 0 < low <= high <= 0.8, but got {list(self.area)}")
-        if not 0 < self.ratio[0] <= self.ratio[1] or self.area[1] * self.ratio[0] > 1 or self.area[1] / self.ratio[1] > 1:
+        if (
+            not 0 < self.ratio[0] <= self.ratio[1]
+            or self.area[1] * self.ratio[0] > 1
+            or self.area[1] / self.ratio[1] > 1
+        ):
             raise UserError(
                 f"expected CutMix ratios for which a box of area {self.area[1]} fits, but got {list(self.ratio)}"
             )

@@ -41,9 +41,7 @@ def _efficientnet_stem(model: Any, x: Tensor) -> Tensor:
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
-    ResNet: Family(
-        _resnet_stem, lambda model: ["layer1", "layer2", "layer3", "layer4"], ("global_pool", "fc")
-    ),
+    ResNet: Family(_resnet_stem, lambda model: ["layer1", "layer2", "layer3", "layer4"], ("global_pool", "fc")),
     EfficientNet: Family(  # MobileNetV2 and EfficientNet-Lite are of this class in timm
         _efficientnet_stem,
         lambda model: [f"blocks.{i}" for i in range(len(model.blocks))],
@@ -153,7 +151,8 @@ class Encoder(nn.Module):
         return Features((*levels, x))
 
     def _stage(self, name: str) -> nn.Sequential:
-        return self.model.get_submodule(name)  # type: ignore[return-value]
+        stage: nn.Sequential = self.model.get_submodule(name)
+        return stage
 
 
 def _create(backbone: str, in_chans: int, output_stride: int) -> Any:
@@ -181,4 +180,4 @@ def _create(backbone: str, in_chans: int, output_stride: int) -> Any:
 
 
 def _supported() -> Iterable[str]:
-    return timm.list_models(module="resnet") + timm.list_models(module="efficientnet")
+    return [*timm.list_models(module="resnet"), *timm.list_models(module="efficientnet")]

@@ -32,9 +32,10 @@ PUBLISHED_NAMES = (
     (r"^(reduce|fuse|classifier)\.", r"decoder.\1."),
 )
 # Published checkpoints hold the best score as a numpy scalar (under numpy 1's name of the module).
+_scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS: list[Any] = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    _scalar,
     np.dtype,
     np.dtypes.Float64DType,
 ]
@@ -130,7 +131,8 @@ def load_reported(
 
 def _download(backbone: str, in_chans: int) -> dict[str, Tensor]:
     try:
-        return timm.create_model(backbone, pretrained=True, in_chans=in_chans).state_dict()
+        state: dict[str, Tensor] = timm.create_model(backbone, pretrained=True, in_chans=in_chans).state_dict()
+        return state
     except Exception as error:
         raise UserError(
             f"could not download timm's weights of {backbone} ({type(error).__name__}); "

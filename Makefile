@@ -1,0 +1,42 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 (or 3.12, 3.13) and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: help demo test quick lint format gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## train MLPMatch on the embedded data: a table and pictures, in a few minutes
+	$(BIN)/python -m mlpmatch_pl.train
+
+test: .venv/installed lint  ## everything that CI runs
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+quick: .venv/installed  ## the tests that take seconds
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+
+lint: .venv/installed  ## lint, format, types, import contracts, spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: .venv/installed  ## mend what can be mended automatically
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+gpu:  ## on a CUDA machine: GPU tests, step benchmark, a short training
+	benchmarks/gpu.sh
+
+clean:  ## remove the environment and caches, not the runs
+	rm -rf .venv build dist *.egg-info src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
