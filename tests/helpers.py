@@ -31,9 +31,11 @@ def compose_train(*overrides: str, output_dir: Path | None = None) -> DictConfig
     return cfg
 
 
-def run_command(*arguments: str, cwd: Path, module: str = "mlpmatch_pl.train", timeout: float = 240, **environment: str):
+def run_command(
+    *arguments: str, cwd: Path, module: str = "mlpmatch_pl.train", timeout: float = 240, **environment: str
+):
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-m", "mlpmatch_pl.train", *arguments],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,

@@ -75,7 +75,9 @@ def test_datasets_and_experiments_win_over_the_primary_defaults(monkeypatch):
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_every_method_trains_from_its_configuration(method, tmp_path):
-    metrics = train(compose_train(*TINY, f"method={method}", "schedule.steps=2", "schedule.lr=0.01", output_dir=tmp_path))
+    metrics = train(
+        compose_train(*TINY, f"method={method}", "schedule.steps=2", "schedule.lr=0.01", output_dir=tmp_path)
+    )
     assert metrics["method"] == method
     assert 0 <= metrics["test"]["test/miou"] <= 1
 

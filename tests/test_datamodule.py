@@ -234,9 +234,19 @@ def test_lightning_keeps_the_samplers_of_the_data_module():
     built = datamodule()
     trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module(), datamodule=built)
-    samplers = [loader.sampler for loader in trainer.train_dataloader.flattened]
+    samplers = [loader.sampler for loader in trainer.train_dataloader.values()]
     assert [type(sampler).__name__ for sampler in samplers] == ["StreamSampler", "StreamSampler"]
     assert type(trainer.val_dataloaders.sampler).__name__ == "ShardSampler"
+
+
+def test_validate_fit_test_and_fit_again_in_one_process():
+    built, data = module(), datamodule()
+    for _ in range(2):
+        trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False)
+        trainer.validate(built, datamodule=data, verbose=False)
+        trainer.fit(built, datamodule=data)
+        assert trainer.global_step == 5
+        assert "test/miou" in trainer.test(built, datamodule=data, verbose=False)[0]
 
 
 @pytest.mark.slow

@@ -415,6 +415,11 @@ def test_labeled_images_must_not_be_held_out(load, write, key, what):
     )
 
 
+def test_another_spelling_of_a_path_does_not_hide_an_overlap(load, write):
+    options = {"labeled": write("l.txt", pairs(0, 2)), "val": write("v.txt", [f"./{line}" for line in pairs(1, 3)])}
+    assert "expected labeled and validation images to differ" in sentence(load, **options)
+
+
 def test_train_list_with_validation_images_as_labeled_is_refused(load, write):
     options = {"train": write("t.txt", pairs(0, 5)), "val": write("v.txt", pairs(0, 1))}
     assert sentence(load, **options) == (

@@ -12,7 +12,14 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_importing_the_package_is_light():
-    assert not loaded_after("import mlpmatch_pl") & {"torch", "lightning", "hydra", "omegaconf", "wandb", "albumentations"}
+    assert not loaded_after("import mlpmatch_pl") & {
+        "torch",
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "wandb",
+        "albumentations",
+    }
 
 
 def test_the_module_needs_neither_hydra_nor_wandb_nor_albumentations():

@@ -178,9 +178,8 @@ def test_another_process_gives_the_same_samples(request):
 
 def loaded(dataset, num_workers, epochs=(0,), batch_size=2):
     sampler = StreamSampler(len(dataset), 8, seed=3)
-    loader = DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
-    )
+    options = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    loader = DataLoader(dataset, batch_size, sampler=sampler, **options)
     found = []
     for epoch in epochs:
         sampler.set_epoch(epoch)

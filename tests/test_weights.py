@@ -189,6 +189,15 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, place):
     assert marker.exists()
 
 
+@split
+def test_refusal_of_code_does_not_advise_to_run_it(tmp_path):
+    torch.save({"model": Code(tmp_path / "marker")}, tmp_path / "weights.pth")
+    with pytest.raises(UserError) as error:
+        read_state_dict(tmp_path / "weights.pth")
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
 def test_failed_download_says_what_to_do(monkeypatch):
     create = timm.create_model
 

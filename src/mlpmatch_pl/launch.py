@@ -295,6 +295,7 @@ def _quiet() -> None:
         r".*does not have many workers.*",  # the number is chosen by measurement or by the user
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*LeafSpec.*",  # Lightning 2.6 with torch 2.14
+        r".*recommended to use `self.log\(.*sync_dist=True.*",  # metrics come from one matrix, summed over the ranks
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -21,8 +21,8 @@ def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: str, titl
 
     Example:
         >>> import torch
-        >>> print(class_table(torch.tensor([[3, 1], [0, 4]]), ["a", "b"], "exclude", "t").splitlines()[3])
-        │ a     │ 75.00 │ 85.71 │    75.00 │    50.0 │
+        >>> print(class_table(torch.tensor([[3, 1], [0, 4]]), ["a", "b"], "exclude", "t").splitlines()[4])
+        │ a     │ 75.00 │  85.71 │       75.00 │     50.0 │
     """
     scores = Scores.of(counts_CC, absent)  # type: ignore[arg-type]
     table = Table(title=title, title_justify="left")

@@ -148,7 +148,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Return how far the training stream has been read (saved in every checkpoint)."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         return {
-            "epoch": loop.epoch_progress.current.processed,
+            # Not "processed", which is raised before the checkpoint of a finished epoch is written.
+            "epoch": loop.epoch_progress.current.ready - 1,
             "batch": loop.epoch_loop.batch_progress.current.ready,
             "batches": int(loop.max_batches),
         }

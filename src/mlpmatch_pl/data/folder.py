@@ -48,10 +48,11 @@ class FolderSource:
     def image(self, index: int) -> Image:
         """Read an image as RGB, turned as its EXIF tag says."""
         path = self.root / self.pairs[index].image
-        try:  # not cv2.imread, which cannot open every unicode path
-            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-        except (OSError, cv2.error) as error:
-            raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
+        try:  # cv2.imread cannot open every unicode path
+            content = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise UserError(f"cannot read the image {path} ({error.strerror}); replace or remove it") from error
+        pixels = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
         if pixels is None:
             raise UserError(f"cannot read the image {path}: it is broken or no image; replace or remove it")
         image: Image = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
@@ -69,7 +70,7 @@ class FolderSource:
         path = self.root / relative
         try:
             with PILImage.open(path) as file:
-                ids = np.asarray(file)
+                ids = np.array(file)  # a copy: PIL's own memory is read-only
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
         if ids.ndim != 2:
@@ -78,6 +79,8 @@ class FolderSource:
                 f"{file.mode}); save class ids as a grey or palette PNG"
             )
         if ids.dtype != np.uint8:  # 1-bit and 16-bit files
+            if ids.dtype.kind not in "biu":
+                raise UserError(f"expected whole class ids, but {path} holds {ids.dtype} values; save it as a grey PNG")
             if ids.min() < 0 or ids.max() > 255:
                 raise UserError(f"expected class ids from 0 to 255, but {path} has the value {ids.max()}")
             ids = ids.astype(np.uint8)
@@ -136,13 +139,14 @@ def folder(
         train_pairs = []  # the two lists are the training set
     else:
         train_pairs = [pair for pair in files.discover() if pair.image not in held_out]
+    chosen: set[str] = set()
     if not is_list_file(val):
         fixed = {pair.image for pair in files.read_list(str(labeled))} if is_list_file(labeled) else set()
         candidates = [pair.image for pair in train_pairs if pair.mask and pair.image not in fixed]
         chosen = set(choose(candidates, val, split_seed, "val").names)
         val_pairs = [pair for pair in train_pairs if pair.image in chosen]
         train_pairs = [pair for pair in train_pairs if pair.image not in chosen]
-    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed)
+    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed, chosen)
     _refuse_overlap(split.names, val_pairs, "validation")
     _refuse_overlap(split.names, test_pairs, "test")
     return SegmentationData(
@@ -158,14 +162,16 @@ def folder(
 
 
 def _select(
-    files: Files, train: list[Pair], labeled: Choice | None, unlabeled: str | None, seed: int
+    files: Files, train: list[Pair], labeled: Choice | None, unlabeled: str | None, seed: int, held_out: set[str]
 ) -> tuple[list[Pair], Split, tuple[int, ...]]:
     """Return all training pairs, the labeled list, and the indices of the unlabeled ones."""
     pairs = {pair.image: pair for pair in train}
     if is_list_file(labeled):
         listed = files.read_list(str(labeled))
         # A list of bare names, as `Split.save` writes it, finds the masks of the training set.
-        listed = [pair if pair.mask else pairs.get(pair.image, pair) for pair in listed]
+        if not all(pair.mask for pair in listed):
+            known = pairs or {pair.image: pair for pair in files.discover()}
+            listed = [pair if pair.mask else known.get(pair.image, pair) for pair in listed]
         if bare := [pair.image for pair in listed if not pair.mask]:
             raise UserError(f"expected a mask for every image in {labeled}, but {bare[0]} has none")
         pairs |= {pair.image: pair for pair in listed}
@@ -182,9 +188,10 @@ def _select(
     if unlabeled:
         extra = files.read_list(unlabeled)
         pairs |= {pair.image: pair for pair in extra if pair.image not in pairs}
-        wanted = {pair.image for pair in extra}
-        if both := sorted(wanted & taken):
+        wanted = {pair.image for pair in extra} - held_out
+        if is_list_file(labeled) and (both := sorted(wanted & taken)):
             raise UserError(f"expected labeled and unlabeled images to differ, but {both[0]} is in both lists")
+        wanted -= taken
     else:
         wanted = set(pairs) - taken
     ordered = list(pairs.values())
@@ -232,7 +239,11 @@ class Files:
                 f"expected a list file, but {name} exists neither in {self.root} nor in the working directory; "
                 "a fraction is written 1/8, a count 92"
             )
-        pairs = [self._parse(line, path) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"expected the list {path} in UTF-8, but it is not; save it in UTF-8") from error
+        pairs = [self._parse(line, path) for line in lines if line.strip()]
         if not pairs:
             raise UserError(f"expected at least one image in the list {path}, but it is empty")
         if len({pair.image for pair in pairs}) < len(pairs):
@@ -244,8 +255,8 @@ class Files:
     def _parse(self, line: str, path: Path) -> Pair:
         line = line.rstrip()
         parts = line.split("\t") if "\t" in line else line.split(" ")
-        if len(parts) > 2:  # a bare name with spaces is told from a pair by being a file
-            parts = [line] if (self.root / line).is_file() else parts
+        if "\t" not in line and (self.root / line).is_file():  # a bare name with spaces
+            parts = [line]
         if len(parts) > 2:
             raise UserError(f"expected 'image mask' in {path}, but found {line!r}; separate names with spaces by a tab")
         for part in parts:
@@ -253,13 +264,15 @@ class Files:
                 raise UserError(f"expected paths below {self.root} in {path}, but found {part!r}")
             if not (self.root / part).is_file():
                 raise UserError(f"expected the file {self.root / part}, which {path} lists, but it does not exist")
-        return Pair(parts[0], parts[1] if len(parts) == 2 else None)
+        # One spelling for one file, so that overlaps are found.
+        image, *mask = (PurePosixPath(part).as_posix() for part in parts)
+        return Pair(image, mask[0] if mask else None)
 
     def _by_stem(self, name: str) -> dict[str, str]:
         base = self.root / name
         found: dict[str, str] = {}
         for path in sorted(base.rglob("*")):
-            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith(".") or not path.is_file():
                 continue
             stem = path.relative_to(base).with_suffix("").as_posix()
             if stem in found:

@@ -124,6 +124,15 @@ class StrongView:
                 "expected loader.strong.jitter as brightness, contrast and saturation from 0 to 1 and hue from 0 to "
                 f"0.5, but got {list(jitter)}"
             )
+        if (
+            min(jitter_p, gray_p, blur_p) < 0
+            or max(jitter_p, gray_p, blur_p) > 1
+            or not 0 < blur_sigma[0] <= blur_sigma[1]
+        ):
+            raise UserError(
+                "expected loader.strong's probabilities from 0 to 1 and blur_sigma as 0 < low <= high, but got "
+                f"jitter_p={jitter_p}, gray_p={gray_p}, blur_p={blur_p}, blur_sigma={list(blur_sigma)}"
+            )
         brightness, contrast, saturation, hue = jitter
         self._compose: Any = A.Compose(
             [

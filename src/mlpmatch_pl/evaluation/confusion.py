@@ -116,7 +116,8 @@ class ConfusionMatrix(Metric):
 
     def update(self, prediction_BHW: Tensor, mask_BHW: Tensor) -> None:
         """Add a batch, see `confusion_matrix`."""
-        self.counts_CC += confusion_matrix(prediction_BHW, mask_BHW, self.num_classes)
+        # Not in place: after a reset in inference mode the state could not be changed outside of it.
+        self.counts_CC = self.counts_CC + confusion_matrix(prediction_BHW, mask_BHW, self.num_classes)
 
     def compute(self) -> Tensor:
         """Return the counts of all batches, int64, (C, C)."""

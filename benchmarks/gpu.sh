@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA machine, in one call and without network: GPU tests, step times, a short training.
+#
+#   benchmarks/gpu.sh [FOLDER]          results go to FOLDER (default: benchmarks/results)
+#
+# Needs: Python >= 3.11 with torch (CUDA) and the package's dependencies; W&B is not needed (logger=csv). The package
+# itself need not be installed. MLPMATCH_DATA, if set, names a folder with camvid/ and weights/ to train on.
+# TRAIN_STEPS sets the length of that training (default 2000).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd)
+python=${PYTHON:-python3}
+
+# conf/ is the package mlpmatch_pl.conf; a copy of the tree with it in place needs no build tools.
+stage=$(mktemp -d)
+trap 'rm -rf "$stage"' EXIT
+cp -r src/mlpmatch_pl "$stage/"
+cp -r conf "$stage/mlpmatch_pl/conf"
+export PYTHONPATH=$stage${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
+echo "== $gpu"
+
+echo "== tests"
+if "$python" -c 'import pytest' 2>/dev/null; then
+  "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider -o addopts= -o timeout=0 -o testpaths=tests
+else
+  echo "pytest is not installed here: GPU tests left out"
+fi
+
+echo "== training step, resnet50s, 8 + 8 images of 321 px"
+"$python" benchmarks/step.py --out "$out/step_$gpu.json"
+
+if [ -n "${MLPMATCH_DATA:-}" ]; then
+  for method in mlpmatch supervised; do
+    echo "== camvid, $method"
+    "$python" -m mlpmatch_pl.train experiment=camvid_1-8_mobilenetv2 logger=csv trainer=gpu method=$method \
+      loader.crop_size=321 loader.batch_size=8 backbone.decoder_channels=256 schedule.steps="${TRAIN_STEPS:-2000}" \
+      hydra.run.dir="$stage/$method"
+    cp "$stage/$method/metrics.json" "$out/camvid_${method}_$gpu.json"
+  done
+else
+  echo "== MLPMATCH_DATA is not set: no training"
+fi

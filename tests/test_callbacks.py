@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlpmatch_pl.callbacks.checkpoints import best_and_last
+from mlpmatch_pl.callbacks.predictions import IGNORED_COLOR, MARGIN, TITLE, colorize, prediction_sheet
+from mlpmatch_pl.callbacks.progress import Throughput
+from mlpmatch_pl.evaluation import Scores
+from mlpmatch_pl.summary import class_table
+
+COLORS = [(10, 0, 0), (0, 200, 0), (0, 0, 250)]
+
+
+def test_colorize_maps_classes_and_leaves_the_rest_white():
+    labels = np.array([[0, 1], [2, 255]])
+    assert colorize(labels, COLORS).tolist() == [[[10, 0, 0], [0, 200, 0]], [[0, 0, 250], list(IGNORED_COLOR)]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (300, 700), (1, 1)])
+def test_a_sheet_shows_image_truth_prediction_and_confidence_side_by_side(height, width):
+    image = np.full((height, width, 3), 77, np.uint8)
+    truth, label = np.full((height, width), 1), np.full((height, width), 2)
+    sheet = prediction_sheet(image, truth, label, np.full((height, width), 0.5), ["a", "b", "c"], COLORS)
+    panel = (sheet.width - 5 * MARGIN) // 4
+    centers = [(MARGIN + index * (panel + MARGIN) + panel // 2, TITLE + 5) for index in range(4)]
+    assert [sheet.getpixel(center) for center in centers] == [(77, 77, 77), COLORS[1], COLORS[2], (127, 127, 127)]
+
+
+def test_the_legend_has_every_class_even_when_they_need_several_rows():
+    flat = np.zeros((20, 20), np.uint8)
+    colors = [(index, 255 - index, 128) for index in range(40)]
+    names = [f"a rather long class name {index}" for index in range(40)]
+    sheet = prediction_sheet(np.zeros((20, 20, 3), np.uint8), flat, flat, flat / 1.0, names, colors)
+    pixels = set(map(tuple, np.asarray(sheet).reshape(-1, 3).tolist()))
+    assert set(colors) <= pixels
+
+
+def test_sheets_are_readable_files(tmp_path):
+    flat = np.zeros((20, 20), np.uint8)
+    prediction_sheet(np.zeros((20, 20, 3), np.uint8), flat, flat, flat / 1.0, ["a", "b"], COLORS[:2]).save(
+        tmp_path / "a.png"
+    )
+    assert Image.open(tmp_path / "a.png").mode == "RGB"
+
+
+def test_throughput_counts_images_and_the_time_left(monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("mlpmatch_pl.callbacks.progress.time.monotonic", lambda: next(clock))
+    throughput = Throughput(images_per_step=16)
+    assert throughput.describe(step=4, steps=100) == {}
+    assert throughput.describe(step=24, steps=100) == {"img/s": "32.0", "left": "0:38"}
+
+
+def test_the_table_names_absent_classes_and_means():
+    counts = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    table = class_table(counts, ["road", "sky", "moon"], "exclude", "title")
+    moon = next(line for line in table.splitlines() if "moon" in line)
+    assert "absent" in moon
+    mean = next(line for line in table.splitlines() if "mean" in line)
+    assert f"{100 * Scores.of(counts).miou:.2f}" in mean
+    assert "87.50 (all)" in mean
+
+
+def test_two_checkpoints_with_fixed_names(tmp_path):
+    best, last = best_and_last(str(tmp_path), "val/miou")
+    assert (best.filename, last.filename, best.monitor, best.mode) == ("best", "last", "val/miou", "max")
