@@ -177,7 +177,7 @@ def test_lambda_rises_as_scheduled(tmp_path, schedule, expected):
     "batches",
     [
         4,
-        pytest.param(3, marks=pytest.mark.xfail(reason="the last, shorter accumulation of an epoch is counted whole")),
+        3,
     ],
 )
 def test_lambda_rises_by_epoch_with_accumulated_gradients(tmp_path, batches):

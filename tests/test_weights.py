@@ -137,17 +137,12 @@ GARBAGE = {
     "truncated": truncated_torch_file(),
     "pickle": pickle.dumps([1], protocol=2),
 }
-uncaught = pytest.mark.xfail(reason="the reader's own exception passes through")
-split = pytest.mark.xfail(reason="the reader's message of several lines is quoted whole")
-MARKS = {("stub", ".pth"): uncaught, ("sentence", ".pth"): split, ("page", ".pth"): split, ("bytes", ".pth"): split}
 
 
 @pytest.mark.parametrize(
     ("content", "suffix"),
     [
-        pytest.param(
-            content, suffix, marks=MARKS.get((name, suffix), uncaught if suffix != ".pth" else ()), id=f"{name}{suffix}"
-        )
+        pytest.param(content, suffix, id=f"{name}{suffix}")
         for name, content in GARBAGE.items()
         for suffix in (".pth", ".safetensors")
     ],
@@ -189,7 +184,6 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, place):
     assert marker.exists()
 
 
-@split
 def test_refusal_of_code_does_not_advise_to_run_it(tmp_path):
     torch.save({"model": Code(tmp_path / "marker")}, tmp_path / "weights.pth")
     with pytest.raises(UserError) as error:

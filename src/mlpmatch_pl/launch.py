@@ -135,7 +135,7 @@ def build_trainer(config: dict[str, Any], output_dir: Path, datamodule: SemiSupe
     if options["check_val_every_n_epoch"] is None:
         trainer.check_val_every_n_epoch = every
     if options["enable_progress_bar"]:
-        images = datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
+        images = images_per_update(datamodule, trainer)
         progress = ProgressBar(images) if sys.stdout.isatty() else ProgressLines(images)
         trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def build_module(
         datamodule.batch_size * together + (0 if method.uses_unlabeled else datamodule.unlabeled_batch_size * together),
         datamodule.unlabeled_batch_size * together,
     )
-    images = datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
+    images = images_per_update(datamodule, trainer)
     lr = schedule["lr"] * images / schedule["reference_images"]
     module = MLPMatch(
         len(data.class_names),
@@ -207,6 +207,11 @@ def build_module(
     if config["init_weights"]:
         load_published(module.segmentor, config["init_weights"])
     return module
+
+
+def images_per_update(datamodule: SemiSupervisedDataModule, trainer: Trainer) -> int:
+    """Return the number of images, labeled and unlabeled, in an optimizer step over all devices."""
+    return datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def _callbacks(config: dict[str, Any]) -> list[Callback]:
@@ -271,7 +276,7 @@ def _finish(
         "evaluated_on": part,
         "seconds": round(seconds, 1),
         "images_per_second": round(
-            trainer.global_step * datamodule.images_per_step * trainer.world_size / max(seconds, 1e-9), 2
+            trainer.global_step * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2
         ),
         "versions": {
             "mlpmatch_pl": mlpmatch_pl.__version__,

@@ -171,12 +171,12 @@ class MLPMatch(LightningModule):
         if not self.method.network_perturbation or self._trainer is None:
             return 0.0
         steps = max(int(self.trainer.estimated_stepping_batches), 1)
-        epochs = math.ceil(steps * self.trainer.accumulate_grad_batches / self.trainer.num_training_batches)
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         return volatile_weight(
             self.method.lambda_schedule,
             self.method.lambda_max,
             epoch=self.current_epoch,
-            epochs=epochs,
+            epochs=math.ceil(steps / steps_per_epoch),
             step=self.global_step,
             steps=steps,
         )

@@ -9,7 +9,7 @@ A labeled batch holds ``image`` (B, 3, H, W) uint8 and ``mask`` (B, H, W) uint8 
 ``partner: same_image`` also ``partner`` with ``weak``, ``strong`` and ``valid`` of a second view.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.methods import Method
 from mlpmatch_pl.objective import PseudoLabels, consistency_loss
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
@@ -40,18 +41,20 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class WeakLogits:
-    """Predictions on the weak views, (B, C, H, W).
+class WeakPass:
+    """What comes of the weak views.
 
     Attributes:
-        u: The plain prediction on the unlabeled views, which becomes the pseudo labels.
-        labeled: By term: ``x``, and ``x_np`` where the network is perturbed.
-        unlabeled: By term: ``fp`` and ``u_np``, where those levels are perturbed.
+        x: Plain prediction on the labeled views, (B, C, H, W).
+        u: Plain prediction on the unlabeled views, which becomes the pseudo labels.
+        fp: Prediction from perturbed features of the unlabeled views, by name of the perturbation.
+        perturbed: Features from the deactivated network, by name, where they are known already.
     """
 
+    x: Tensor
     u: Tensor
-    labeled: dict[str, Tensor]
-    unlabeled: dict[str, Tensor]
+    fp: dict[str, Tensor]
+    perturbed: dict[str, Features]
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class MultiLevelStep:
         options = method.network_perturbation
         self.feature_perturbations = fp
         self.network_perturbations = {"np": NetworkPerturbation(**{"seed": seed, **options})} if options else {}
+        if options and not segmentor.encoder.stages:
+            raise UserError(
+                "expected a backbone with residual blocks that can be deactivated, but the configured one has none; "
+                "choose another backbone.name, or method.network_perturbation=null"
+            )
         partners: dict[str, Callable[[Batch, int], Partner]] = {
             "batch": BatchPartner(seed),
             "same_image": SameImagePartner(segmentor),
@@ -106,55 +114,57 @@ class MultiLevelStep:
             unlabeled: Unlabeled batch.
             step: Number of the step; seeds its draws.
         """
+        images, sizes = (
+            torch.cat([labeled["image"], unlabeled["weak"]]),
+            [len(labeled["image"]), len(unlabeled["weak"])],
+        )
         partner = self.partner(unlabeled, step)
-        weak = self.weak_pass(labeled["image"], unlabeled["weak"], step)
+        weak = self.weak_pass(images, sizes, step)
         pseudo = PseudoLabels.from_logits(weak.u, unlabeled["valid"])
         strong_logits, targets = self.strong_pass(unlabeled, pseudo, partner)
+        network = self.network_pass(images, sizes, weak.perturbed, step)
 
-        terms = {name: self.criterion(logits, labeled["mask"]) for name, logits in weak.labeled.items()}
+        labeled_logits = {"x": weak.x} | {f"x_{name}": x for name, (x, _) in network.items()}
+        unlabeled_logits = weak.fp | {f"u_{name}": u for name, (_, u) in network.items()}
+        terms = {name: self.criterion(logits, labeled["mask"]) for name, logits in labeled_logits.items()}
         terms |= {
             f"s{view}": consistency_loss(logits, target, self.threshold)
             for view, (logits, target) in enumerate(zip(strong_logits, targets, strict=True), 1)
         }
-        terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in weak.unlabeled.items()}
+        terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in unlabeled_logits.items()}
         return StepResult(terms, pseudo)
 
-    def weak_pass(self, x_B3HW: Tensor, u_B3HW: Tensor, step: int) -> WeakLogits:
-        """Predict the weak views: plain, with dropped feature channels, and with deactivated blocks.
+    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
+        """Predict the weak views, plain and with dropped feature channels; run the deactivated encoder on the way.
 
         The encoder runs once over labeled and unlabeled images, which share BatchNorm's batch; the deactivated
         copy forks off at its first deactivated block. Only predictions that a term needs are decoded.
         """
-        images, sizes = torch.cat([x_B3HW, u_B3HW]), [len(x_B3HW), len(u_B3HW)]
-        features, perturbed = self.encode(images, step)
+        features, perturbed = self.encode_forked(images_B3HW, step)
         unlabeled = features[sizes[0] :]
         dropped = [Features(drop(unlabeled.levels, step)) for drop in self.feature_perturbations.values()]
-        logits = self.segmentor.decode(Features.cat([features, *dropped]), images.shape[2:])
+        logits = self.segmentor.decode(Features.cat([features, *dropped]), images_B3HW.shape[2:])
         x, u, *fp = torch.split(logits, sizes + [sizes[1]] * len(dropped))
-        with self.perturbed_context():
-            pairs = {
-                name: torch.split(self.segmentor.decode(part, images.shape[2:]), sizes)
-                for name, part in perturbed.items()
-            }
-        return self._weak_logits(x, u, fp, pairs)
+        return WeakPass(x, u, dict(zip(self.feature_perturbations, fp, strict=True)), perturbed)
 
-    def _weak_logits(
-        self, x: Tensor, u: Tensor, fp: Sequence[Tensor], pairs: Mapping[str, Sequence[Tensor]]
-    ) -> WeakLogits:
-        return WeakLogits(
-            u=u,
-            labeled={"x": x} | {f"x_{name}": pair[0] for name, pair in pairs.items()},
-            unlabeled=dict(zip(self.feature_perturbations, fp, strict=True))
-            | {f"u_{name}": pair[1] for name, pair in pairs.items()},
-        )
-
-    def encode(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
+    def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
         """Return plain features, and those of the network perturbation where it is on."""
         plain, perturbed = None, {}
         for name, perturbation in self.network_perturbations.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
             plain, perturbed[name] = self.segmentor.encode_forked(images_B3HW, deactivated, self.perturbed_context())
         return plain or self.segmentor.encode(images_B3HW), perturbed
+
+    def network_pass(
+        self, images_B3HW: Tensor, sizes: list[int], perturbed: Mapping[str, Features], step: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Predict the labeled and the unlabeled weak views with the deactivated network."""
+        with self.perturbed_context():
+            return {name: self._decode_pair(features, images_B3HW, sizes) for name, features in perturbed.items()}
+
+    def _decode_pair(self, features: Features, images_B3HW: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        x, u = torch.split(self.segmentor.decode(features, images_B3HW.shape[2:]), sizes)
+        return x, u
 
     def strong_pass(
         self, unlabeled: Batch, pseudo: PseudoLabels, partner: Partner
@@ -180,20 +190,25 @@ class OfficialStep(MultiLevelStep):
     predictions are thrown away, yet enter the decoder's BatchNorm), and the deactivated network runs a full pass.
     """
 
-    def weak_pass(self, x_B3HW: Tensor, u_B3HW: Tensor, step: int) -> WeakLogits:
-        """Predict the weak views in the authors' order: plain and feature-perturbed together, then deactivated."""
-        images, sizes = torch.cat([x_B3HW, u_B3HW]), [len(x_B3HW), len(u_B3HW)]
-        features = self.segmentor.encode(images)
+    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
+        """Predict the weak views, plain and with dropped feature channels, both for labeled and unlabeled images."""
+        features = self.segmentor.encode(images_B3HW)
         dropped = [Features(drop(features.levels, step)) for drop in self.feature_perturbations.values()]
-        logits = self.segmentor.decode(Features.cat([features, *dropped]), images.shape[2:])
+        logits = self.segmentor.decode(Features.cat([features, *dropped]), images_B3HW.shape[2:])
         x, u, *rest = torch.split(logits, sizes * (1 + len(dropped)))
+        return WeakPass(x, u, dict(zip(self.feature_perturbations, rest[1::2], strict=True)), {})
+
+    def network_pass(
+        self, images_B3HW: Tensor, sizes: list[int], perturbed: Mapping[str, Features], step: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Run the deactivated network in full, after the strong views."""
         pairs = {}
         for name, perturbation in self.network_perturbations.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
             with self.perturbed_context():
-                perturbed = self.segmentor.encode(images, deactivated)
-                pairs[name] = torch.split(self.segmentor.decode(perturbed, images.shape[2:]), sizes)
-        return self._weak_logits(x, u, rest[1::2], pairs)
+                features = self.segmentor.encode(images_B3HW, deactivated)
+                pairs[name] = self._decode_pair(features, images_B3HW, sizes)
+        return pairs
 
 
 class BatchPartner:

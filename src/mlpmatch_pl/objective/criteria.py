@@ -168,6 +168,10 @@ def build_criterion(spec: str | Mapping[str, Any], num_classes: int, ignore_inde
     class_weights = options.pop("class_weights", None)
     if class_weights is not None and len(class_weights) != num_classes:
         raise UserError(f"expected {num_classes} class weights, one a class, but got {len(class_weights)}")
+    if "min_kept" in options:
+        if options["min_kept"] < 1:
+            raise UserError(f"expected min_kept of at least 1 pixel, but got {options['min_kept']}")
+        options["min_kept"] = int(options["min_kept"])
     dice_weight = float(options.pop("dice_weight", 0.0))
     functions: dict[str, Callable[..., Tensor]] = {"ce": cross_entropy, "ohem": ohem_cross_entropy, "dice": dice_loss}
     return SupervisedCriterion(functions[name], ignore_index, options, class_weights, dice_weight)

@@ -3,6 +3,7 @@
 The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.views`.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -56,12 +57,15 @@ class CutMix:
         if rng.random() >= self.p:
             return 0, 0, 0, 0
         area = rng.uniform(*self.area) * height * width
-        while True:  # until it fits, as in the authors' code
+        for attempt in itertools.count(1):  # until it fits, as in the authors' code
+            if attempt % 1000 == 0:  # in a narrow image a box of that area may not fit at all
+                area /= 2
             ratio = rng.uniform(*self.ratio)
             box_width, box_height = int((area / ratio) ** 0.5), int((area * ratio) ** 0.5)
             x0, y0 = rng.randrange(width), rng.randrange(height)
             if x0 + box_width <= width and y0 + box_height <= height:
                 return y0, x0, y0 + box_height, x0 + box_width
+        raise AssertionError("unreachable: attempts are endless")
 
 
 def inside_boxes(boxes_B4: Tensor, height: int, width: int) -> Tensor:

@@ -155,8 +155,10 @@ class NetworkPerturbation:
             )
         if not 0 <= options.get("p", 0) <= 1:
             raise UserError(f"expected the sampler's p between 0 and 1, but got {options['p']}")
-        if options.get("k", 1) < 1 or int(options.get("k", 1)) != options.get("k", 1):
-            raise UserError(f"expected the sampler's k as an integer of at least 1, but got {options['k']}")
+        if "k" in options:
+            if options["k"] < 1 or options["k"] != int(options["k"]):
+                raise UserError(f"expected the sampler's k as an integer of at least 1, but got {options['k']}")
+            options["k"] = int(options["k"])
         self.seed = seed
         self._sample = partial(SAMPLERS[sampler], **options)
 

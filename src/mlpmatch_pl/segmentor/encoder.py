@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from mlpmatch_pl.errors import UserError, suggest
@@ -40,9 +38,9 @@ def _efficientnet_stem(model: Any, x: Tensor) -> Tensor:
     return model.bn1(model.conv_stem(x))  # type: ignore[no-any-return]
 
 
-FAMILIES: dict[type[nn.Module], Family] = {
-    ResNet: Family(_resnet_stem, lambda model: ["layer1", "layer2", "layer3", "layer4"], ("global_pool", "fc")),
-    EfficientNet: Family(  # MobileNetV2 and EfficientNet-Lite are of this class in timm
+FAMILIES: dict[str, Family] = {  # by timm's module
+    "resnet": Family(_resnet_stem, lambda model: ["layer1", "layer2", "layer3", "layer4"], ("global_pool", "fc")),
+    "efficientnet": Family(  # MobileNetV2 and EfficientNet-Lite are of this class in timm
         _efficientnet_stem,
         lambda model: [f"blocks.{i}" for i in range(len(model.blocks))],
         ("conv_head", "bn2", "global_pool", "classifier"),
@@ -75,7 +73,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = _create(backbone, in_chans, output_stride)
-        self._family = FAMILIES[type(self.model)]
+        self._family = _family(backbone)
         self._stages = self._family.stages(self.model)
         info = self.model.feature_info
         low = next(stage for stage in info if stage["reduction"] == 4)
@@ -160,23 +158,24 @@ def _create(backbone: str, in_chans: int, output_stride: int) -> Any:
         raise UserError(
             f"expected the name of a timm model as backbone, but got {backbone!r}." + suggest(backbone, _supported())
         )
+    _family(backbone)
     if output_stride not in OUTPUT_STRIDES:
         raise UserError(f"expected an output stride of 8, 16 or 32, but got {output_stride}")
-    try:
-        model = timm.create_model(backbone, in_chans=in_chans, output_stride=output_stride)
-    except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"backbone {backbone} cannot have output stride {output_stride} ({error}); try 32 or another backbone"
-        ) from error
-    if type(model) not in FAMILIES:
-        raise UserError(
-            f"expected a backbone of the ResNet or inverted-residual families, but {backbone} is a "
-            f"{type(model).__name__}; try resnet50, resnet101s, mobilenetv2_100 or efficientnet_lite0"
-        )
+    model = timm.create_model(backbone, in_chans=in_chans, output_stride=output_stride)
     reached = model.feature_info[-1]["reduction"]
     if reached != output_stride:
         raise UserError(f"backbone {backbone} cannot have output stride {output_stride}, only {reached}")
     return model
+
+
+def _family(backbone: str) -> Family:
+    for module, family in FAMILIES.items():
+        if timm.models.is_model_in_modules(backbone, [module]):
+            return family
+    raise UserError(
+        f"expected a backbone of the ResNet or inverted-residual families, but {backbone} is of another; "
+        "try resnet50, resnet101s, mobilenetv2_100 or efficientnet_lite0"
+    )
 
 
 def _supported() -> Iterable[str]:

@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -57,8 +56,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"expected a state dict of tensors in {path}, but it cannot be read: {error}") from error
+    except Exception as error:  # a broken file makes the readers raise nearly anything
+        raise UserError(
+            f"expected a state dict of tensors in {path}, but it cannot be read as one ({type(error).__name__}); "
+            "broken files are refused, and files with anything but tensors and plain values"
+        ) from error
     for key in ("model", "state_dict", "ema"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
