@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
 from omegaconf import DictConfig
+
+
+class StopAfterFirstEpoch(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
 
 TINY = (
     "dataset.train=24",

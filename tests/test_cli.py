@@ -8,8 +8,13 @@ from omegaconf import OmegaConf
 
 from mlpmatch_pl.cli import refuse_underscored_fractions
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.launch import find_checkpoint, length_of_training
+from mlpmatch_pl.launch import length_of_training
+from mlpmatch_pl.run_folder import find_checkpoint
 from mlpmatch_pl.train import train
+
+
+def modification_times(run):
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
     run, _ = finished
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    assert {"config.yaml", "labeled.txt", "metrics.json", "metrics.csv", "train.log"} <= names
+    assert {"config.yaml", "labeled.txt", "val.txt", "splits.json", "metrics.json", "metrics.csv", "train.log"} <= names
     assert {"checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
     assert {"predictions/test_0000.png", "predictions/test_0002.png"} <= names
     assert not any(name.startswith((".hydra", "wandb")) for name in names)
@@ -32,7 +37,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_a_run_prints_the_split_the_learning_rate_and_the_table(finished):
     _, output = finished
     assert "4 labeled images (4 (seed 0), sha256 " in output
-    assert "learning rate 0.025 = 0.05 * 8 / 16 images in an optimizer step" in output
+    assert "learning rate 0.025 for 8 images in an optimizer step" in output
     for name in ("background", "disk", "square", "triangle", "star", "cross", "mean"):
         assert f"│ {name}" in output
 
@@ -50,9 +55,12 @@ def test_metrics_json_is_complete_and_agrees_with_the_csv(finished):
 
 def test_the_saved_configuration_repeats_the_run(finished, tmp_path):
     run, _ = finished
+    before = modification_times(run)
     cfg = OmegaConf.load(run / "config.yaml")
     cfg.output_dir = str(tmp_path)
     again = train(cfg)
+    assert before == modification_times(run)
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
     assert again["test"] == json.loads((run / "metrics.json").read_text())["test"]
 
 
@@ -65,13 +73,13 @@ def test_checkpoints_hold_nothing_but_tensors_and_plain_data(finished):
 
 def test_a_finished_run_is_never_overwritten(finished):
     run, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    before = modification_times(run)
     result = run_command(*TINY, "hydra.run.dir=run", cwd=run.parent)
     assert result.returncode == 1
     assert "expected a new run folder, but " in result.stderr
     assert "resume=auto" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before == modification_times(run)
 
 
 def test_showing_the_configuration_is_fast(tmp_path):
@@ -117,7 +125,17 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
         (["loader.unlabeled_batch_size=1"], "so that CutMix finds a different partner, but got 1"),
         (["loader.batch_size=0"], "expected batch sizes of at least 1"),
         (["loader.crop_size=20"], "expected loader.crop_size of at least 33 pixels, but got 20"),
-        (["schedule.epochs=2"], "expected a positive schedule.epochs or schedule.steps, but got epochs=2, steps=5"),
+        (
+            ["schedule.epochs=2"],
+            "expected a positive whole schedule.epochs or schedule.steps, but got epochs=2, steps=5",
+        ),
+        (["schedule.steps=2.5"], "expected a positive whole schedule.epochs or schedule.steps, but got epochs=None"),
+        (["+trainer.max_epochs=3"], "expected trainer.max_epochs to be left to this command; set schedule.epochs"),
+        (["dataset.labeled=nowhere.txt"], "expected a list file, but nowhere.txt does not exist"),
+        (
+            ["trainer.accelerator=cpu", "trainer.devices=4"],
+            "expected at least 4 validation and test images, one a proc",
+        ),
         (["resume=auto"], "last.ckpt does not exist; leave resume out to start anew"),
         (["method.partner=other"], "expected method.partner of batch, same_image, but got 'other'"),
         (["method.network_perturbation.sampler=one"], "expected a network perturbation sampler of single_block"),
@@ -140,7 +158,8 @@ def test_wrong_values_are_found_before_anything_is_written(overrides, sentence, 
 
 
 def test_quoted_fractions_and_list_files_are_not_refused():
-    refuse_underscored_fractions(["dataset.labeled=1/8", "dataset.labeled=splits/1_8/labeled.txt", "name=1_8"])
+    stamped = "dataset.labeled=runs/2026-01-02_03-04-05_shapes/labeled.txt"
+    refuse_underscored_fractions(["dataset.labeled=1/8", "dataset.labeled=splits/1_8/labeled.txt", "name=1_8", stamped])
     with pytest.raises(UserError, match=r"write dataset\.labeled=1/16"):
         refuse_underscored_fractions(["dataset.labeled=1/4,1_16"])
 
@@ -156,9 +175,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path):
 
 def test_a_run_goes_on_where_it_stopped_and_keeps_its_metrics(tmp_path):
     straight = train(compose_train(*TINY, "schedule.steps=10", output_dir=tmp_path / "straight"))
-    half = compose_train(*TINY, "schedule.steps=10", "+trainer.limit_val_batches=1", output_dir=tmp_path / "halves")
-    half.callbacks.stop = {"_target_": "lightning.pytorch.callbacks.Timer", "duration": "00:00:00:00"}
-    train(half)
+    stop = "+callbacks.stop._target_=helpers.StopAfterFirstEpoch"
+    half = train(compose_train(*TINY, "schedule.steps=10", stop, output_dir=tmp_path / "halves"))
+    assert half["steps"] == 5
     first = (tmp_path / "halves" / "metrics.csv").read_text().splitlines()
     resumed = train(compose_train(*TINY, "schedule.steps=10", "resume=auto", output_dir=tmp_path / "halves"))
     weights = [
@@ -170,12 +189,34 @@ def test_a_run_goes_on_where_it_stopped_and_keeps_its_metrics(tmp_path):
     assert len((tmp_path / "halves" / "metrics.csv").read_text().splitlines()) > len(first)
 
 
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])
+def test_a_broken_checkpoint_is_refused_before_anything_is_written(content, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(content)
+    cfg = compose_train(*TINY, f"resume={tmp_path}/last.ckpt", output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="expected a checkpoint of a training, but"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_has_nothing_to_resume(finished, tmp_path):
+    run, _ = finished
+    cfg = compose_train(*TINY, f"resume={run}/checkpoints/last.ckpt", output_dir=tmp_path)
+    with pytest.raises(UserError, match=r"last\.ckpt has finished all 1; raise schedule.epochs"):
+        train(cfg)
+
+
+def test_the_labeled_list_of_a_run_can_be_given_to_another(finished, tmp_path):
+    run, _ = finished
+    metrics = train(compose_train(*TINY, f"dataset.labeled={run}/labeled.txt", output_dir=tmp_path))
+    assert metrics["labeled"]["sha256"] == json.loads((run / "splits.json").read_text())["labeled"]["sha256"]
+
+
 def test_find_checkpoint_prefers_what_is_asked_for(tmp_path):
     assert find_checkpoint(None, tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.touch()
-    assert find_checkpoint("auto", tmp_path) == find_checkpoint(str(last), tmp_path) == str(last)
+    assert find_checkpoint("auto", tmp_path) == find_checkpoint(str(last), tmp_path) == last
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 59, 1000])
@@ -188,7 +229,7 @@ def test_a_schedule_in_steps_covers_them_and_validates_the_last(steps_per_epoch)
 
 @pytest.mark.slow
 def test_a_sweep_gives_one_folder_a_job_and_goes_on_after_a_failed_one(tmp_path):
-    result = run_command(*TINY, "-m", "dataset.labeled=4,99", "method=supervised,mlpmatch", cwd=tmp_path)
+    result = run_command("-m", *TINY, "dataset.labeled=4,99", "method=supervised,mlpmatch", cwd=tmp_path)
     assert result.returncode == 1
     assert "expected dataset.labeled of at most 24" in result.stderr
     sweeps = list((tmp_path / "multirun").iterdir())
@@ -198,13 +239,22 @@ def test_a_sweep_gives_one_folder_a_job_and_goes_on_after_a_failed_one(tmp_path)
 
 
 @pytest.mark.slow
+def test_a_sweep_over_several_processes_is_refused(tmp_path):
+    result = run_command(
+        "-m", *TINY, "seed=0,1", "trainer.accelerator=cpu", "trainer.devices=2", "loader.batch_size=2", cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert "expected one device a job in a sweep, but got 2 processes" in result.stderr
+
+
+@pytest.mark.slow
 def test_ddp_from_the_command_line_gives_one_folder_and_the_metrics_of_all_images(tmp_path):
     result = run_command(
         *TINY, "trainer.accelerator=cpu", "trainer.devices=2", "loader.batch_size=2", "hydra.run.dir=run", cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert result.stdout.count("learning rate 0.025 = 0.05 * 8 / 16 images") == 1
+    assert result.stdout.count("learning rate 0.025 for 8 images") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["steps"] == 5
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()

@@ -62,7 +62,7 @@ def test_images_and_masks_are_paired_by_path_without_suffix(load):
     for source in (data.train, data.val):
         for index in range(len(source)):
             number = IMAGES.index(source.name(index))
-            assert source.has_mask(index) == (number < 5)
+            assert (source.pairs[index].mask is not None) == (number < 5)
             image = source.image(index)
             assert image.shape == (40 + 3 * number, 64 - 4 * number, 3)
             assert image.dtype == np.uint8
@@ -182,7 +182,7 @@ def test_all_sets_can_be_lists(load, write):
     assert names(data.train) == IMAGES[:2] + IMAGES[5:7]
     assert names(data.val) == IMAGES[2:4]
     assert names(data.test) == IMAGES[4:5]
-    assert all(source.has_mask(index) for source in (data.val, data.test) for index in range(len(source)))
+    assert all(source.pairs[index].mask for source in (data.val, data.test) for index in range(len(source)))
 
 
 def test_lists_may_pair_files_of_any_folders_and_names(load, folder_root, write):
@@ -244,7 +244,7 @@ def test_an_unlabeled_list_may_hold_any_name(load, folder_root, write, name):
 def test_a_labeled_list_of_bare_names_finds_the_masks(load, write):
     data = load(labeled=write("labeled.txt", IMAGES[:2]), val=1)
     assert data.labeled.names == tuple(IMAGES[:2])
-    assert [data.train.has_mask(index) for index in data.labeled_indices] == [True, True]
+    assert [data.train.pairs[index].mask is not None for index in data.labeled_indices] == [True, True]
 
 
 def test_a_train_list_limits_the_training_images(load, write):

@@ -4,6 +4,7 @@ import os
 import pytest
 from helpers import TINY, compose_train, run_command
 
+from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.loggers import MetricsCSV, build_loggers, wandb_mode
 from mlpmatch_pl.train import train
@@ -48,6 +49,7 @@ def test_wandb_offline_writes_a_run_with_its_metrics_and_leaves_no_trace_in_the_
         content = record.read_bytes()
         assert b"train/loss_u_np" in content
         assert b"val/miou" in content
+        assert b"4 (seed 0)" in content  # the labeled list, in the run's configuration
 
 
 @pytest.mark.slow
@@ -88,4 +90,4 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mlpmatch_pl.loggers.TensorBoardLogger", missing)
     with pytest.raises(UserError, match=r"pip install 'mlpmatch_pl\[tensorboard\]'"):
-        build_loggers({"wandb": None, "tensorboard": {}}, tmp_path, "run")
+        build_loggers({"logger": {"wandb": None, "tensorboard": True}}, tmp_path, Split("list", ("a",)))

@@ -115,7 +115,7 @@ def test_unlabeled_samples_have_no_mask_and_read_none(folder_root, classes, monk
     dataset = UnlabeledViews(
         data.train, data.unlabeled, WeakView(SIZE), StrongView(), CutMix(), 2, second_view=True, seed=0
     )
-    assert data.train.has_mask(data.unlabeled[0])
+    assert data.train.pairs[data.unlabeled[0]].mask
     for place in range(len(dataset)):
         sample = dataset[place, place]
         assert set(sample) == {"weak", "strong", "valid", "boxes", "index", "partner"}

@@ -59,7 +59,6 @@ def test_images_and_masks_have_the_size_types_and_labels_of_the_contract(size):
         assert (mask.shape, mask.dtype) == ((size, size), np.uint8)
         assert mask.max() < len(CLASS_NAMES)
         assert image.std() > 5
-        assert source.has_mask(index)
 
 
 def test_all_classes_are_present_and_none_is_rare():

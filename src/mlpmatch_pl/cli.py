@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from mlpmatch_pl.errors import UserError, suggest
 
-_UNDERSCORED = re.compile(r"^[+~]*dataset\.(labeled|val)=.*?(?<![\w./])(\d+)_(\d+)(?![\w./])")
+_UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
 
 
 def refuse_underscored_fractions(arguments: Sequence[str]) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import lightning
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
@@ -30,6 +32,7 @@ from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.loggers import build_loggers, finish_wandb
 from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.run_folder import check_checkpoint, describe_split, find_checkpoint, write_run_folder
 from mlpmatch_pl.segmentor.weights import load_published
 from mlpmatch_pl.summary import class_table
 
@@ -41,55 +44,32 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     _quiet()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     output_dir = Path(config["output_dir"]).resolve()
-    checkpoint = find_checkpoint(config["resume"], output_dir)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the others are started by the first, once it has checked all
+    checkpoint = find_checkpoint(config["resume"], output_dir) if first or config["resume"] else None
     if not isinstance(config["seed"], int):
         raise UserError(f"expected seed as a whole number, but got {config['seed']!r}")
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
     trainer = build_trainer(config, output_dir, datamodule)
-    try:
-        module = build_module(config, method, datamodule, trainer)
+    module = build_module(config, method, datamodule, trainer)
+    start_step = check_checkpoint(checkpoint, module) if checkpoint else 0
+    if first:
         datamodule.prepare_data()
+    exit_code = 1
+    try:
+        trainer.loggers = build_loggers(config, output_dir, datamodule.data.labeled)
         if trainer.is_global_zero:
-            _write_run_folder(cfg, output_dir, datamodule)
-        _describe(module, datamodule, trainer, output_dir)
-        started = time.monotonic()
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
-        metrics = _finish(trainer, module, datamodule, config, time.monotonic() - started)
+            write_run_folder(cfg, output_dir, datamodule.data)
+        _describe(module, datamodule, trainer, output_dir, checkpoint)
+        metrics = _train_and_test(trainer, module, datamodule, checkpoint, start_step)
         if trainer.is_global_zero:
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             log.info("results in %s", output_dir)
+        exit_code = 0
         return metrics
     finally:
-        finish_wandb()
-
-
-def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
-    """Return the checkpoint to go on from; refuse to write over a run that has one.
-
-    Args:
-        resume: None, ``auto`` or a path.
-        output_dir: The run folder.
-
-    Raises:
-        UserError: If the run folder holds a checkpoint and nothing says to resume, or there is none to resume.
-    """
-    last = output_dir / "checkpoints" / "last.ckpt"
-    if resume is None:
-        existing = sorted((output_dir / "checkpoints").glob("*.ckpt"))
-        if existing and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            raise UserError(
-                f"expected a new run folder, but {existing[0]} exists; go on with resume=auto, or choose another "
-                "hydra.run.dir"
-            )
-        return None
-    path = last if resume == "auto" else Path(resume)
-    if not path.is_file():
-        raise UserError(
-            f"expected a checkpoint to resume from, but {path} does not exist; leave resume out to start anew"
-        )
-    return str(path)
+        finish_wandb(exit_code)
 
 
 def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDataModule:
@@ -105,30 +85,36 @@ def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDa
     )
 
 
+_SET_HERE = {
+    "callbacks", "default_root_dir", "enable_model_summary", "logger", "max_epochs", "max_steps",
+    "num_sanity_val_steps", "strategy", "use_distributed_sampler",
+}  # fmt: skip
+
+
 def build_trainer(config: dict[str, Any], output_dir: Path, datamodule: SemiSupervisedDataModule) -> Trainer:
     """Build the trainer: duration from the schedule, DDP settings, loggers, callbacks."""
     options = dict(config["trainer"])
+    if taken := sorted(set(options) & _SET_HERE):
+        raise UserError(
+            f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
+            "the groups logger and callbacks, or hydra.run.dir"
+        )
     options.pop("channels_last")
-    sync_batchnorm = options.pop("sync_batchnorm")
-    on_cpu = options["accelerator"] == "cpu" or not torch.cuda.is_available()
-    if sync_batchnorm and on_cpu:
-        raise UserError("expected a GPU for trainer.sync_batchnorm=true, but torch has none; leave it null")
-    several = options["devices"] not in (1, "1", [0]) or options["num_nodes"] > 1
+    options["sync_batchnorm"] = uses_sync_batchnorm(options)
     # Buffers differ between ranks only without SyncBatchNorm; sending rank 0's in every step gains nothing.
-    strategy: Any = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if several else "auto"
-    name = f"{config['method']['name']}_{output_dir.name}"
+    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if _several(options) else "auto"
     trainer = Trainer(
         **options,
-        strategy=strategy,
-        sync_batchnorm=several and not on_cpu if sync_batchnorm is None else sync_batchnorm,
+        strategy=ddp,
         max_epochs=1,  # set below, once the number of processes is known
         default_root_dir=str(output_dir),
-        logger=build_loggers(config["logger"], output_dir, name),
+        logger=False,  # set once everything is checked: a refused run leaves no trace
         callbacks=_callbacks(config["callbacks"]),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    _check_processes(trainer, datamodule)
     steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
     epochs, every = length_of_training(config["schedule"], steps)
     trainer.fit_loop.max_epochs = epochs
@@ -140,6 +126,38 @@ def build_trainer(config: dict[str, Any], output_dir: Path, datamodule: SemiSupe
         trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
     return trainer
+
+
+def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
+    """Tell whether BatchNorm is synchronised: by default on several GPUs, and never on the CPU, which cannot.
+
+    Raises:
+        UserError: If it is asked for without a GPU.
+    """
+    on_cpu = options["accelerator"] == "cpu" or not torch.cuda.is_available()
+    if options["sync_batchnorm"] and on_cpu:
+        raise UserError("expected a GPU for trainer.sync_batchnorm=true, but torch has none; leave it null")
+    return _several(options) and not on_cpu if options["sync_batchnorm"] is None else bool(options["sync_batchnorm"])
+
+
+def _several(options: dict[str, Any]) -> bool:
+    return options["devices"] not in (1, "1", [0]) or options["num_nodes"] > 1
+
+
+def _check_processes(trainer: Trainer, datamodule: SemiSupervisedDataModule) -> None:
+    if trainer.world_size == 1:
+        return
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError(
+            f"expected one device a job in a sweep, but got {trainer.world_size} processes; leave out -m, or start one "
+            "command a job"
+        )
+    fewest = min(len(source) for source in (datamodule.data.val, datamodule.data.test) if source is not None)
+    if fewest < trainer.world_size:
+        raise UserError(
+            f"expected at least {trainer.world_size} validation and test images, one a process, but got {fewest}; "
+            "lower trainer.devices"
+        )
 
 
 def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[int, int]:
@@ -158,9 +176,10 @@ def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[
         (126, 6)
     """
     epochs, steps = schedule["epochs"], schedule["steps"]
-    if (epochs is None) == (steps is None) or (epochs or steps) < 1:
+    given = [value for value in (epochs, steps) if value is not None]
+    if len(given) != 1 or not isinstance(given[0], int) or given[0] < 1:
         raise UserError(
-            f"expected a positive schedule.epochs or schedule.steps, but got epochs={epochs}, steps={steps}; "
+            f"expected a positive whole schedule.epochs or schedule.steps, but got epochs={epochs}, steps={steps}; "
             "set the other to null"
         )
     if epochs is not None:
@@ -179,11 +198,9 @@ def build_module(
         raise UserError(
             f"expected backbone.in_chans=3, because the data are RGB images, but got {backbone['in_chans']}"
         )
-    together = trainer.world_size if trainer.strategy.root_device.type == "cuda" else 1  # SyncBatchNorm
-    method.check_batch(
-        datamodule.batch_size * together + (0 if method.uses_unlabeled else datamodule.unlabeled_batch_size * together),
-        datamodule.unlabeled_batch_size * together,
-    )
+    labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
+    synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
+    method.check_batch(labeled if method.uses_unlabeled else labeled + unlabeled, unlabeled, synchronized)
     images = images_per_update(datamodule, trainer)
     lr = schedule["lr"] * images / schedule["reference_images"]
     module = MLPMatch(
@@ -200,10 +217,6 @@ def build_module(
         channels_last=config["trainer"]["channels_last"],
         seed=config["seed"],
     )
-    log.info(
-        "learning rate %.4g = %g * %d / %d images in an optimizer step; decoder x %g",
-        lr, schedule["lr"], images, schedule["reference_images"], schedule["lr_multi"],
-    )  # fmt: skip
     if config["init_weights"]:
         load_published(module.segmentor, config["init_weights"])
     return module
@@ -223,13 +236,17 @@ def _callbacks(config: dict[str, Any]) -> list[Callback]:
     return callbacks
 
 
-def _write_run_folder(cfg: DictConfig, output_dir: Path, datamodule: SemiSupervisedDataModule) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
-    datamodule.data.labeled.save(output_dir / "labeled.txt")
-
-
-def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path) -> None:
+def _describe(
+    module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path, checkpoint: Path | None
+) -> None:
+    if checkpoint is None:
+        images, hparams = images_per_update(datamodule, trainer), module.hparams
+        log.info(
+            "learning rate %.4g for %d images in an optimizer step; decoder x %g",
+            hparams["lr"], images, hparams["lr_multi"],
+        )  # fmt: skip
+    else:
+        log.info("going on from %s, with its learning rate and schedule", checkpoint)
     data = datamodule.data
     log.info(
         "%s: %d labeled images (%s, sha256 %s), %d unlabeled, %d validation, %d test; %d classes",
@@ -244,16 +261,21 @@ def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: T
     )  # fmt: skip
 
 
-def _finish(
-    trainer: Trainer, module: MLPMatch, datamodule: SemiSupervisedDataModule, config: dict[str, Any], seconds: float
+def _train_and_test(
+    trainer: Trainer, module: MLPMatch, datamodule: SemiSupervisedDataModule, checkpoint: Path | None, start_step: int
 ) -> dict[str, Any]:
-    """Evaluate the best checkpoint, print the table, and gather what metrics.json holds."""
+    """Train, evaluate the best checkpoint, print the table, and gather what metrics.json holds."""
+    started = time.monotonic()
+    trainer.fit(module, datamodule=datamodule, ckpt_path=None if checkpoint is None else str(checkpoint))
+    seconds, steps = time.monotonic() - started, trainer.global_step - start_step
+    if not steps:
+        raise UserError(
+            f"expected epochs left to train, but {checkpoint} has finished all {trainer.max_epochs}; "
+            "raise schedule.epochs"
+        )
     last = _floats(trainer.callback_metrics)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    checkpoint = trainer.checkpoint_callback
-    best_path = getattr(checkpoint, "best_model_path", "") or None
-    best_val = getattr(checkpoint, "best_model_score", None)
+    best_path = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    best_val = getattr(trainer.checkpoint_callback, "best_model_score", None)
     trainer.test(module, datamodule=datamodule, ckpt_path=best_path, verbose=False)
     test = _floats(trainer.callback_metrics)
     part = "test" if datamodule.data.test else "validation"
@@ -263,21 +285,19 @@ def _finish(
         part, test.get("test/miou", float("nan")), "none" if best_val is None else f"{float(best_val):.4f}",
         duration(seconds),
     )  # fmt: skip
-    split = datamodule.data.labeled
     return {
-        "method": config["method"]["name"],
-        "seed": config["seed"],
-        "labeled": {"split": split.label, "count": len(split.names), "sha256": split.sha256},
+        "method": module.method.name,
+        "seed": module.hparams["seed"],
+        "labeled": describe_split(datamodule.data.labeled),
         "unlabeled": len(datamodule.data.unlabeled),
         "steps": trainer.global_step,
         "best": {"val/miou": None if best_val is None else float(best_val), "checkpoint": best_path},
         "last": last,
         "test": test,
         "evaluated_on": part,
-        "seconds": round(seconds, 1),
-        "images_per_second": round(
-            trainer.global_step * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2
-        ),
+        "seconds": round(seconds, 1),  # of this session, validation included
+        "images_per_second": round(steps * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2),
+        "device": _device(trainer),
         "versions": {
             "mlpmatch_pl": mlpmatch_pl.__version__,
             "torch": torch.__version__,
@@ -285,6 +305,12 @@ def _finish(
             "python": platform.python_version(),
         },
     }
+
+
+def _device(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{trainer.world_size} x {name}"
 
 
 def _floats(metrics: Any) -> dict[str, float]:

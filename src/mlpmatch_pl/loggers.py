@@ -1,8 +1,10 @@
 """Loggers: metrics.csv always, Weights & Biases and TensorBoard when asked for."""
 
+import csv
 import logging
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,7 +25,7 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         if self._fs.isfile(self.metrics_file_path):
             with self._fs.open(self.metrics_file_path, "r", newline="") as file:
-                self.metrics_keys = file.readline().strip().split(",")
+                self.metrics_keys = next(csv.reader(file), [])
 
 
 class MetricsCSV(CSVLogger):
@@ -48,18 +51,26 @@ class MetricsCSV(CSVLogger):
         """Write nothing: config.yaml has them."""
 
 
-def build_loggers(config: Mapping[str, Any], output_dir: Path, run_name: str) -> list[Logger]:
+def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split) -> list[Logger]:
     """Build the loggers of a run.
 
     Args:
-        config: The node ``logger``: options for ``wandb`` and ``tensorboard``, None for off.
+        config: The whole configuration; its node ``logger`` has options for ``wandb`` (None for off) and whether
+            ``tensorboard`` is on.
         output_dir: The run folder.
-        run_name: Name of the run where none is configured.
+        labeled: The labeled images; W&B's run configuration names their list.
+
+    Raises:
+        UserError: If a logger's package is not installed, or the W&B mode is unknown.
     """
+    options = config["logger"]
     loggers: list[Logger] = [MetricsCSV(str(output_dir))]
-    if config.get("wandb") is not None:
-        loggers.append(_wandb(dict(config["wandb"]), output_dir, run_name))
-    if config.get("tensorboard") is not None:
+    if options["wandb"] is not None:
+        logger = _wandb(dict(options["wandb"]), output_dir, f"{config['method']['name']}_{output_dir.name}")
+        chosen = {"split": labeled.label, "count": len(labeled.names), "sha256": labeled.sha256}
+        logger.log_hyperparams({**{key: config[key] for key in ("dataset", "loader", "schedule")}, "labeled": chosen})
+        loggers.append(logger)
+    if options["tensorboard"]:
         try:
             loggers.append(TensorBoardLogger(str(output_dir), name="tensorboard", version=""))
         except ModuleNotFoundError as error:
@@ -69,12 +80,14 @@ def build_loggers(config: Mapping[str, Any], output_dir: Path, run_name: str) ->
     return loggers
 
 
-def finish_wandb() -> None:
-    """End the W&B run, if there is one: else the next job of a sweep would log into it."""
-    import sys
+def finish_wandb(exit_code: int) -> None:
+    """End the W&B run, if there is one: else the next job of a sweep would log into it.
 
+    Args:
+        exit_code: 0 for a finished run, another for a failed one.
+    """
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+        sys.modules["wandb"].finish(exit_code=exit_code)
 
 
 def wandb_mode(configured: str | None) -> str:
@@ -85,7 +98,8 @@ def wandb_mode(configured: str | None) -> str:
     """
     mode = configured or os.environ.get("WANDB_MODE")
     if mode and mode not in WANDB_MODES:
-        raise UserError(f"expected logger.wandb.mode of {', '.join(WANDB_MODES)}, but got {mode!r}")
+        where = "logger.wandb.mode" if configured else "the environment variable WANDB_MODE"
+        raise UserError(f"expected {where} of {', '.join(WANDB_MODES)}, but got {mode!r}")
     return mode or ("online" if _has_wandb_credentials() else "offline")
 
 
@@ -101,14 +115,18 @@ def _has_wandb_credentials() -> bool:
 
 
 def _wandb(options: dict[str, Any], output_dir: Path, run_name: str) -> Logger:
-    mode = wandb_mode(options.pop("mode", None))
+    mode = wandb_mode(options.pop("mode"))
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "expected wandb to be installed for logger=wandb; pip install wandb, or use logger=csv"
+        ) from error
     if mode == "offline":
         log.info("W&B: offline, no credentials used; upload later with: wandb sync %s/wandb/offline-run-*", output_dir)
-    options["name"] = options.get("name") or run_name
+    options["name"] = options["name"] or run_name
 
     def build(mode: str) -> WandbLogger:
-        import wandb
-
         # Not WandbLogger(offline=True): it changes WANDB_MODE for the whole process, and so for the next job.
         settings = wandb.Settings(init_timeout=30)
         return WandbLogger(save_dir=str(output_dir), mode=mode, settings=settings, log_model=False, **options)
@@ -116,8 +134,6 @@ def _wandb(options: dict[str, Any], output_dir: Path, run_name: str) -> Logger:
     logger = build(mode)
     if mode != "online":
         return logger
-    import wandb
-
     try:
         logger.experiment  # noqa: B018  # connects now rather than in the first step
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:

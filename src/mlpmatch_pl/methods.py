@@ -13,6 +13,7 @@ from typing import Any
 
 from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.objective.volatile import SCHEDULES
+from mlpmatch_pl.perturbation.input import partner_shift
 
 PARTNERS = ("batch", "same_image")
 PASSES = ("forked", "official")
@@ -20,7 +21,7 @@ PASSES = ("forked", "official")
 
 @dataclass(frozen=True)
 class Method:
-    """What a training step computes.
+    """What a training step computes. A term that is on with weight 0 is still computed and logged.
 
     Attributes:
         name: Name of the preset.
@@ -49,7 +50,7 @@ class Method:
     lambda_max: float = 0.0
     lambda_schedule: str = "linear_epoch"
     network_updates_batchnorm: bool = True
-    cutmix: Mapping[str, Any] = field(default_factory=lambda: {"p": 0.5, "area": [0.02, 0.4], "ratio": [0.3, 3.3333]})
+    cutmix: Mapping[str, Any] = field(default_factory=lambda: {"p": 0.5, "area": [0.02, 0.4], "ratio": [0.3, 1 / 0.3]})
     partner: str = "batch"
     passes: str = "forked"
     late_schedule: bool = False
@@ -76,28 +77,26 @@ class Method:
         """Whether the step needs unlabeled images."""
         return bool(self.strong_weights)
 
-    def check_batch(self, labeled: int, unlabeled: int) -> None:
+    def check_batch(self, labeled: int, unlabeled: int, synchronized: int = 1) -> None:
         """Refuse batches that BatchNorm or CutMix cannot work with.
 
         Args:
-            labeled: Labeled images that are normalised together (a device, or all with SyncBatchNorm).
-            unlabeled: Unlabeled images likewise.
+            labeled: Labeled images on a device.
+            unlabeled: Unlabeled images on a device.
+            synchronized: Number of devices over which SyncBatchNorm normalises together.
 
         Raises:
             UserError: If BatchNorm would see a single image, or CutMix would find no partner.
         """
         views = unlabeled * len(self.strong_weights)
         smallest = min(labeled + unlabeled, views) if self.uses_unlabeled else labeled
-        if smallest < 2:
+        if smallest * synchronized < 2:
             raise UserError(
                 f"expected at least 2 images in every pass, because BatchNorm cannot train on one, but a batch has "
                 f"{labeled} labeled and {unlabeled} unlabeled images; raise loader.batch_size"
             )
-        if self.uses_unlabeled and self.partner == "batch" and unlabeled < 2:
-            raise UserError(
-                f"expected at least 2 unlabeled images in a batch, so that CutMix finds a different partner, but got "
-                f"{unlabeled}; raise loader.unlabeled_batch_size or use method.partner=same_image"
-            )
+        if self.uses_unlabeled and self.partner == "batch":
+            partner_shift(unlabeled, seed=0, step=0)
 
 
 _UNIMATCH = Method("unimatch", strong_weights=(0.25, 0.25), feature_weight=0.5)

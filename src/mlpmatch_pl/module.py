@@ -98,7 +98,7 @@ class MLPMatch(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint has the weights themselves
         self.method = resolve_method(method)
         self.class_names = _names(class_names, num_classes)
         self.absent = check_absent(absent)
@@ -183,14 +183,7 @@ class MLPMatch(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, before anything is changed."""
-        saved = checkpoint.get("hyper_parameters", {})
-        for key in ARCHITECTURE:
-            here = self.hparams[key]
-            if key in saved and _plain(saved[key]) != _plain(here):
-                raise UserError(
-                    f"expected a checkpoint of this architecture, but it has {key}={saved[key]} and the configuration "
-                    f"{key}={here}; resume with the configuration of the run that wrote it"
-                )
+        check_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
 
     def _draw_step(self, batch_idx: int) -> int:
         # Batches that are accumulated into one optimizer step still draw differently.
@@ -220,6 +213,20 @@ class MLPMatch(LightningModule):
             scores = Scores.of(counts_CC.cpu(), self.absent).as_dict(self.class_names)
             self.log_dict({f"{stage}/{key}": value for key, value in scores.items()})
             self.last_counts_CC = counts_CC.cpu()
+
+
+def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Compare the hyperparameters that decide the network.
+
+    Raises:
+        UserError: For the first one that differs.
+    """
+    for key in ARCHITECTURE:
+        if key in saved and _plain(saved[key]) != _plain(here[key]):
+            raise UserError(
+                f"expected a checkpoint of this architecture, but it has {key}={saved[key]} and the configuration "
+                f"{key}={here[key]}; resume with the configuration of the run that wrote it"
+            )
 
 
 def total_loss(terms: Mapping[str, Tensor], method: Method, lambda_np: float) -> Tensor:

@@ -231,6 +231,11 @@ class SameImagePartner:
 
     def __call__(self, unlabeled: Batch, step: int) -> Partner:
         """Label the second views."""
+        if "partner" not in unlabeled:
+            raise UserError(
+                "expected a second view of every unlabeled image for partner=same_image, but the batch has none; "
+                'use SemiSupervisedDataModule(..., partner="same_image")'
+            )
         partner = unlabeled["partner"]
         with eval_mode(self.segmentor), torch.no_grad():
             labels = PseudoLabels.from_logits(self.segmentor(partner["weak"]), partner["valid"])

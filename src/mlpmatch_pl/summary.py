@@ -8,9 +8,10 @@ from rich.table import Table
 from torch import Tensor
 
 from mlpmatch_pl.evaluation import Scores
+from mlpmatch_pl.evaluation.confusion import Absent
 
 
-def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: str, title: str) -> str:
+def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: Absent, title: str) -> str:
     """Write IoU, Dice, accuracy and share of the pixels by class, and their means.
 
     Args:
@@ -24,7 +25,7 @@ def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: str, titl
         >>> print(class_table(torch.tensor([[3, 1], [0, 4]]), ["a", "b"], "exclude", "t").splitlines()[4])
         │ a     │ 75.00 │  85.71 │       75.00 │     50.0 │
     """
-    scores = Scores.of(counts_CC, absent)  # type: ignore[arg-type]
+    scores = Scores.of(counts_CC, absent)
     table = Table(title=title, title_justify="left")
     table.add_column("class")
     for column in ("IoU %", "Dice %", "recall %", "pixels %"):

@@ -12,11 +12,14 @@ from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.errors import UserError
 
 
-def check_data(data: SegmentationData) -> None:
+def check_data(data: SegmentationData) -> set[tuple[int, int]]:
     """Read every image and every mask that will be used, and refuse what training would stumble over.
 
     Args:
         data: The data set.
+
+    Returns:
+        The sizes of the evaluation images, (height, width).
 
     Raises:
         UserError: For the first file, in order, that is unreadable, differs in size from its image, or holds a value
@@ -29,20 +32,21 @@ def check_data(data: SegmentationData) -> None:
     jobs += [(source, index, True) for source in held_out for index in range(len(source))]
     jobs += [(data.train, index, False) for index in data.unlabeled]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-        for _ in pool.map(_checker(data), jobs):
-            pass
+        sizes = list(pool.map(_checker(data), jobs))
+    return {size for (source, _, _), size in zip(jobs, sizes, strict=True) if source is not data.train}
 
 
-def _checker(data: SegmentationData) -> Callable[[tuple[Source, int, bool]], None]:
+def _checker(data: SegmentationData) -> Callable[[tuple[Source, int, bool]], tuple[int, int]]:
     classes = range(len(data.class_names))
     allowed = np.zeros(256, dtype=bool)
     allowed[[*classes, data.ignore_index]] = True
 
-    def check(job: tuple[Source, int, bool]) -> None:
+    def check(job: tuple[Source, int, bool]) -> tuple[int, int]:
         source, index, with_mask = job
         image = source.image(index)
+        size = (image.shape[0], image.shape[1])
         if not with_mask:
-            return
+            return size
         mask = source.mask(index)
         if image.shape[:2] != mask.shape:
             raise UserError(
@@ -50,6 +54,7 @@ def _checker(data: SegmentationData) -> Callable[[tuple[Source, int, bool]], Non
                 f"{image.shape[1]} x {image.shape[0]} and its mask {mask.shape[1]} x {mask.shape[0]} pixels"
             )
         _refuse_values(mask[~allowed[mask]], source.name(index), len(classes), data.ignore_index)
+        return size
 
     return check
 

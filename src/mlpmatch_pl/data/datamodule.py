@@ -19,6 +19,8 @@ from mlpmatch_pl.data.views import StrongView, WeakView
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.perturbation import CutMix
 
+MOST_WORKERS = 16  # more seldom load faster, and each costs memory
+
 
 class SemiSupervisedDataModule(LightningDataModule):
     """Training batches of ``{"labeled": ..., "unlabeled": ...}``, and whole images for evaluation.
@@ -115,7 +117,12 @@ class SemiSupervisedDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Check every file once, see `mlpmatch_pl.data.checks.check_data`."""
         if not self._checked:
-            check_data(self.data)
+            sizes = check_data(self.data)
+            if self.eval_batch_size > 1 and len(sizes) > 1:
+                raise UserError(
+                    f"expected evaluation images of one size for loader.eval_batch_size={self.eval_batch_size}, "
+                    f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
+                )
             self._checked = True
 
     def train_dataloader(self) -> CombinedLoader:
@@ -190,13 +197,18 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def _workers(self, loaders: int) -> dict[str, int]:
         """Share the workers out: an unlabeled sample costs about three times a labeled one."""
-        _, world_size = self._place()
-        free = max((os.cpu_count() or 1) // world_size - 1, 0)
+        processes = 1 if self.trainer is None else self.trainer.num_devices  # on this machine
+        free = min(max(_cores() // processes - 1, 0), MOST_WORKERS)
         total = free if self.num_workers is None else self.num_workers
         if loaders == 1:
             return {"labeled": total}
         labeled = max(total // 4, 1) if total > 1 else 0
         return {"labeled": labeled, "unlabeled": total - labeled}
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stream_seed(seed: int, name: str) -> int:

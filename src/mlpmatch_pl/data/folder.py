@@ -58,10 +58,6 @@ class FolderSource:
         image: Image = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
         return image
 
-    def has_mask(self, index: int) -> bool:
-        """Tell whether the pair has a mask."""
-        return self.pairs[index].mask is not None
-
     def mask(self, index: int) -> Mask:
         """Read a mask of class ids; palette indices stay indices."""
         relative = self.pairs[index].mask
@@ -146,7 +142,7 @@ def folder(
         chosen = set(choose(candidates, val, split_seed, "val").names)
         val_pairs = [pair for pair in train_pairs if pair.image in chosen]
         train_pairs = [pair for pair in train_pairs if pair.image not in chosen]
-    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed, chosen)
+    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed, held_out | chosen)
     _refuse_overlap(split.names, val_pairs, "validation")
     _refuse_overlap(split.names, test_pairs, "test")
     return SegmentationData(
@@ -186,14 +182,14 @@ def _select(
         split = choose(masked, len(masked) if labeled is None else labeled, seed)
     taken = set(split.names)
     if unlabeled:
-        extra = files.read_list(unlabeled)
+        extra = files.read_list(unlabeled, with_masks=False)
         pairs |= {pair.image: pair for pair in extra if pair.image not in pairs}
         wanted = {pair.image for pair in extra} - held_out
         if is_list_file(labeled) and (both := sorted(wanted & taken)):
             raise UserError(f"expected labeled and unlabeled images to differ, but {both[0]} is in both lists")
         wanted -= taken
     else:
-        wanted = set(pairs) - taken
+        wanted = set(pairs) - taken - held_out
     ordered = list(pairs.values())
     return ordered, split, tuple(index for index, pair in enumerate(ordered) if pair.image in wanted)
 
@@ -231,8 +227,13 @@ class Files:
             )
         return [Pair(image, masks.get(stem)) for stem, image in images.items()]
 
-    def read_list(self, name: str) -> list[Pair]:
-        """Read a list file, given relative to the root or to the working directory."""
+    def read_list(self, name: str, with_masks: bool = True) -> list[Pair]:
+        """Read a list file, given relative to the root or to the working directory.
+
+        Args:
+            name: The list file.
+            with_masks: Whether the second column is read; unlabeled images need not have the masks that it names.
+        """
         path = next((path for path in (self.root / name, Path(name)) if path.is_file()), None)
         if path is None:
             raise UserError(
@@ -243,7 +244,7 @@ class Files:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"expected the list {path} in UTF-8, but it is not; save it in UTF-8") from error
-        pairs = [self._parse(line, path) for line in lines if line.strip()]
+        pairs = [self._parse(line, path, with_masks) for line in lines if line.strip()]
         if not pairs:
             raise UserError(f"expected at least one image in the list {path}, but it is empty")
         if len({pair.image for pair in pairs}) < len(pairs):
@@ -252,13 +253,14 @@ class Files:
             raise UserError(f"expected every image once in the list {path}, but {twice} comes more than once")
         return pairs
 
-    def _parse(self, line: str, path: Path) -> Pair:
+    def _parse(self, line: str, path: Path, with_masks: bool) -> Pair:
         line = line.rstrip()
         parts = line.split("\t") if "\t" in line else line.split(" ")
         if "\t" not in line and (self.root / line).is_file():  # a bare name with spaces
             parts = [line]
         if len(parts) > 2:
             raise UserError(f"expected 'image mask' in {path}, but found {line!r}; separate names with spaces by a tab")
+        parts = parts if with_masks else parts[:1]
         for part in parts:
             if PurePosixPath(part).is_absolute() or ".." in PurePosixPath(part).parts:
                 raise UserError(f"expected paths below {self.root} in {path}, but found {part!r}")

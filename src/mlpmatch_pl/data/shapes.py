@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpmatch_pl.data.sources import Image, Mask, SegmentationData
-from mlpmatch_pl.data.splits import choose
+from mlpmatch_pl.data.splits import choose, is_list_file, read_split
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.seeding import mix
 
@@ -56,10 +56,6 @@ class Shapes:
         """Draw a scene, uint8, (size, size, 3), RGB."""
         return self._scene(index)[0]
 
-    def has_mask(self, index: int) -> bool:
-        """Every scene has its truth."""
-        return True
-
     def mask(self, index: int) -> Mask:
         """Draw a scene's truth, uint8, (size, size)."""
         return self._scene(index)[1]
@@ -80,7 +76,7 @@ class Shapes:
 
 
 def shapes(
-    labeled: str | int | float = 12,
+    labeled: str | int | float = 20,
     train: int = 480,
     val: int = 60,
     test: int = 120,
@@ -90,7 +86,7 @@ def shapes(
     """Describe the embedded data set.
 
     Args:
-        labeled: Fraction or count of the training images whose truth is used.
+        labeled: Fraction, count or list file of the training images whose truth is used.
         train: Number of training images.
         val: Number of validation images.
         test: Number of test images.
@@ -106,7 +102,8 @@ def shapes(
             f"size={size}"
         )
     source = Shapes("train", train, size)
-    split = choose([source.name(index) for index in range(train)], labeled, split_seed)
+    names = [source.name(index) for index in range(train)]
+    split = read_split(str(labeled), names) if is_list_file(labeled) else choose(names, labeled, split_seed)
     taken = set(split.names)
     return SegmentationData(
         class_names=CLASS_NAMES,

@@ -31,11 +31,8 @@ class Source(Protocol):
     def image(self, index: int) -> Image:
         """Return an image, uint8, (H, W, 3), RGB."""
 
-    def has_mask(self, index: int) -> bool:
-        """Tell whether the image has a mask."""
-
     def mask(self, index: int) -> Mask:
-        """Return the mask, uint8, (H, W): 0..C-1 or the ignore index."""
+        """Return the mask, uint8, (H, W): 0..C-1 or the ignore index. Asked of labeled and evaluated images only."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,10 @@ def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
         >>> class_list(["road", "sky"], 255)
         ('road', 'sky')
     """
+    if isinstance(classes, str):
+        raise UserError(
+            f"expected a list of class names, but got {classes!r}; write 'dataset.classes=[background,road]'"
+        )
     names = tuple(str(name) for name in classes)
     if len(names) < 2:
         raise UserError(

@@ -44,6 +44,26 @@ class Split:
         path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8")
 
 
+def read_split(path: str, known: Sequence[str]) -> Split:
+    """Read a list as `Split.save` writes it.
+
+    Args:
+        path: The file.
+        known: All names that there are.
+
+    Raises:
+        UserError: If the file is missing or empty, or holds a name twice or an unknown one.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"expected a list file, but {path} does not exist; a fraction is written 1/8, a count 92")
+    names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    wrong = sorted(set(names) - set(known))
+    if wrong or not names or len(set(names)) < len(names):
+        found = f"{wrong[0]!r}, which is none of them" if wrong else "none, or one twice"
+        raise UserError(f"expected different names of images in the list {path}, but found {found}")
+    return Split(path, names)
+
+
 def is_list_file(spec: object) -> bool:
     """Tell whether a choice names a list file rather than a fraction or a count.
 
