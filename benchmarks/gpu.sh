@@ -17,6 +17,8 @@ trap 'rm -rf "$stage"' EXIT
 cp -r src/mlpmatch_pl "$stage/"
 cp -r conf "$stage/mlpmatch_pl/conf"
 export PYTHONPATH=$stage${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+"$python" -c 'import albumentations, cv2, hydra, lightning, omegaconf, rich, safetensors, timm, torchmetrics' \
+  || { echo "a dependency is missing, see above" >&2; exit 1; }
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
 echo "== $gpu"
 

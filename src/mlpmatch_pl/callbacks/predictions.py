@@ -18,7 +18,8 @@ Array = NDArray[Any]
 Colors = Sequence[tuple[int, int, int]]
 IGNORED_COLOR = (255, 255, 255)
 PANEL_WIDTH = 320  # small images are enlarged to it, so that titles are readable
-MARGIN, TITLE = 8, 22
+MARGIN, TITLE, FONT_SIZE = 8, 22, 14  # pixels
+PAPER, INK = (250, 250, 250), (0, 0, 0)
 
 
 class PredictionSheets(Callback):
@@ -91,26 +92,40 @@ def prediction_sheet(
         "prediction": colorize(label_HW, colors),
         "confidence (white = 1)": np.repeat(gray[..., None], 3, axis=2),
     }
-    height, width = image_HW3.shape[:2]
+    row = _panel_row(panels)
+    legend = _legend([*zip(class_names, colors, strict=True), ("ignored", IGNORED_COLOR)], row.width)
+    sheet = PILImage.new("RGB", (row.width, row.height + legend.height), PAPER)
+    sheet.paste(row, (0, 0))
+    sheet.paste(legend, (0, row.height))
+    return sheet
+
+
+def _panel_row(panels: dict[str, Array]) -> PILImage.Image:
+    """Put pictures of one size side by side, each below its title."""
+    height, width = panels["image"].shape[:2]
     factor = max(PANEL_WIDTH / width, 1.0)
     width, height = round(width * factor), round(height * factor)
-    font = ImageFont.load_default(14)
-    legend = [*zip(class_names, colors, strict=True), ("ignored", IGNORED_COLOR)]
-    total_width = len(panels) * (width + MARGIN) + MARGIN
-    rows = _legend_rows([name for name, _ in legend], total_width, font)
-    sheet = PILImage.new("RGB", (total_width, TITLE + height + MARGIN + TITLE * len(rows) + MARGIN), (250, 250, 250))
-    draw = ImageDraw.Draw(sheet)
+    row = PILImage.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, TITLE + height + MARGIN), PAPER)
     for column, (title, pixels) in enumerate(panels.items()):
         x = MARGIN + column * (width + MARGIN)
         smooth = PILImage.Resampling.BICUBIC if title == "image" else PILImage.Resampling.NEAREST
-        draw.text((x, 3), title, fill=(0, 0, 0), font=font)
-        sheet.paste(PILImage.fromarray(pixels).resize((width, height), smooth), (x, TITLE))
-    for row, entries in enumerate(rows):
-        y = TITLE + height + MARGIN + row * TITLE
-        for index, x in entries:
-            draw.rectangle((x, y + 2, x + 14, y + 16), fill=legend[index][1], outline=(90, 90, 90))
-            draw.text((x + 20, y), legend[index][0], fill=(0, 0, 0), font=font)
-    return sheet
+        ImageDraw.Draw(row).text((x, 3), title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
+        row.paste(PILImage.fromarray(pixels).resize((width, height), smooth), (x, TITLE))
+    return row
+
+
+def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> PILImage.Image:
+    """Draw a colour and a name for each class, in as many rows as the width needs."""
+    font = ImageFont.load_default(FONT_SIZE)
+    rows = _legend_rows([name for name, _ in entries], width, font)
+    legend = PILImage.new("RGB", (width, TITLE * len(rows) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for number, row in enumerate(rows):
+        for index, x in row:
+            name, color = entries[index]
+            draw.rectangle((x, number * TITLE + 2, x + 14, number * TITLE + 16), fill=color, outline=(90, 90, 90))
+            draw.text((x + 20, number * TITLE), name, fill=INK, font=font)
+    return legend
 
 
 def colorize(label_HW: Array, colors: Colors) -> Array:

@@ -126,23 +126,10 @@ def folder(
         raise UserError(f"expected {len(classes)} colours in dataset.palette, one a class, but got {len(palette)}")
     names = class_list(classes, ignore_index)
     files = Files(base, images, masks)
-    val_pairs = files.read_list(str(val)) if is_list_file(val) else []
     test_pairs = files.read_list(test) if test else []
+    train_pairs, val_pairs = _hold_out(files, train, labeled, unlabeled, val, test_pairs, split_seed)
     held_out = {pair.image for pair in (*val_pairs, *test_pairs)}
-    if train:
-        train_pairs = files.read_list(train)
-    elif is_list_file(labeled) and unlabeled:
-        train_pairs = []  # the two lists are the training set
-    else:
-        train_pairs = [pair for pair in files.discover() if pair.image not in held_out]
-    chosen: set[str] = set()
-    if not is_list_file(val):
-        fixed = {pair.image for pair in files.read_list(str(labeled))} if is_list_file(labeled) else set()
-        candidates = [pair.image for pair in train_pairs if pair.mask and pair.image not in fixed]
-        chosen = set(choose(candidates, val, split_seed, "val").names)
-        val_pairs = [pair for pair in train_pairs if pair.image in chosen]
-        train_pairs = [pair for pair in train_pairs if pair.image not in chosen]
-    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed, held_out | chosen)
+    train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed, held_out)
     _refuse_overlap(split.names, val_pairs, "validation")
     _refuse_overlap(split.names, test_pairs, "test")
     return SegmentationData(
@@ -155,6 +142,33 @@ def folder(
         ignore_index=ignore_index,
         palette=tuple((int(r), int(g), int(b)) for r, g, b in palette or ()),
     )
+
+
+def _hold_out(
+    files: Files,
+    train: str | None,
+    labeled: Choice | None,
+    unlabeled: str | None,
+    val: Choice,
+    test: list[Pair],
+    seed: int,
+) -> tuple[list[Pair], list[Pair]]:
+    """Return training and validation pairs; the former may still lack those of the labeled and unlabeled lists."""
+    if train:
+        pairs = files.read_list(train)
+    elif is_list_file(labeled) and unlabeled:
+        pairs = []  # the two lists are the training set
+    else:
+        tested = {pair.image for pair in test}
+        pairs = [pair for pair in files.discover() if pair.image not in tested]
+    if is_list_file(val):
+        val_pairs = files.read_list(str(val))
+        listed = {pair.image for pair in val_pairs}
+        return (pairs if train else [pair for pair in pairs if pair.image not in listed]), val_pairs
+    fixed = {pair.image for pair in files.read_list(str(labeled))} if is_list_file(labeled) else set()
+    candidates = [pair.image for pair in pairs if pair.mask and pair.image not in fixed]
+    chosen = set(choose(candidates, val, seed, "val").names)
+    return [pair for pair in pairs if pair.image not in chosen], [pair for pair in pairs if pair.image in chosen]
 
 
 def _select(
