@@ -328,7 +328,7 @@ def test_wrong_jitter_is_refused(jitter):
 
 @pytest.mark.parametrize("options", [{"jitter_p": 2.0}, {"gray_p": 1.5}, {"blur_p": -0.1}])
 def test_wrong_probabilities_are_refused(options):
-    with pytest.raises(ValueError, match=r"\bp\b|probabilit"):
+    with pytest.raises(ValueError, match=r"\bp\b|probabilities"):
         StrongView(**options)
 
 
