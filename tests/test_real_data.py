@@ -33,7 +33,7 @@ def test_camvid_trains_from_its_recipe_with_local_weights(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "46 labeled images (1/8 (seed 0), sha256" in result.stdout
-    assert "loaded 258 of 258 tensors" in result.stdout
+    assert "loaded 306 of 306 tensors" in result.stdout
     assert "W&B: offline" in result.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["labeled"]["count"] == 46
