@@ -327,6 +327,7 @@ def _quiet() -> None:
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*LeafSpec.*",  # Lightning 2.6 with torch 2.14
         r".*recommended to use `self.log\(.*sync_dist=True.*",  # metrics come from one matrix, summed over the ranks
+        r".*your dataloader is not resumable.*",  # it is: the data module keeps its place in both streams
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ):
         warnings.filterwarnings("ignore", message=message)
