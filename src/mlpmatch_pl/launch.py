@@ -295,7 +295,7 @@ def _train_and_test(
         "last": last,
         "test": test,
         "evaluated_on": part,
-        "seconds": round(seconds, 1),  # of this session, validation included
+        "seconds": round(seconds, 1),  # since this start, validation included
         "images_per_second": round(steps * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2),
         "device": _device(trainer),
         "versions": {
