@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from mlpmatch_pl.cli import refuse_underscored_fractions
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.launch import length_of_training
 from mlpmatch_pl.run_folder import find_checkpoint
 from mlpmatch_pl.train import train
+from mlpmatch_pl.trainer import length_of_training
 
 
 def modification_times(run):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,11 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 import mlpmatch_pl
-from mlpmatch_pl.callbacks.progress import ProgressBar, ProgressLines, duration
+from mlpmatch_pl.callbacks.progress import duration
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.loggers import build_loggers, finish_wandb
@@ -35,6 +32,7 @@ from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.run_folder import check_checkpoint, describe_split, find_checkpoint, write_run_folder
 from mlpmatch_pl.segmentor.weights import load_published
 from mlpmatch_pl.summary import class_table
+from mlpmatch_pl.trainer import build_trainer, images_per_update, uses_sync_batchnorm
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
-    trainer = build_trainer(config, output_dir, datamodule)
+    trainer = build_trainer(config, output_dir, datamodule, _callbacks(config["callbacks"]))
+    _refuse_sweep_over_processes(trainer)
     module = build_module(config, method, datamodule, trainer)
     start_step = check_checkpoint(checkpoint, module) if checkpoint else 0
     if first:
@@ -83,110 +82,6 @@ def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDa
         cutmix=method.cutmix,
         seed=config["seed"],
     )
-
-
-_SET_HERE = {
-    "callbacks", "default_root_dir", "enable_model_summary", "logger", "max_epochs", "max_steps",
-    "num_sanity_val_steps", "strategy", "use_distributed_sampler",
-}  # fmt: skip
-
-
-def build_trainer(config: dict[str, Any], output_dir: Path, datamodule: SemiSupervisedDataModule) -> Trainer:
-    """Build the trainer: duration from the schedule, DDP settings, loggers, callbacks."""
-    options = dict(config["trainer"])
-    if taken := sorted(set(options) & _SET_HERE):
-        raise UserError(
-            f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
-            "the groups logger and callbacks, or hydra.run.dir"
-        )
-    options.pop("channels_last")
-    options["sync_batchnorm"] = uses_sync_batchnorm(options)
-    # Buffers differ between ranks only without SyncBatchNorm; sending rank 0's in every step gains nothing.
-    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if _several(options) else "auto"
-    trainer = Trainer(
-        **options,
-        strategy=ddp,
-        max_epochs=1,  # set below, once the number of processes is known
-        default_root_dir=str(output_dir),
-        logger=False,  # set once everything is checked: a refused run leaves no trace
-        callbacks=_callbacks(config["callbacks"]),
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    _check_processes(trainer, datamodule)
-    steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
-    epochs, every = length_of_training(config["schedule"], steps)
-    trainer.fit_loop.max_epochs = epochs
-    if options["check_val_every_n_epoch"] is None:
-        trainer.check_val_every_n_epoch = every
-    if options["enable_progress_bar"]:
-        images = images_per_update(datamodule, trainer)
-        progress = ProgressBar(images) if sys.stdout.isatty() else ProgressLines(images)
-        trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
-        trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
-    return trainer
-
-
-def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
-    """Tell whether BatchNorm is synchronised: by default on several GPUs, and never on the CPU, which cannot.
-
-    Raises:
-        UserError: If it is asked for without a GPU.
-    """
-    on_cpu = options["accelerator"] == "cpu" or not torch.cuda.is_available()
-    if options["sync_batchnorm"] and on_cpu:
-        raise UserError("expected a GPU for trainer.sync_batchnorm=true, but torch has none; leave it null")
-    return _several(options) and not on_cpu if options["sync_batchnorm"] is None else bool(options["sync_batchnorm"])
-
-
-def _several(options: dict[str, Any]) -> bool:
-    return options["devices"] not in (1, "1", [0]) or options["num_nodes"] > 1
-
-
-def _check_processes(trainer: Trainer, datamodule: SemiSupervisedDataModule) -> None:
-    if trainer.world_size == 1:
-        return
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError(
-            f"expected one device a job in a sweep, but got {trainer.world_size} processes; leave out -m, or start one "
-            "command a job"
-        )
-    fewest = min(len(source) for source in (datamodule.data.val, datamodule.data.test) if source is not None)
-    if fewest < trainer.world_size:
-        raise UserError(
-            f"expected at least {trainer.world_size} validation and test images, one a process, but got {fewest}; "
-            "lower trainer.devices"
-        )
-
-
-def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[int, int]:
-    """Return the number of epochs, and after how many of them to validate.
-
-    ``schedule.steps`` is rounded up to whole epochs, so that every image counts alike and the last step is validated;
-    many short epochs are validated about twenty times in all.
-
-    Raises:
-        UserError: If not exactly one of ``epochs`` and ``steps`` is given, or it is not positive.
-
-    Example:
-        >>> length_of_training({"epochs": None, "steps": 500}, steps_per_epoch=59)
-        (9, 1)
-        >>> length_of_training({"epochs": None, "steps": 500}, steps_per_epoch=4)
-        (126, 6)
-    """
-    epochs, steps = schedule["epochs"], schedule["steps"]
-    given = [value for value in (epochs, steps) if value is not None]
-    if len(given) != 1 or not isinstance(given[0], int) or given[0] < 1:
-        raise UserError(
-            f"expected a positive whole schedule.epochs or schedule.steps, but got epochs={epochs}, steps={steps}; "
-            "set the other to null"
-        )
-    if epochs is not None:
-        return epochs, 1
-    whole = math.ceil(steps / steps_per_epoch)
-    every = max(whole // 20, 1)
-    return math.ceil(whole / every) * every, every
 
 
 def build_module(
@@ -222,9 +117,13 @@ def build_module(
     return module
 
 
-def images_per_update(datamodule: SemiSupervisedDataModule, trainer: Trainer) -> int:
-    """Return the number of images, labeled and unlabeled, in an optimizer step over all devices."""
-    return datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
+def _refuse_sweep_over_processes(trainer: Trainer) -> None:
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and trainer.world_size > 1:
+        raise UserError(
+            f"expected one device a job in a sweep, but got {trainer.world_size} processes; leave out -m, or start one "
+            "command a job"
+        )
 
 
 def _callbacks(config: dict[str, Any]) -> list[Callback]:

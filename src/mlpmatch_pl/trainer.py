@@ -1,0 +1,125 @@
+"""The trainer of a run: its length, its processes, its progress. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from mlpmatch_pl.callbacks.progress import ProgressBar, ProgressLines
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.errors import UserError
+
+_SET_HERE = {
+    "callbacks", "default_root_dir", "enable_model_summary", "logger", "max_epochs", "max_steps",
+    "num_sanity_val_steps", "strategy", "use_distributed_sampler",
+}  # fmt: skip
+
+
+def build_trainer(
+    config: dict[str, Any], output_dir: Path, datamodule: SemiSupervisedDataModule, callbacks: list[Callback]
+) -> Trainer:
+    """Build the trainer with its length from the schedule, its processes and its progress; loggers come later.
+
+    Raises:
+        UserError: If an option is not for the user to set, or the schedule or the processes do not fit.
+    """
+    options = dict(config["trainer"])
+    if taken := sorted(set(options) & _SET_HERE):
+        raise UserError(
+            f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
+            "the groups logger and callbacks, or hydra.run.dir"
+        )
+    options.pop("channels_last")
+    options["sync_batchnorm"] = uses_sync_batchnorm(options)
+    # Buffers differ between ranks only without SyncBatchNorm; sending rank 0's in every step gains nothing.
+    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if _several(options) else "auto"
+    trainer = Trainer(
+        **options,
+        strategy=ddp,
+        max_epochs=1,  # set below, once the number of processes is known
+        default_root_dir=str(output_dir),
+        logger=False,  # set once everything is checked: a refused run leaves no trace
+        callbacks=callbacks,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    _check_processes(trainer, datamodule)
+    steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
+    epochs, every = length_of_training(config["schedule"], steps)
+    trainer.fit_loop.max_epochs = epochs
+    if options["check_val_every_n_epoch"] is None:
+        trainer.check_val_every_n_epoch = every
+    if options["enable_progress_bar"]:
+        images = images_per_update(datamodule, trainer)
+        progress = ProgressBar(images) if sys.stdout.isatty() else ProgressLines(images)
+        trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
+    return trainer
+
+
+def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
+    """Tell whether BatchNorm is synchronised: by default on several GPUs, and never on the CPU, which cannot.
+
+    Raises:
+        UserError: If it is asked for without a GPU.
+    """
+    on_cpu = options["accelerator"] == "cpu" or not torch.cuda.is_available()
+    if options["sync_batchnorm"] and on_cpu:
+        raise UserError("expected a GPU for trainer.sync_batchnorm=true, but torch has none; leave it null")
+    return _several(options) and not on_cpu if options["sync_batchnorm"] is None else bool(options["sync_batchnorm"])
+
+
+def _several(options: dict[str, Any]) -> bool:
+    return options["devices"] not in (1, "1", [0]) or options["num_nodes"] > 1
+
+
+def _check_processes(trainer: Trainer, datamodule: SemiSupervisedDataModule) -> None:
+    if trainer.world_size == 1:
+        return
+    fewest = min(len(source) for source in (datamodule.data.val, datamodule.data.test) if source is not None)
+    if fewest < trainer.world_size:
+        raise UserError(
+            f"expected at least {trainer.world_size} validation and test images, one a process, but got {fewest}; "
+            "lower trainer.devices"
+        )
+
+
+def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[int, int]:
+    """Return the number of epochs, and after how many of them to validate.
+
+    ``schedule.steps`` is rounded up to whole epochs, so that every image counts alike and the last step is validated;
+    many short epochs are validated about twenty times in all.
+
+    Raises:
+        UserError: If not exactly one of ``epochs`` and ``steps`` is given, or it is not positive.
+
+    Example:
+        >>> length_of_training({"epochs": None, "steps": 500}, steps_per_epoch=59)
+        (9, 1)
+        >>> length_of_training({"epochs": None, "steps": 500}, steps_per_epoch=4)
+        (126, 6)
+    """
+    epochs, steps = schedule["epochs"], schedule["steps"]
+    given = [value for value in (epochs, steps) if value is not None]
+    if len(given) != 1 or not isinstance(given[0], int) or given[0] < 1:
+        raise UserError(
+            f"expected a positive whole schedule.epochs or schedule.steps, but got epochs={epochs}, steps={steps}; "
+            "set the other to null"
+        )
+    if epochs is not None:
+        return epochs, 1
+    whole = math.ceil(steps / steps_per_epoch)
+    every = max(whole // 20, 1)
+    return math.ceil(whole / every) * every, every
+
+
+def images_per_update(datamodule: SemiSupervisedDataModule, trainer: Trainer) -> int:
+    """Return the number of images, labeled and unlabeled, in an optimizer step over all devices."""
+    return datamodule.images_per_step * trainer.world_size * trainer.accumulate_grad_batches
