@@ -37,7 +37,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_a_run_prints_the_split_the_learning_rate_and_the_table(finished):
     _, output = finished
     assert "4 labeled images (4 (seed 0), sha256 " in output
-    assert "learning rate 0.025 for 8 images in an optimizer step" in output
+    assert "learning rate 0.025 for 8 images in an optimizer step (0.05 for 16)" in output
     for name in ("background", "disk", "square", "triangle", "star", "cross", "mean"):
         assert f"│ {name}" in output
 

@@ -504,3 +504,13 @@ def test_a_file_that_went_away_is_named(load, folder_root):
     name = data.train.name(0)
     (folder_root / name).unlink()
     assert sentence(data.train.image, 0).startswith(f"cannot read the image {folder_root / name} (")
+
+
+def test_the_lists_that_a_run_saves_give_another_run_the_same_split(load, write):
+    first = load(labeled=2, val=2)
+    labeled = write("labeled.txt", first.labeled.names)
+    again = load(labeled=labeled, val=write("val.txt", names(first.val)))
+    assert again.labeled.sha256 == first.labeled.sha256
+    assert names(again.val) == names(first.val)
+    assert all(pair.mask for pair in again.val.pairs)
+    assert sorted(names(again.train, again.unlabeled)) == sorted(names(first.train, first.unlabeled))

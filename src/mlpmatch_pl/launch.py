@@ -60,7 +60,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         trainer.loggers = build_loggers(config, output_dir, datamodule.data.labeled)
         if trainer.is_global_zero:
             write_run_folder(cfg, output_dir, datamodule.data)
-        _describe(module, datamodule, trainer, output_dir, checkpoint)
+        _describe(module, datamodule, trainer, output_dir)
+        _describe_learning_rate(config["schedule"], module, images_per_update(datamodule, trainer), checkpoint)
         metrics = _train_and_test(trainer, module, datamodule, checkpoint, start_step)
         if trainer.is_global_zero:
             (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -96,8 +97,7 @@ def build_module(
     labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
     synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
     method.check_batch(labeled if method.uses_unlabeled else labeled + unlabeled, unlabeled, synchronized)
-    images = images_per_update(datamodule, trainer)
-    lr = schedule["lr"] * images / schedule["reference_images"]
+    lr = schedule["lr"] * images_per_update(datamodule, trainer) / schedule["reference_images"]
     module = MLPMatch(
         len(data.class_names),
         method=config["method"],
@@ -135,17 +135,17 @@ def _callbacks(config: dict[str, Any]) -> list[Callback]:
     return callbacks
 
 
-def _describe(
-    module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path, checkpoint: Path | None
-) -> None:
-    if checkpoint is None:
-        images, hparams = images_per_update(datamodule, trainer), module.hparams
-        log.info(
-            "learning rate %.4g for %d images in an optimizer step; decoder x %g",
-            hparams["lr"], images, hparams["lr_multi"],
-        )  # fmt: skip
-    else:
+def _describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: int, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
         log.info("going on from %s, with its learning rate and schedule", checkpoint)
+        return
+    log.info(
+        "learning rate %.4g for %d images in an optimizer step (%g for %d); decoder x %g",
+        module.hparams["lr"], images, schedule["lr"], schedule["reference_images"], schedule["lr_multi"],
+    )  # fmt: skip
+
+
+def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path) -> None:
     data = datamodule.data
     log.info(
         "%s: %d labeled images (%s, sha256 %s), %d unlabeled, %d validation, %d test; %d classes",

@@ -114,10 +114,8 @@ class MultiLevelStep:
             unlabeled: Unlabeled batch.
             step: Number of the step; seeds its draws.
         """
-        images, sizes = (
-            torch.cat([labeled["image"], unlabeled["weak"]]),
-            [len(labeled["image"]), len(unlabeled["weak"])],
-        )
+        weak_views = [labeled["image"], unlabeled["weak"]]
+        images, sizes = torch.cat(weak_views), [len(views) for views in weak_views]
         partner = self.partner(unlabeled, step)
         weak = self.weak_pass(images, sizes, step)
         pseudo = PseudoLabels.from_logits(weak.u, unlabeled["valid"])

@@ -8,7 +8,7 @@ Masks are single-channel or palette images of class ids. Unlabeled images need n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -126,7 +126,7 @@ def folder(
         raise UserError(f"expected {len(classes)} colours in dataset.palette, one a class, but got {len(palette)}")
     names = class_list(classes, ignore_index)
     files = Files(base, images, masks)
-    test_pairs = files.read_list(test) if test else []
+    test_pairs = files.with_masks(files.read_list(test), {}) if test else []
     train_pairs, val_pairs = _hold_out(files, train, labeled, unlabeled, val, test_pairs, split_seed)
     held_out = {pair.image for pair in (*val_pairs, *test_pairs)}
     train_pairs, split, rest = _select(files, train_pairs, labeled, unlabeled, split_seed, held_out)
@@ -162,7 +162,7 @@ def _hold_out(
         tested = {pair.image for pair in test}
         pairs = [pair for pair in files.discover() if pair.image not in tested]
     if is_list_file(val):
-        val_pairs = files.read_list(str(val))
+        val_pairs = files.with_masks(files.read_list(str(val)), {})
         listed = {pair.image for pair in val_pairs}
         return (pairs if train else [pair for pair in pairs if pair.image not in listed]), val_pairs
     fixed = {pair.image for pair in files.read_list(str(labeled))} if is_list_file(labeled) else set()
@@ -179,9 +179,7 @@ def _select(
     if is_list_file(labeled):
         listed = files.read_list(str(labeled))
         # A list of bare names, as `Split.save` writes it, finds the masks of the training set.
-        if not all(pair.mask for pair in listed):
-            known = pairs or {pair.image: pair for pair in files.discover()}
-            listed = [pair if pair.mask else known.get(pair.image, pair) for pair in listed]
+        listed = files.with_masks(listed, pairs)
         if bare := [pair.image for pair in listed if not pair.mask]:
             raise UserError(f"expected a mask for every image in {labeled}, but {bare[0]} has none")
         pairs |= {pair.image: pair for pair in listed}
@@ -240,6 +238,13 @@ class Files:
                 "an image and its mask have the same path below their folders, without suffix"
             )
         return [Pair(image, masks.get(stem)) for stem, image in images.items()]
+
+    def with_masks(self, listed: list[Pair], known: Mapping[str, Pair]) -> list[Pair]:
+        """Find the masks of bare names, as runs save them: among known pairs, or else by path in the mask folder."""
+        if all(pair.mask for pair in listed):
+            return listed
+        known = known or {pair.image: pair for pair in self.discover()}
+        return [pair if pair.mask else known.get(pair.image, pair) for pair in listed]
 
     def read_list(self, name: str, with_masks: bool = True) -> list[Pair]:
         """Read a list file, given relative to the root or to the working directory.
