@@ -157,7 +157,8 @@ def test_a_value_beyond_eight_bits_is_found(load, folder_root):
 
 
 def test_a_validation_list_without_masks_is_found(load, folder_root):
-    (folder_root / "val.txt").write_text(ROLES["val"][0])
+    (folder_root / "val.txt").write_text(ROLES["val"][0])  # a bare name: its mask is looked for by path
+    (folder_root / ROLES["val"][1]).unlink()
     assert complaint(load()) == f"expected a mask for the image {ROLES['val'][0]}, but it has none"
 
 
