@@ -32,17 +32,20 @@ TINY = (
 """One epoch of five steps on the embedded data, in about two seconds."""
 
 
-def compose_train(*overrides: str, output_dir: Path | None = None) -> DictConfig:
+def compose_config(name: str, *overrides: str, output_dir: Path | None = None) -> DictConfig:
     with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
-        cfg = compose("train", [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])])
-    return cfg
+        return compose(name, [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])])
+
+
+def compose_train(*overrides: str, output_dir: Path | None = None) -> DictConfig:
+    return compose_config("train", *overrides, output_dir=output_dir)
 
 
 def run_command(
     *arguments: str, cwd: Path, module: str = "mlpmatch_pl.train", timeout: float = 240, **environment: str
 ):
     return subprocess.run(
-        [sys.executable, "-m", "mlpmatch_pl.train", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,

@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 
 from mlpmatch_pl.callbacks.checkpoints import best_and_last
-from mlpmatch_pl.callbacks.predictions import IGNORED_COLOR, MARGIN, TITLE, colorize, prediction_sheet
-from mlpmatch_pl.callbacks.progress import Throughput
+from mlpmatch_pl.callbacks.progress import DataWait, Throughput
 from mlpmatch_pl.evaluation import Scores
+from mlpmatch_pl.pictures import IGNORED_COLOR, MARGIN, TITLE, colorize, prediction_sheet
 from mlpmatch_pl.summary import class_table
 
 COLORS = [(10, 0, 0), (0, 200, 0), (0, 0, 250)]
@@ -45,11 +45,34 @@ def test_sheets_are_readable_files(tmp_path):
 
 
 def test_throughput_counts_images_and_the_time_left(monkeypatch):
-    clock = iter([100.0, 110.0])
+    clock = iter([99.0, 100.0, 110.0])
     monkeypatch.setattr("mlpmatch_pl.callbacks.progress.time.monotonic", lambda: next(clock))
-    throughput = Throughput(images_per_step=16)
+    throughput = Throughput(16, DataWait())
     assert throughput.describe(step=4, steps=100) == {}
-    assert throughput.describe(step=24, steps=100) == {"img/s": "32.0", "left": "0:38"}
+    assert throughput.describe(step=24, steps=100) == {"img/s": "32.0", "data": "0%", "left": "0:38"}
+
+
+def test_waiting_for_data_is_measured_without_validation(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("mlpmatch_pl.callbacks.progress.time.monotonic", lambda: now[0])
+    wait = DataWait()
+    assert wait.share == 0
+
+    def after(seconds, hook, *arguments):
+        now[0] += seconds
+        hook(None, None, *arguments)
+
+    after(50, wait.on_train_epoch_start)  # what comes before does not count
+    after(2, wait.on_train_batch_start, None, 0)
+    after(6, wait.on_train_batch_end, None, None, 0)
+    assert wait.share == 0.25
+    after(70, wait.on_validation_end)
+    after(1, wait.on_train_batch_start, None, 1)
+    after(3, wait.on_train_batch_end, None, None, 1)
+    assert wait.share == 0.25
+    after(30, wait.on_train_epoch_start)
+    after(12, wait.on_train_batch_start, None, 0)
+    assert wait.share == 15 / 24
 
 
 def test_the_table_names_absent_classes_and_means():

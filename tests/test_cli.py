@@ -115,7 +115,6 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
         (["backbone=timm", "backbone.name=resnet5O"], "but got 'resnet5O'. Did you mean resnet50"),
         (["backbone=timm", "backbone.name=vgg11"], "expected a backbone of the ResNet or inverted-residual families"),
         (["backbone.output_stride=12"], "expected an output stride of 8, 16 or 32, but got 12"),
-        (["backbone.in_chans=4"], "expected backbone.in_chans=3, because the data are RGB images, but got 4"),
         (["backbone.pretrained=nowhere.pth"], "expected a file with weights, but nowhere.pth does not exist"),
         (["init_weights=nowhere.pth"], "expected a file with weights, but nowhere.pth does not exist"),
         (

@@ -1,4 +1,5 @@
 import inspect
+import re
 from dataclasses import asdict, fields
 from importlib.resources import files
 
@@ -8,6 +9,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.published import PUBLISHED, published_list
 from mlpmatch_pl.methods import PRESETS, Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.train import train
@@ -59,7 +61,7 @@ def test_every_key_of_loader_and_backbone_is_read_by_the_constructor_it_is_passe
 def test_the_module_defaults_are_the_configured_defaults_of_the_paper():
     cfg = compose_train("backbone=resnet50s", "schedule=voc", "objective.confidence_threshold=0.95")
     defaults = {name: p.default for name, p in inspect.signature(MLPMatch).parameters.items()}
-    for key in ("output_stride", "decoder_channels", "in_chans", "pretrained"):
+    for key in ("output_stride", "decoder_channels", "pretrained"):
         assert defaults[key] == cfg.backbone[key]
     for key in ("lr", "lr_multi", "momentum", "weight_decay", "power"):
         assert defaults[key] == cfg.schedule[key]
@@ -71,6 +73,38 @@ def test_datasets_and_experiments_win_over_the_primary_defaults(monkeypatch):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
     assert compose_train().objective.confidence_threshold == 0.8
     assert compose_train("experiment=camvid_1-8_mobilenetv2").loader.crop_size == 160
+
+
+@pytest.mark.parametrize("name", [name for name in choices("experiment") if name.count("_") == 2])
+def test_a_recipe_names_its_data_set_its_list_and_its_encoder(name, monkeypatch):
+    monkeypatch.setenv("MLPMATCH_DATA", "data")
+    dataset, part, encoder = name.split("_")
+    cfg = compose_train(f"experiment={name}")
+    assert cfg.dataset._target_ == f"mlpmatch_pl.data.datasets.{dataset}.{dataset}"
+    published = published_list(dataset, cfg.dataset.labeled)
+    if dataset in PUBLISHED:
+        assert published is not None
+        assert published.name in (part, f"blended/{part}")
+    else:
+        assert cfg.dataset.labeled == part.replace("-", "/")
+        assert published is None
+    assert re.sub("^r(?=[0-9])", "resnet", encoder) in (cfg.backbone.name.removesuffix("s"), "mobilenetv2")
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_every_published_list_of_the_papers_has_a_recipe(dataset):
+    lists = {entry.name.removeprefix("blended/") for entry in PUBLISHED[dataset].values() if "u2pl" not in entry.name}
+    recipes = {name for name in choices("experiment") if name.startswith(f"{dataset}_") and name.count("_") == 2}
+    assert recipes == {f"{dataset}_{part}_{encoder}" for part in lists for encoder in ("r50", "r101")}
+
+
+@pytest.mark.parametrize("name", ["92", "blended/1-16", "u2pl/1-8", "1-30"])
+def test_the_name_of_a_list_can_be_given_on_the_command_line(name):
+    dataset = "cityscapes" if name == "1-30" else "voc"
+    labeled = compose_train(f"dataset={dataset}", f"dataset.labeled={name}").dataset.labeled
+    entry = published_list(dataset, labeled)
+    assert entry is not None
+    assert entry.name == name
 
 
 @pytest.mark.parametrize("method", PRESETS)

@@ -1,13 +1,16 @@
 import hashlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
 from mlpmatch_pl import MLPMatch
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.file_source import FileSource
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.errors import UserError
@@ -182,11 +185,11 @@ def test_same_seed_gives_the_same_batches_and_another_seed_others():
 def test_prepare_data_reads_every_file_once(folder_root, classes, monkeypatch):
     data = folder(str(folder_root), classes, val=2)
     calls = []
-    monkeypatch.setattr("mlpmatch_pl.data.datamodule.check_data", calls.append)
+    monkeypatch.setattr("mlpmatch_pl.data.datamodule.check_data", lambda *arguments: calls.append(arguments) or set())
     built = SemiSupervisedDataModule(data, crop_size=33, num_workers=0)
     built.prepare_data()
     built.prepare_data()
-    assert calls == [data]
+    assert calls == [(data, 33)]
 
 
 @pytest.mark.parametrize("method", ["mlpmatch", "mlpmatch_official", "unimatch", "fixmatch", "supervised"])
@@ -340,3 +343,76 @@ def test_checkpoints_after_an_epoch_and_in_it_hold_where_to_go_on(straight):
     assert places["step=3"] == {"epoch": 0, "batch": 3, "batches": STEPS}
     assert places["step=5"] == {"epoch": 0, "batch": STEPS, "batches": STEPS}
     assert places["step=8"] == {"epoch": 1, "batch": 3, "batches": STEPS}
+
+
+# The decoded cache ----------------------------------------------------------------------------------------------------
+
+
+def with_folder(root, classes, cache, **options):
+    data = folder(str(root), classes, labeled=2, val=2, split_seed=options.pop("split_seed", 0))
+    built = SemiSupervisedDataModule(data, crop_size=33, batch_size=2, num_workers=0, cache=cache, **options)
+    built.prepare_data()
+    built.setup("fit")
+    return built
+
+
+def content(datamodule):
+    tensors = [t for b in batches(datamodule.train_dataloader()) for half in b.values() for t in flat(half)]
+    tensors += [t for batch in datamodule.val_dataloader() for t in flat(batch)]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def flat(batch):
+    return [value for value in batch.values() if torch.is_tensor(value)]
+
+
+def test_batches_from_the_cache_are_the_same(folder_root, classes, tmp_path):
+    plain = content(with_folder(folder_root, classes, None))
+    assert content(with_folder(folder_root, classes, str(tmp_path / "cache"))) == plain
+    assert content(with_folder(folder_root, classes, str(tmp_path / "cache"))) == plain
+    assert sorted(path.name.split("_")[0] for path in (tmp_path / "cache").iterdir()) == [
+        "evaluation",
+        "images",
+        "masks",
+    ]
+
+
+def test_files_are_decoded_once_and_again_when_they_change(folder_root, classes, tmp_path, monkeypatch):
+    first = with_folder(folder_root, classes, str(tmp_path / "cache"))
+    read, original = [], FileSource.image
+    monkeypatch.setattr(FileSource, "image", lambda self, i: read.append(self.name(i)) or original(self, i))
+    monkeypatch.setattr("mlpmatch_pl.data.datamodule.check_data", lambda data, crop_size: set())
+    content(with_folder(folder_root, classes, str(tmp_path / "cache")))
+    assert read == []
+    changed = folder_root / first.data.train.name(first.data.unlabeled[0])
+    pixels = np.asarray(Image.open(changed))
+    Image.fromarray(255 - pixels).save(changed)
+    before = content(with_folder(folder_root, classes, None))
+    read.clear()
+    assert content(with_folder(folder_root, classes, str(tmp_path / "cache"))) == before
+    assert len(read) > 0
+
+
+def test_another_choice_of_labels_decodes_no_image_anew(folder_root, classes, tmp_path):
+    cache = tmp_path / "cache"
+    val = tmp_path / "val.txt"
+    val.write_text("images/img0.jpg masks/img0.png")
+    for seed in range(4):
+        data = folder(str(folder_root), classes, labeled=1, val=str(val), split_seed=seed)
+        built = SemiSupervisedDataModule(data, crop_size=33, batch_size=2, num_workers=0, cache=str(cache))
+        built.prepare_data()
+    assert len(list(cache.glob("images_*"))) == 1
+    assert len(list(cache.glob("masks_*"))) > 1
+
+
+def test_workers_read_the_cache(folder_root, classes, tmp_path):
+    options = {"cache": str(tmp_path / "cache"), "split_seed": 0}
+    alone = content(with_folder(folder_root, classes, **options))
+    built = with_folder(folder_root, classes, **options)
+    built.num_workers, built.multiprocessing_context = 2, "spawn"
+    assert content(built) == alone
+
+
+def test_a_source_without_files_has_no_cache(tmp_path):
+    with pytest.raises(UserError, match=r"expected files for loader.cache, but Shapes has no stamps"):
+        datamodule(cache=str(tmp_path)).prepare_data()

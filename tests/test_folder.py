@@ -1,9 +1,13 @@
 import itertools
+import os
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlpmatch_pl.data.file_source import Pair
+from mlpmatch_pl.data.files import Files
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.errors import UserError
@@ -62,7 +66,7 @@ def test_images_and_masks_are_paired_by_path_without_suffix(load):
     for source in (data.train, data.val):
         for index in range(len(source)):
             number = IMAGES.index(source.name(index))
-            assert (source.pairs[index].mask is not None) == (number < 5)
+            assert (source.pair(index).mask is not None) == (number < 5)
             image = source.image(index)
             assert image.shape == (40 + 3 * number, 64 - 4 * number, 3)
             assert image.dtype == np.uint8
@@ -182,7 +186,7 @@ def test_all_sets_can_be_lists(load, write):
     assert names(data.train) == IMAGES[:2] + IMAGES[5:7]
     assert names(data.val) == IMAGES[2:4]
     assert names(data.test) == IMAGES[4:5]
-    assert all(source.pairs[index].mask for source in (data.val, data.test) for index in range(len(source)))
+    assert all(source.pair(index).mask for source in (data.val, data.test) for index in range(len(source)))
 
 
 def test_lists_may_pair_files_of_any_folders_and_names(load, folder_root, write):
@@ -244,7 +248,7 @@ def test_an_unlabeled_list_may_hold_any_name(load, folder_root, write, name):
 def test_a_labeled_list_of_bare_names_finds_the_masks(load, write):
     data = load(labeled=write("labeled.txt", IMAGES[:2]), val=1)
     assert data.labeled.names == tuple(IMAGES[:2])
-    assert [data.train.pairs[index].mask is not None for index in data.labeled_indices] == [True, True]
+    assert [data.train.pair(index).mask is not None for index in data.labeled_indices] == [True, True]
 
 
 def test_a_train_list_limits_the_training_images(load, write):
@@ -346,7 +350,7 @@ def test_no_masks_at_all_is_said(make_folder, classes):
 @pytest.mark.parametrize("key", ["train", "labeled", "unlabeled", "val", "test"])
 def test_missing_list_is_named(load, folder_root, key):
     assert sentence(load, **{"val": 1, key: "none.txt"}) == (
-        f"expected a list file, but none.txt exists neither in {folder_root} nor in the working directory; "
+        f"expected a list file or folder, but none.txt exists neither in {folder_root} nor in the working directory; "
         "a fraction is written 1/8, a count 92"
     )
 
@@ -391,12 +395,10 @@ def test_a_line_of_three_names_is_explained(load, folder_root, write):
     )
 
 
-@pytest.mark.parametrize("where", ["../outside.jpg", "images/../../outside.jpg", "{absolute}"])
+@pytest.mark.parametrize("path", ["../outside.jpg", "images/../../outside.jpg"])
 @pytest.mark.parametrize("place", ["{path}", "{path} masks/img0.png", "images/img0.jpg {path}"])
-def test_paths_outside_the_root_are_refused(load, folder_root, write, where, place):
-    outside = folder_root.parent / "outside.jpg"
-    outside.write_bytes((folder_root / IMAGES[0]).read_bytes())
-    path = where.format(absolute=outside)
+def test_paths_that_leave_the_root_are_refused(load, folder_root, write, path, place):
+    (folder_root.parent / "outside.jpg").write_bytes((folder_root / IMAGES[0]).read_bytes())
     assert sentence(load, labeled=write("l.txt", [place.format(path=path)]), val=1) == (
         f"expected paths below {folder_root} in {folder_root / 'l.txt'}, but found {path!r}"
     )
@@ -512,5 +514,343 @@ def test_the_lists_that_a_run_saves_give_another_run_the_same_split(load, write)
     again = load(labeled=labeled, val=write("val.txt", names(first.val)))
     assert again.labeled.sha256 == first.labeled.sha256
     assert names(again.val) == names(first.val)
-    assert all(pair.mask for pair in again.val.pairs)
+    assert all(again.val.pair(index).mask for index in range(len(again.val)))
     assert sorted(names(again.train, again.unlabeled)) == sorted(names(first.train, first.unlabeled))
+
+
+# CSV files ------------------------------------------------------------------------------------------------------------
+
+
+def write_csv(root, content, name="list.csv"):
+    (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return name
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+def test_csv_files_of_every_kind_are_read(load, folder_root, mark, end, bom):
+    rows = [("id", "image", "mask"), *((str(index), IMAGES[index], MASKS[index]) for index in range(2))]
+    content = bom + end.join(mark.join(row) for row in rows).encode()
+    data = load(labeled=write_csv(folder_root, content), val=1)
+    assert data.labeled == Split("list.csv", tuple(IMAGES[:2]))
+    assert [data.train.pair(index).mask for index in data.labeled_indices] == MASKS[:2]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [("images/a,b.jpg", "masks/a,b.png"), ('images/a "b".jpg', "masks/x y.png"), ("images/a;b c.jpg", "masks/图.png")],
+)
+def test_csv_files_may_quote_any_name(load, folder_root, image, mask):
+    (folder_root / IMAGES[0]).rename(folder_root / image)
+    (folder_root / MASKS[0]).rename(folder_root / mask)
+    quoted = [f'"{name}"' for name in (image.replace('"', '""'), mask)]
+    train = write_csv(folder_root, f"mask,image\n{quoted[1]},{quoted[0]}\n{MASKS[1]},{IMAGES[1]}\n")
+    data = load(train=train, val=1)
+    assert {*data.labeled.names, *names(data.val)} == {image, IMAGES[1]}
+    assert {data.train.pair(0).mask, data.val.pair(0).mask} == {mask, MASKS[1]}
+
+
+def test_csv_rows_without_mask_are_unlabeled(load, folder_root):
+    rows = ["image,mask", f"{IMAGES[0]},{MASKS[0]}", f"{IMAGES[1]},", f"{IMAGES[5]}", "", f"{IMAGES[2]},{MASKS[2]}"]
+    data = load(train=write_csv(folder_root, "\n".join(rows)), val=1)
+    assert set(names(data.train, data.unlabeled)) == {IMAGES[1], IMAGES[5]}
+    assert {*data.labeled.names, *names(data.val)} == {IMAGES[0], IMAGES[2]}
+
+
+def test_csv_files_with_images_alone_are_unlabeled_lists(load, folder_root, write):
+    unlabeled = write_csv(folder_root, "\n".join(["image", *IMAGES[5:7]]))
+    data = load(labeled=write("l.txt", pairs(0, 2)), unlabeled=unlabeled, val=write("v.txt", pairs(2, 3)))
+    assert names(data.train, data.unlabeled) == IMAGES[5:7]
+
+
+@pytest.mark.parametrize("content", ["", "image,mask\n", "image;mask\r\n\r\n", "image,mask\n,\n"])
+def test_csv_files_without_images_are_named(load, folder_root, content):
+    assert sentence(load, labeled=write_csv(folder_root, content)) == (
+        f"expected at least one image in the list {folder_root / 'list.csv'}, but it is empty"
+    )
+
+
+@pytest.mark.parametrize("header", ["file,mask", f"{IMAGES[0]},{MASKS[0]}", "Image;Mask"])
+def test_csv_files_without_the_columns_are_explained(load, folder_root, header):
+    assert sentence(load, labeled=write_csv(folder_root, f"{header}\n{IMAGES[1]},{MASKS[1]}")) == (
+        f"expected a first line with the columns image and mask in {folder_root / 'list.csv'}, but found {header!r}; "
+        "name the columns"
+    )
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_lists_that_are_no_utf8_are_explained(load, folder_root, name):
+    mark = "," if name == "list.csv" else " "
+    content = "" if mark == " " else "image,mask\n"
+    write_csv(folder_root, f"{content}images/Straße.jpg{mark}masks/x.png".encode("latin-1"), name)
+    assert sentence(load, labeled=name) == (
+        f"expected the list {folder_root / name} in UTF-8, but it is not; save it in UTF-8"
+    )
+
+
+def test_missing_files_of_a_csv_file_are_named(load, folder_root):
+    assert sentence(load, labeled=write_csv(folder_root, f"image,mask\n{IMAGES[0]},masks/none.png\n")) == (
+        f"expected the file {folder_root / 'masks/none.png'}, which {folder_root / 'list.csv'} lists, but it does not "
+        "exist"
+    )
+
+
+# Folders as parts -----------------------------------------------------------------------------------------------------
+
+
+def save_pairs(folder, count, images="images", masks="masks", mark="a"):
+    """Write small images with masks of 0 and 1, grey value `count`, named after a mark."""
+    mask = np.zeros((8, 10), np.uint8)
+    mask[4:] = 1
+    for index in range(count):
+        for sub, pixels in ((images, np.full((8, 10, 3), count, np.uint8)), (masks, mask)):
+            if sub:
+                (folder / sub).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / sub / f"{mark}{index}.png")
+
+
+def in_root(folder, count, mark="a"):
+    return [f"{folder}/{mark}{index}.png" for index in range(count)]
+
+
+@pytest.fixture
+def parts(tmp_path, classes):
+    """A root with train, val and test, in one of the two usual layouts."""
+
+    def make(layout):
+        root = tmp_path / "parts"
+        for part, count in (("train", 4), ("val", 3), ("test", 2)):
+            if layout == "part/images":
+                save_pairs(root / part, count, mark=part)
+            else:
+                save_pairs(root, count, f"images/{part}", f"masks/{part}", mark=part)
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("layout", ["part/images", "images/part"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_parts_may_be_folders_with_images_and_masks(parts, classes, layout, absolute):
+    root = parts(layout)
+    found = {part: layout.replace("part", part) for part in ("train", "val", "test")}
+    given = {part: part if layout == "part/images" else folder for part, folder in found.items()}
+    if absolute:
+        given = {part: str(root / folder) for part, folder in given.items()}
+    data = folder(str(root), classes, **given)
+    for source, part, count in ((data.train, "train", 4), (data.val, "val", 3), (data.test, "test", 2)):
+        assert names(source) == in_root(found[part], count, part)
+        for index in range(count):
+            assert source.image(index).max() == count
+            assert (source.mask(index)[[0, -1], 0] == [0, 1]).all()
+    assert set(data.labeled.names) == set(names(data.train))
+
+
+def test_without_a_train_folder_the_rest_below_images_is_for_training(parts, classes):
+    root = parts("images/part")
+    data = folder(str(root), classes, val="images/val", test="images/test")
+    assert names(data.train) == in_root("images/train", 4, "train")
+
+
+def test_labeled_and_unlabeled_parts_may_be_folders(parts, classes):
+    root = parts("part/images")
+    save_pairs(root / "more", 5, images="deep/er", masks=None)
+    data = folder(str(root), classes, labeled="train", unlabeled="more", val="val")
+    assert data.labeled.label == "train"
+    assert list(data.labeled.names) == in_root("train/images", 4, "train")
+    assert names(data.train, data.unlabeled) == in_root("more/deep/er", 5)
+    assert data.notes == ()
+
+
+def test_unlabeled_images_may_lie_in_several_folders_outside_the_root(load, tmp_path):
+    for index in range(2):
+        save_pairs(tmp_path / f"out{index}", 2 + index, images="in", masks=None)
+    data = load(labeled=2, unlabeled=[str(tmp_path / "out0"), str(tmp_path / "out1/in")], val=1)
+    expected = [str(tmp_path / f"out{number}/in/a{index}.png") for number in range(2) for index in range(2 + number)]
+    assert names(data.train, data.unlabeled) == expected
+    assert [int(data.train.image(index).max()) for index in data.unlabeled] == [2, 2, 3, 3, 3]
+    assert "it is not used" in data.notes[0]
+
+
+def test_all_that_is_in_no_other_set_is_unlabeled_though_it_has_a_mask(load):
+    data = load(labeled=2, val=1, unlabeled="images")
+    assert set(names(data.train, data.unlabeled)) == set(IMAGES) - {*data.labeled.names, *names(data.val)}
+
+
+def test_a_folder_without_images_is_named(load, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert sentence(load, unlabeled=str(tmp_path / "empty"), val=1) == (
+        f"expected images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {tmp_path / 'empty'}, but found none"
+    )
+
+
+def test_a_labeled_folder_needs_masks(load, tmp_path):
+    save_pairs(tmp_path / "bare", 2, masks=None)
+    assert sentence(load, labeled=str(tmp_path / "bare"), val=1) == (
+        f"expected a mask for every image in {tmp_path / 'bare'}, but {tmp_path / 'bare/images/a0.png'} has none"
+    )
+
+
+def test_a_mask_may_be_found_elsewhere_than_a_list_says(folder_root, write):
+    asked = []
+
+    def find_mask(name):
+        asked.append(name)
+        return name.replace("truth_", "masks/")
+
+    listed = write("l.txt", [f"{IMAGES[0]} truth_img0.png", IMAGES[1]])
+    found = Files([folder_root], "images", "masks", find_mask=find_mask)
+    assert found.part(listed) == [Pair(IMAGES[0], MASKS[0]), Pair(IMAGES[1], None)]
+    assert asked == ["truth_img0.png"]
+    assert found.part(listed, with_masks=False) == [Pair(IMAGES[0], None), Pair(IMAGES[1], None)]
+
+
+# Several roots, links and many files ----------------------------------------------------------------------------------
+
+
+def test_several_roots_are_one_data_set_with_names_below_their_common_folder(tmp_path, classes):
+    for name, count in (("sites/north", 3), ("sites/south/2024", 2)):
+        save_pairs(tmp_path / name, count)  # the same file names in both
+    data = folder([str(tmp_path / "sites/north"), str(tmp_path / "sites/south/2024")], classes, val=1, labeled=3)
+    expected = [*in_root("north/images", 3), *in_root("south/2024/images", 2)]
+    assert sorted({*names(data.train), *names(data.val)}) == expected
+    assert len(data.train) + len(data.val) == 5
+    for source in (data.train, data.val):
+        for index in range(len(source)):
+            assert source.image(index).max() == (3 if source.name(index).startswith("north") else 2)
+            assert source.pair(index).mask == source.name(index).replace("images", "masks")
+            assert source.mask(index).max() == 1
+    (tmp_path / "sites/val.txt").write_text("south/2024/images/a1.png\n")
+    listed = folder([str(tmp_path / "sites/north"), str(tmp_path / "sites/south/2024")], classes, val="val.txt")
+    assert names(listed.val) == ["south/2024/images/a1.png"]
+    assert listed.val.mask(0).max() == 1
+
+
+def test_one_of_several_roots_that_is_missing_is_named(folder_root, classes):
+    assert f"but {folder_root}/none does not exist" in sentence(
+        folder, [str(folder_root), str(folder_root / "none")], classes
+    )
+
+
+def test_no_root_is_refused(classes):
+    assert sentence(folder, [], classes) == (
+        "expected dataset.root to be a folder or a list of folders, but the list is empty"
+    )
+
+
+def test_a_root_that_is_given_twice_counts_once(folder_root, classes):
+    twice = folder([str(folder_root), f"{folder_root}/../{folder_root.name}"], classes, val=1)
+    once = folder(str(folder_root), classes, val=1)
+    assert (names(twice.train), names(twice.val)) == (names(once.train), names(once.val))
+
+
+@pytest.mark.parametrize("what", ["root", "images", "sub-folder"])
+def test_linked_folders_are_followed(folder_root, tmp_path, classes, what):
+    linked = tmp_path / "linked"
+    if what == "root":
+        linked.symlink_to(folder_root)
+    else:
+        subs = ("images", "masks") if what == "images" else ("images/day", "masks/day")
+        for sub in subs:
+            (linked / sub).parent.mkdir(parents=True, exist_ok=True)
+            (linked / sub).symlink_to(folder_root / sub)
+    data = folder(str(linked), classes, val=1)
+    expected = [name for name in IMAGES if what != "sub-folder" or "/day/" in name]
+    assert sorted(names(data.train) + names(data.val)) == sorted(expected)
+    assert data.train.image(0).ndim == 3
+
+
+@pytest.mark.parametrize("given", ["link", "folder"])
+@pytest.mark.parametrize("key", ["val", "test"])
+def test_a_linked_root_does_not_hide_an_overlap(folder_root, tmp_path, classes, given, key):
+    (tmp_path / "link").symlink_to(folder_root)
+    root, other = (tmp_path / "link", folder_root) if given == "link" else (folder_root, tmp_path / "link")
+    data = folder(str(root), classes, **{"val": 1, "labeled": 1, key: str(other / "images/day")})
+    held_out = data.val if key == "val" else data.test
+    files = [(root / name).resolve() for name in names(held_out)]
+    assert len(files) == 3
+    used = [(root / data.train.name(index)).resolve() for index in (*data.labeled_indices, *data.unlabeled)]
+    assert not set(files) & set(used)
+
+
+def test_a_link_to_a_folder_above_ends(folder_root, load):
+    (folder_root / "images/day/up").symlink_to(folder_root / "images")
+    data = load(val=1)
+    assert len(data.train) + len(data.val) == 8
+
+
+@pytest.mark.parametrize("name", [b"images/\xff\xe4.png", b"images/plain.png"])
+def test_names_that_are_no_utf8_can_be_hashed_saved_and_read_again(tmp_path, classes, name):
+    save_pairs(tmp_path / "data", 3)
+    path = os.fsdecode(name)
+    try:
+        for old, new in (("images/a0.png", path), ("masks/a0.png", path.replace("images", "masks"))):
+            (tmp_path / "data" / old).rename(tmp_path / "data" / new)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    (tmp_path / "data/val.txt").write_text("images/a1.png\n")
+    data = folder(str(tmp_path / "data"), classes, val="val.txt")
+    assert path in data.labeled.names
+    data.labeled.save(tmp_path / "data/labeled.txt")
+    again = folder(str(tmp_path / "data"), classes, val="val.txt", labeled="labeled.txt")
+    assert again.labeled.sha256 == data.labeled.sha256
+    assert data.train.image(data.labeled.names.index(path)).shape == (8, 10, 3)
+
+
+def test_lists_may_name_images_outside_the_root_by_their_whole_paths(load, folder_root, tmp_path, write):
+    save_pairs(tmp_path / "other", 2)
+    outside = [str(tmp_path / "other" / name) for name in in_root("images", 2)]
+    lines = [f"{name} {name.replace('/images/', '/masks/')}" for name in outside]
+    data = load(
+        labeled=write("l.txt", lines),
+        unlabeled=write("u.txt", [IMAGES[5], str(folder_root / IMAGES[6])]),
+        val=write("v.txt", pairs(0, 1)),
+    )
+    assert list(data.labeled.names) == outside
+    assert [int(data.train.mask(index).max()) for index in data.labeled_indices] == [1, 1]
+    assert names(data.train, data.unlabeled) == IMAGES[5:7]  # one name for one file
+
+
+def test_a_saved_list_of_a_labeled_folder_outside_the_root_is_read_again(load, folder_root, tmp_path):
+    save_pairs(tmp_path / "other", 2)
+    first = load(labeled=str(tmp_path / "other"), val=1)
+    first.labeled.save(folder_root / "labeled.txt")
+    again = load(labeled="labeled.txt", val=1)
+    assert again.labeled.sha256 == first.labeled.sha256
+    assert [int(again.train.mask(index).max()) for index in again.labeled_indices] == [1, 1]
+
+
+def touch_many(root, count):
+    (root / "many").mkdir()
+    listed = [f"many/{index:06d}.png" for index in range(count)]
+    for name in listed:
+        (root / name).touch()
+    return listed
+
+
+def test_a_long_list_is_read_in_no_time_even_if_it_is_wrong(folder_root, write):
+    listed = touch_many(folder_root, 20_000)
+    files = Files([folder_root], "images", "masks")
+    start = time.perf_counter()
+    assert [pair.image for pair in files.part(write("l.txt", listed))] == listed
+    good = time.perf_counter() - start
+    start = time.perf_counter()
+    assert f"but {listed[-1]} comes more than once" in sentence(files.part, write("l.txt", [*listed, listed[-1]]))
+    assert time.perf_counter() - start < 2 * good + 1
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_images_are_listed_in_seconds(folder_root, classes, write):
+    listed = touch_many(folder_root, 100_000)
+    start = time.perf_counter()
+    data = folder(
+        str(folder_root),
+        classes,
+        labeled=write("l.txt", pairs(0, 2)),
+        unlabeled=write("u.txt", listed),
+        val=write("v.txt", pairs(2, 3)),
+    )
+    seconds = time.perf_counter() - start
+    assert names(data.train, data.unlabeled) == listed
+    assert seconds < 30  # a few on an idle machine

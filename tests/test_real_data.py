@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import compose_train, run_command
+from PIL import Image
 
 from mlpmatch_pl.train import train
 
@@ -62,3 +64,81 @@ def test_voc_animals_trains_with_a_published_list(tmp_path):
     assert metrics["unlabeled"] == 1406
     assert metrics["steps"] == 20
     assert metrics["last"]["train/loss_x"] < 3.2  # ln(21) = 3.04
+
+
+def run_short(cwd, *overrides):
+    """Check and train by the commands, and return metrics.json."""
+    weights = Path(os.environ["MLPMATCH_DATA"]) / "weights" / "timm_mobilenetv2_100.pth"
+    network = (
+        "backbone=mobilenetv2_100",
+        f"backbone.pretrained={weights}",
+        "backbone.decoder_channels=32",
+        "loader.batch_size=4",
+        "schedule.epochs=null",
+        "schedule.steps=3",
+        "logger=csv",
+    )
+    checked = run_command(*network, *overrides, "hydra.run.dir=check", cwd=cwd, module="mlpmatch_pl.check", timeout=500)
+    assert checked.returncode == 0, checked.stderr
+    assert (cwd / "check/views.png").is_file()
+    short = ("+trainer.limit_train_batches=3", "+trainer.limit_val_batches=4", "+trainer.limit_test_batches=4")
+    trained = run_command(*network, *short, *overrides, "hydra.run.dir=run", cwd=cwd, timeout=500)
+    assert trained.returncode == 0, trained.stderr
+    metrics = json.loads((cwd / "run/metrics.json").read_text())
+    assert 0 <= metrics["test"]["test/miou"] <= 1
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "labeled", "unlabeled"),
+    [
+        ("voc_92_r50", "voc/92", 31, 149),
+        ("voc_1-16_r101", "voc/blended/1-16", 8, 172),
+    ],
+)
+def test_voc_by_its_recipes_and_published_lists(real_data, tmp_path, recipe, name, labeled, unlabeled):
+    metrics = run_short(
+        tmp_path,
+        f"experiment={recipe}",
+        f"dataset.root={real_data / 'voc2012'}",
+        "loader.crop_size=65",
+    )
+    # The lists are cut to the images at hand, and the name says so.
+    assert metrics["labeled"]["split"] == f"{name}, changed: not the published list"
+    assert (metrics["labeled"]["count"], metrics["unlabeled"]) == (labeled, unlabeled)
+
+
+def test_cityscapes_by_its_recipe_and_own_split(real_data, tmp_path):
+    root = make_cityscapes(real_data, tmp_path / "cityscapes")
+    metrics = run_short(
+        tmp_path,
+        "experiment=cityscapes_1-16_r50",
+        f"dataset.root={root}",
+        "dataset.labeled=1/4",
+        "dataset.cover_classes=true",
+        "loader.crop_size=129",
+        "objective.criterion.min_kept=1000",
+    )
+    assert metrics["labeled"]["split"] == "1/4 (seed 0, every class)"
+    assert (metrics["labeled"]["count"], metrics["unlabeled"]) == (2, 6)
+
+
+def make_cityscapes(real_data, root):
+    """Make a set of 2048 x 1024 pixels in the original layout: parts of the one scene at hand, enlarged."""
+    scene = real_data / "cityscapes_fixture"
+    image = Image.open(next(scene.rglob("*_leftImg8bit.png")))
+    ids = Image.open(next(scene.rglob("*_labelIds.png")))
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        for number in range(count):
+            left, top = rng.integers(0, 64), rng.integers(0, 32)
+            box = (int(left), int(top), int(left) + 192, int(top) + 96)
+            stem = f"{part}/zurich/zurich_{number:06}_000019"
+            for folder, suffix, picture, how in (
+                ("leftImg8bit", "leftImg8bit", image, Image.Resampling.BICUBIC),
+                ("gtFine", "gtFine_labelIds", ids, Image.Resampling.NEAREST),
+            ):
+                path = root / folder / f"{stem}_{suffix}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.resize((2048, 1024), how, box=box).save(path, compress_level=1)
+    return root

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mlpmatch_pl.data.folder import FolderSource, folder
+from mlpmatch_pl.data.file_source import FileSource
+from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.sampler import StreamSampler
 from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews, WholeImages
 from mlpmatch_pl.data.shapes import Shapes
-from mlpmatch_pl.data.views import StrongView, WeakView
+from mlpmatch_pl.data.strong import StrongView
+from mlpmatch_pl.data.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
 
 SIZE = 40
@@ -25,7 +27,7 @@ def unlabeled(seed=0, num_strong=2, second_view=False, indices=range(3), strong=
 
 
 def labeled(seed=0, indices=range(3)):
-    return LabeledViews(Shapes("train", 3, 48), list(indices), WeakView(SIZE), seed)
+    return LabeledViews(Shapes("train", 3, 48), list(indices), 6, WeakView(SIZE), seed)
 
 
 def digest(sample):
@@ -66,7 +68,7 @@ def test_unlabeled_sample_keeps_the_contract_and_has_a_partner_only_when_asked(s
 
 def test_whole_image_sample_keeps_the_contract():
     source = Shapes("val", 2, 48)
-    sample = WholeImages(source)[1]
+    sample = WholeImages(source, 6, 255)[1]
     assert described(sample) == {"image": ((3, 48, 48), torch.uint8), "mask": ((48, 48), torch.uint8)}
     assert sample["index"] == 1
     assert (sample["image"].numpy() == source.image(1).transpose(2, 0, 1)).all()
@@ -111,11 +113,11 @@ def test_weak_views_and_partners_take_different_crops_of_the_same_image():
 
 def test_unlabeled_samples_have_no_mask_and_read_none(folder_root, classes, monkeypatch):
     data = folder(str(folder_root), classes, labeled=1, val=1)
-    monkeypatch.setattr(FolderSource, "mask", lambda self, index: pytest.fail("a mask was read"))
+    monkeypatch.setattr(FileSource, "mask", lambda self, index: pytest.fail("a mask was read"))
     dataset = UnlabeledViews(
         data.train, data.unlabeled, WeakView(SIZE), StrongView(), CutMix(), 2, second_view=True, seed=0
     )
-    assert data.train.pairs[data.unlabeled[0]].mask
+    assert data.train.pair(data.unlabeled[0]).mask
     for place in range(len(dataset)):
         sample = dataset[place, place]
         assert set(sample) == {"weak", "strong", "valid", "boxes", "index", "partner"}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmatch_pl.data.folder import folder
-from mlpmatch_pl.data.splits import Split, choose, is_list_file
+from mlpmatch_pl.data.splits import Split, choose, is_path
 from mlpmatch_pl.errors import UserError
 
 NAMES = [f"images/{index:03d}.jpg" for index in range(160)]
@@ -138,4 +138,4 @@ def test_messages_name_the_key():
     ],
 )
 def test_list_files_are_told_from_numbers(spec, expected):
-    assert is_list_file(spec) is expected
+    assert is_path(spec) is expected

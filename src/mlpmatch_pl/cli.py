@@ -3,8 +3,9 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
 
 from mlpmatch_pl.errors import UserError, suggest
 
@@ -28,6 +29,28 @@ def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
                 f"expected a fraction such as 1/8, but got {part}_{whole}, which Hydra reads as the number "
                 f"{part}{whole}; write dataset.{key}={part}/{whole}"
             )
+
+
+def run_command(config_name: str, hydra_main: Callable[[], None]) -> None:
+    """Run a Hydra command that takes a training configuration; wrong input ends with one line and exit code 1.
+
+    Args:
+        config_name: The command's primary config.
+        hydra_main: The function that `hydra.main` wraps.
+    """
+    # One stamp for all processes of a run: every rank computes the same folder.
+    os.environ.setdefault("MLPMATCH_STAMP", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    with guarded(config_name):
+        refuse_underscored_fractions(sys.argv[1:])
+        hydra_main()
+
+
+def guarded_job(config_name: str) -> AbstractContextManager[None]:
+    """Guard a single run; a job of a sweep fails on its own and leaves the others, and Hydra names it at the end."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return guarded(config_name) if HydraConfig.get().mode == RunMode.RUN else nullcontext()
 
 
 @contextmanager
@@ -59,7 +82,8 @@ def _message(error: BaseException, config_name: str) -> str | None:
         chain.append(cause)
     for link in chain:
         if isinstance(link, UserError):
-            return str(link)
+            # A worker process sends its traceback along.
+            return str(link).rstrip().rpartition(f"{UserError.__module__}.UserError: ")[2]
     for text in map(str, chain):
         if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
             return f"the configuration has no key {match[2]}." + suggest(match[2], _similar_keys(match[2], config_name))

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 import mlpmatch_pl
-from mlpmatch_pl.callbacks.progress import duration
+from mlpmatch_pl.callbacks.progress import DataWait, duration
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.loggers import build_loggers, finish_wandb
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Build everything, train, evaluate the best checkpoint, write the results. See `mlpmatch_pl.train.train`."""
-    _quiet()
+    quiet()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     output_dir = Path(config["output_dir"]).resolve()
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the others are started by the first, once it has checked all
@@ -90,10 +90,6 @@ def build_module(
 ) -> MLPMatch:
     """Build the module with the learning rate scaled to the images in an optimizer step."""
     backbone, schedule, data = dict(config["backbone"]), config["schedule"], datamodule.data
-    if backbone["in_chans"] != 3:
-        raise UserError(
-            f"expected backbone.in_chans=3, because the data are RGB images, but got {backbone['in_chans']}"
-        )
     labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
     synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
     method.check_batch(labeled if method.uses_unlabeled else labeled + unlabeled, unlabeled, synchronized)
@@ -102,6 +98,7 @@ def build_module(
         len(data.class_names),
         method=config["method"],
         backbone=backbone.pop("name"),
+        in_chans=data.in_chans,
         **backbone,
         **config["objective"],
         ignore_index=data.ignore_index,
@@ -152,6 +149,8 @@ def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: T
         module.method.name, len(data.labeled.names), data.labeled.label, data.labeled.sha256[:8], len(data.unlabeled),
         len(data.val), len(data.test or ()), len(data.class_names),
     )  # fmt: skip
+    for note in data.notes:
+        log.warning("note: %s", note)
     parameters = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     log.info(
         "%s, %.1f million parameters; %d epochs of %d steps; run folder %s",
@@ -196,6 +195,7 @@ def _train_and_test(
         "evaluated_on": part,
         "seconds": round(seconds, 1),  # since this start, validation included
         "images_per_second": round(steps * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2),
+        "data_wait": round(next(c.share for c in trainer.callbacks if isinstance(c, DataWait)), 4),  # type: ignore[attr-defined]
         "device": _device(trainer),
         "versions": {
             "mlpmatch_pl": mlpmatch_pl.__version__,
@@ -216,7 +216,7 @@ def _floats(metrics: Any) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the log to what this package says; warnings of substance still come through."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:

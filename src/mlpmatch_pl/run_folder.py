@@ -66,17 +66,25 @@ def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) 
     """Write config.yaml, the lists labeled.txt and val.txt, and splits.json with the name, size and hash of each."""
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output_dir / "config.yaml")
-    val = Split("validation", _names(data.val, range(len(data.val))))
-    data.labeled.save(output_dir / "labeled.txt")
-    val.save(output_dir / "val.txt")
+    save_lists(output_dir, data)
+    (output_dir / "splits.json").write_text(json.dumps(describe_splits(data), indent=2) + "\n", encoding="utf-8")
+
+
+def save_lists(folder: Path, data: SegmentationData) -> None:
+    """Write labeled.txt and val.txt, which give another run the same split."""
+    data.labeled.save(folder / "labeled.txt")
+    Split("validation", _names(data.val, range(len(data.val)))).save(folder / "val.txt")
+
+
+def describe_splits(data: SegmentationData) -> dict[str, dict[str, Any]]:
+    """Return label, number of images and hash of the labeled, unlabeled, validation and test images."""
     splits = {
         "labeled": data.labeled,
         "unlabeled": Split("unlabeled", _names(data.train, data.unlabeled)),
-        "val": val,
+        "val": Split("validation", _names(data.val, range(len(data.val)))),
         "test": Split("test", _names(data.test, range(len(data.test)))) if data.test else None,
     }
-    described = {key: describe_split(split) for key, split in splits.items() if split is not None}
-    (output_dir / "splits.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return {key: describe_split(split) for key, split in splits.items() if split is not None}
 
 
 def describe_split(split: Split) -> dict[str, Any]:

@@ -9,18 +9,12 @@
 Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer at once.
 """
 
-import os
-import sys
-from contextlib import nullcontext
-from datetime import datetime
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from mlpmatch_pl.cli import guarded, refuse_underscored_fractions
+from mlpmatch_pl.cli import guarded_job, run_command
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -42,18 +36,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="train")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> None:
-    # A job of a sweep fails on its own and leaves the others; Hydra names it at the end.
-    with guarded("train") if HydraConfig.get().mode == RunMode.RUN else nullcontext():
+    with guarded_job("train"):
         train(cfg)
 
 
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1."""
-    # One stamp for all processes of a run: every rank computes the same folder.
-    os.environ.setdefault("MLPMATCH_STAMP", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    with guarded("train"):
-        refuse_underscored_fractions(sys.argv[1:])
-        _hydra_main()
+    run_command("train", _hydra_main)
 
 
 if __name__ == "__main__":

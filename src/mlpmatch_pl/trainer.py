@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from mlpmatch_pl.callbacks.progress import ProgressBar, ProgressLines
+from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
 
@@ -39,13 +39,14 @@ def build_trainer(
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
     # Buffers differ between ranks only without SyncBatchNorm; sending rank 0's in every step gains nothing.
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if _several(options) else "auto"
+    data_wait = DataWait()
     trainer = Trainer(
         **options,
         strategy=ddp,
         max_epochs=1,  # set below, once the number of processes is known
         default_root_dir=str(output_dir),
         logger=False,  # set once everything is checked: a refused run leaves no trace
-        callbacks=callbacks,
+        callbacks=[data_wait, *callbacks],
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -58,7 +59,7 @@ def build_trainer(
         trainer.check_val_every_n_epoch = every
     if options["enable_progress_bar"]:
         images = images_per_update(datamodule, trainer)
-        progress = ProgressBar(images) if sys.stdout.isatty() else ProgressLines(images)
+        progress = ProgressBar(images, data_wait) if sys.stdout.isatty() else ProgressLines(images, data_wait)
         trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
     return trainer

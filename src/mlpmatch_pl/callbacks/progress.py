@@ -1,4 +1,4 @@
-"""Progress with throughput and the time left for the whole training."""
+"""Progress with throughput, the share of waiting for data, and the time left for the whole training."""
 
 import logging
 import time
@@ -10,11 +10,58 @@ from lightning.pytorch.callbacks import RichProgressBar
 log = logging.getLogger(__name__)
 
 
-class Throughput:
-    """Measures images a second and the time left, from the first finished step on."""
+class DataWait(Callback):
+    """Measures which share of the training time the main process waits for the next batch.
 
-    def __init__(self, images_per_step: int) -> None:
-        self.images_per_step = images_per_step
+    More than some percent says that loading is too slow for the device: add workers, or a cache.
+
+    Attributes:
+        share: Waiting time by training time since the start, validation left out, 0..1.
+    """
+
+    def __init__(self) -> None:
+        self._waited = self._worked = 0.0
+        self._mark = time.monotonic()
+
+    @property
+    def share(self) -> float:
+        """Return the share so far."""
+        return self._waited / max(self._waited + self._worked, 1e-9)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to wait for the first batch."""
+        self._lap()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch has come."""
+        self._waited += self._lap()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Start to wait for the next batch."""
+        self._worked += self._lap()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out the time of a validation between two batches."""
+        self._lap()
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        passed, self._mark = now - self._mark, now
+        return passed
+
+
+class Throughput:
+    """Measures images a second and the time left, from the first finished step on.
+
+    Args:
+        images_per_step: Images in an optimizer step, over all devices.
+        data_wait: Measures the time that batches are waited for.
+    """
+
+    def __init__(self, images_per_step: int, data_wait: DataWait) -> None:
+        self.images_per_step, self.data_wait = images_per_step, data_wait
         self._since: tuple[float, int] | None = None
 
     def describe(self, step: int, steps: int) -> dict[str, str]:
@@ -26,7 +73,11 @@ class Throughput:
         if step <= first or now <= started:
             return {}
         pace = (now - started) / (step - first)  # validation included: it belongs to the time left
-        return {"img/s": f"{self.images_per_step / pace:.1f}", "left": duration((steps - step) * pace)}
+        return {
+            "img/s": f"{self.images_per_step / pace:.1f}",
+            "data": f"{100 * self.data_wait.share:.0f}%",
+            "left": duration((steps - step) * pace),
+        }
 
 
 class ProgressBar(RichProgressBar):
@@ -34,11 +85,12 @@ class ProgressBar(RichProgressBar):
 
     Args:
         images_per_step: Images in an optimizer step, over all devices.
+        data_wait: Measures the time that batches are waited for.
     """
 
-    def __init__(self, images_per_step: int) -> None:
+    def __init__(self, images_per_step: int, data_wait: DataWait) -> None:
         super().__init__(refresh_rate=10, leave=False)
-        self.throughput = Throughput(images_per_step)
+        self.throughput = Throughput(images_per_step, data_wait)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the metrics to show: no version number, but throughput and time left."""
@@ -54,10 +106,11 @@ class ProgressLines(Callback):
 
     Args:
         images_per_step: Images in an optimizer step, over all devices.
+        data_wait: Measures the time that batches are waited for.
     """
 
-    def __init__(self, images_per_step: int) -> None:
-        self.throughput = Throughput(images_per_step)
+    def __init__(self, images_per_step: int, data_wait: DataWait) -> None:
+        self.throughput = Throughput(images_per_step, data_wait)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""

@@ -1,68 +1,158 @@
-"""Bad data is found at the door: every file is read once, before the first step."""
+"""Bad data is found at the door: what is wrong with a data set, in sentences.
+
+An error is what training would stumble over or what would make its result worthless; a warning is what a user should
+know. `check_data` runs at the start of every training; the command ``check`` reads everything.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mlpmatch_pl.data.sources import SegmentationData, Source
+from mlpmatch_pl.data.inspection import PARTS, Inspected, all_jobs, inspect, spread
+from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
 
+log = logging.getLogger(__name__)
+MOST_FILES = 2000  # that are read at the start of a training
 
-def check_data(data: SegmentationData) -> set[tuple[int, int]]:
-    """Read every image and every mask that will be used, and refuse what training would stumble over.
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or that a user should know.
+
+    Attributes:
+        kind: A word for it.
+        is_error: Whether training refuses it.
+        message: A sentence.
+        count: How many files it concerns, where it is about files.
+    """
+
+    kind: str
+    is_error: bool
+    message: str
+    count: int = 1
+
+
+def check_data(data: SegmentationData, crop_size: int) -> set[tuple[int, int]]:
+    """Read the files that will be used, or 2,000 of them spread over all sets, and refuse what is an error.
 
     Args:
         data: The data set.
+        crop_size: Height and width of the training views.
 
     Returns:
-        The sizes of the evaluation images, (height, width).
+        The sizes of the evaluation images that were read, (height, width).
 
     Raises:
-        UserError: For the first file, in order, that is unreadable, differs in size from its image, or holds a value
-            that is neither a class nor the ignore index; or if a set is empty.
+        UserError: For the first error.
     """
+    require_validation(data)
+    jobs = all_jobs(data)
+    chosen = jobs if len(jobs) <= MOST_FILES else spread(jobs, MOST_FILES)
+    if len(chosen) < len(jobs):
+        log.info("read %d of %d files; python -m mlpmatch_pl.check reads all", len(chosen), len(jobs))
+    inspected = []
+    for item in inspect(data, chosen, thorough=False):
+        if item.problem:
+            raise UserError(item.problem)
+        inspected.append(item)
+    for finding in find(data, inspected, crop_size):
+        if finding.is_error:
+            raise UserError(finding.message)
+        log.warning("note: %s", finding.message)
+    return {item.size for item in inspected if item.part in ("val", "test")}
+
+
+def require_validation(data: SegmentationData) -> None:
+    """Refuse a data set without validation images."""
     if not len(data.val):
         raise UserError("expected at least 1 validation image, but there is none; set dataset.val")
-    held_out = [source for source in (data.val, data.test) if source is not None]
-    jobs: list[tuple[Source, int, bool]] = [(data.train, index, True) for index in data.labeled_indices]
-    jobs += [(source, index, True) for source in held_out for index in range(len(source))]
-    jobs += [(data.train, index, False) for index in data.unlabeled]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-        sizes = list(pool.map(_checker(data), jobs))
-    return {size for (source, _, _), size in zip(jobs, sizes, strict=True) if source is not data.train}
 
 
-def _checker(data: SegmentationData) -> Callable[[tuple[Source, int, bool]], tuple[int, int]]:
-    classes = range(len(data.class_names))
-    allowed = np.zeros(256, dtype=bool)
-    allowed[[*classes, data.ignore_index]] = True
+def find(data: SegmentationData, inspected: Sequence[Inspected], crop_size: int) -> list[Finding]:
+    """Say what is wrong with a data set, given what was found in its files; errors first.
 
-    def check(job: tuple[Source, int, bool]) -> tuple[int, int]:
-        source, index, with_mask = job
-        image = source.image(index)
-        size = (image.shape[0], image.shape[1])
-        if not with_mask:
-            return size
-        mask = source.mask(index)
-        if image.shape[:2] != mask.shape:
-            raise UserError(
-                f"expected image and mask of the same size, but {source.name(index)} is "
-                f"{image.shape[1]} x {image.shape[0]} and its mask {mask.shape[1]} x {mask.shape[0]} pixels"
-            )
-        _refuse_values(mask[~allowed[mask]], source.name(index), len(classes), data.ignore_index)
-        return size
-
-    return check
+    Example:
+        >>> from mlpmatch_pl.data.shapes import shapes
+        >>> data = shapes(labeled=4, train=8, val=2, test=2)
+        >>> find(data, list(inspect(data, all_jobs(data), thorough=True)), crop_size=64)
+        []
+    """
+    good = [item for item in inspected if item.problem is None]
+    findings = [
+        Finding("file", True, item.problem) for item in inspected if item.problem is not None
+    ]  # one a file: each has its own remedy
+    findings += [*_classes(data, good), *_copies(good), *_sizes(good, crop_size)]
+    return sorted(findings, key=lambda finding: not finding.is_error)
 
 
-def _refuse_values(wrong: Iterable[int], name: str, num_classes: int, ignore_index: int) -> None:
-    values = sorted({int(value) for value in np.unique(np.asarray(wrong))})
-    if values:
-        raise UserError(
-            f"expected mask values 0..{num_classes - 1} or {ignore_index} (ignore), but the mask of {name} has "
-            f"{', '.join(map(str, values[:5]))}; correct the mask, dataset.classes or dataset.ignore_index"
+def pixels_by_class(inspected: Iterable[Inspected], part: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels and the images of each class in a part, and last of what does not count."""
+    counts = [item.pixels_C1 for item in inspected if item.part == part and item.pixels_C1 is not None]
+    table = np.stack(counts) if counts else np.zeros((0, num_classes + 1), np.int64)
+    return table.sum(0), (table > 0).sum(0)
+
+
+def _classes(data: SegmentationData, inspected: Sequence[Inspected]) -> Iterator[Finding]:
+    names = data.class_names
+    labeled, _ = pixels_by_class(inspected, "labeled", len(names))
+    found = [name for name, pixels in zip(names, labeled[:-1], strict=True) if pixels]
+    if len(found) < 2:
+        ignored = f" and {data.ignore_index} (ignore)" if labeled[-1] else ""
+        yield Finding(
+            "one class",
+            True,
+            f"expected at least two classes in the labeled masks, but they hold only {', '.join(found) or 'no class'}"
+            f"{ignored}; if other values stand for classes in your files, map them, as in "
+            "'dataset.mask_values={0:0,255:1}', else label images that show them",
         )
+        return
+    evaluated, _ = pixels_by_class(inspected, "val", len(names))
+    for kind, part, pixels in (("never labeled", "labeled", labeled), ("never validated", "validation", evaluated)):
+        if missing := [name for name, count in zip(names, pixels[:-1], strict=True) if not count]:
+            noun = "class" if len(missing) == 1 else "classes"
+            yield Finding(kind, False, f"no {part} mask holds the {noun} {', '.join(missing)}")
+    empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
+    if empty:
+        message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in all)"
+        yield Finding("all ignored", False, message, len(empty))
+
+
+def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
+    """Find images that are there twice, under whatever name."""
+    by_content: dict[str, list[Inspected]] = defaultdict(list)
+    for item in inspected:
+        if item.digest:
+            by_content[item.digest].append(item)
+    shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for items in by_content.values():
+        first = items[0]
+        for other in items[1:]:
+            one, two = sorted((first, other), key=lambda item: PARTS.index(item.part))
+            shared[one.part, two.part].append((one.name, two.name))
+    for (one_part, two_part), pairs in sorted(shared.items()):
+        is_error = one_part == "labeled" and two_part in ("val", "test")
+        advice = "; remove them from one of the two" if is_error else ""
+        where = f"{one_part} images" if one_part == two_part else f"{one_part} and {two_part} images"
+        message = (
+            f"expected {where} to differ, but {pairs[0][0]} and {pairs[0][1]} hold the same picture "
+            f"({len(pairs)} in all){advice}"
+        )
+        yield Finding("copies", is_error, message, len(pairs))
+
+
+def _sizes(inspected: Sequence[Inspected], crop_size: int) -> Iterator[Finding]:
+    sizes = Counter(item.size for item in inspected if item.part in ("labeled", "unlabeled"))
+    small = {size: count for size, count in sizes.items() if min(size) < crop_size}
+    if small:
+        height, width = min(small)
+        message = (
+            f"{sum(small.values())} of {sum(sizes.values())} training images are smaller than the crop of {crop_size} "
+            f"pixels (the smallest {width} x {height}); their views are padded, or lower loader.crop_size"
+        )
+        yield Finding("smaller than the crop", False, message, sum(small.values()))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
+from mlpmatch_pl.data.cache import with_cache
 from mlpmatch_pl.data.checks import check_data
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler
 from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews, WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, Source
-from mlpmatch_pl.data.views import StrongView, WeakView
+from mlpmatch_pl.data.strong import StrongView
+from mlpmatch_pl.data.weak import WeakView
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.perturbation import CutMix
 
@@ -37,11 +40,12 @@ class SemiSupervisedDataModule(LightningDataModule):
             them, so that a step sees as many images and an epoch has as many steps as with unlabeled images.
         partner: ``batch``, or ``same_image`` for a second view of every unlabeled image (CutMix partner).
         scale: Smallest and largest factor of the long side, in the weak view.
-        strong: Options of `mlpmatch_pl.data.views.StrongView`.
+        strong: Options of `mlpmatch_pl.data.strong.StrongView`.
         cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
         eval_batch_size: Images in an evaluation batch; more than 1 only if all have the same size.
         num_workers: Worker processes in all; as many as there are free cores if left out.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
+        cache: Folder for decoded images, see `mlpmatch_pl.data.cache.with_cache`; none if left out.
         seed: Seed of the streams and the views.
 
     Raises:
@@ -70,11 +74,12 @@ class SemiSupervisedDataModule(LightningDataModule):
         eval_batch_size: int = 1,
         num_workers: int | None = None,
         multiprocessing_context: str | None = None,
+        cache: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.data, self.seed, self.num_strong = data, seed, num_strong
-        self.batch_size = batch_size
+        self.batch_size, self.crop_size = batch_size, crop_size
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
@@ -89,7 +94,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 "label fewer (dataset.labeled), add images without mask, or use method=supervised"
             )
         weak = WeakView(crop_size, (scale[0], scale[1]), ignore_index=data.ignore_index)
-        self._labeled = LabeledViews(data.train, data.labeled_indices, weak, seed)
+        self._labeled = LabeledViews(data.train, data.labeled_indices, len(data.class_names), weak, seed)
         self._unlabeled = UnlabeledViews(
             data.train,
             data.unlabeled,
@@ -100,7 +105,8 @@ class SemiSupervisedDataModule(LightningDataModule):
             partner == "same_image",
             seed,
         )
-        self._checked = False
+        self._checked = self._cached = False
+        self.cache = cache
         self._resume = (0, 0)  # epoch and batch to go on with
 
     @property
@@ -115,15 +121,25 @@ class SemiSupervisedDataModule(LightningDataModule):
         return max(labeled, unlabeled)
 
     def prepare_data(self) -> None:
-        """Check every file once, see `mlpmatch_pl.data.checks.check_data`."""
-        if not self._checked:
-            sizes = check_data(self.data)
-            if self.eval_batch_size > 1 and len(sizes) > 1:
-                raise UserError(
-                    f"expected evaluation images of one size for loader.eval_batch_size={self.eval_batch_size}, "
-                    f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
-                )
-            self._checked = True
+        """Check the files, see `mlpmatch_pl.data.checks.check_data`, and build the cache, once on a machine."""
+        if self._checked:
+            return
+        sizes = check_data(self.data, self.crop_size)
+        if self.eval_batch_size > 1 and len(sizes) > 1:
+            raise UserError(
+                f"expected evaluation images of one size for loader.eval_batch_size={self.eval_batch_size}, "
+                f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
+            )
+        if self.cache is not None:
+            with_cache(self.data, Path(self.cache))
+        self._checked = True
+
+    def setup(self, stage: str) -> None:
+        """Open the cache, in every process."""
+        if self.cache is not None and not self._cached:
+            self.data = with_cache(self.data, Path(self.cache))
+            self._labeled.source = self._unlabeled.source = self.data.train
+            self._cached = True
 
     def train_dataloader(self) -> CombinedLoader:
         """Return the paired loader; the first epoch after a resume starts where the run stopped."""
@@ -179,7 +195,8 @@ class SemiSupervisedDataModule(LightningDataModule):
     def _whole(self, source: Source) -> DataLoader[Any]:
         sampler = ShardSampler(len(source), *self._place())
         workers = self._workers(1)["labeled"]
-        return self._loader(WholeImages(source), batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers)
+        dataset = WholeImages(source, len(self.data.class_names), self.data.ignore_index)
+        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers)
 
     def _loader(self, dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -8,13 +8,15 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mlpmatch_pl.data.sources import Image, Source
-from mlpmatch_pl.data.views import StrongView, WeakView
+from mlpmatch_pl.data.sources import Image, Source, require_classes, require_same_size
+from mlpmatch_pl.data.strong import StrongView
+from mlpmatch_pl.data.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.seeding import mix
 
@@ -22,10 +24,11 @@ Draw = tuple[int, int]
 
 
 class LabeledViews(Dataset[dict[str, Tensor]]):
-    """Weak views of labeled images: ``image`` (3, S, S) uint8 and ``mask`` (S, S) uint8."""
+    """Weak views of labeled images: ``image`` (channels, S, S) and ``mask`` (S, S) uint8."""
 
-    def __init__(self, source: Source, indices: Sequence[int], weak: WeakView, seed: int) -> None:
-        self.source, self.indices, self.weak, self.seed = source, np.asarray(indices), weak, seed
+    def __init__(self, source: Source, indices: Sequence[int], num_classes: int, weak: WeakView, seed: int) -> None:
+        self.source, self.indices, self.num_classes = source, np.asarray(indices), num_classes
+        self.weak, self.seed = weak, seed
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -33,8 +36,13 @@ class LabeledViews(Dataset[dict[str, Tensor]]):
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
         index = int(self.indices[draw[0]])
         rng = random.Random(mix(self.seed, "labeled", draw[1]))
-        view, mask, _ = self.weak(self.source.image(index), self.source.mask(index), rng)
-        return {"image": image_tensor(view), "mask": torch.from_numpy(np.ascontiguousarray(mask))}
+        image, truth = self.source.image(index), self.source.mask(index)
+        # Only a part of a large data set has been checked before; the device would fail without a name.
+        name = self.source.name(index)
+        require_same_size(image, truth, name)
+        view, mask, _ = self.weak(image, truth, rng)
+        require_classes(mask, name, self.num_classes, self.weak.ignore_index)
+        return {"image": image_tensor(view), "mask": torch.from_numpy(mask)}
 
 
 class UnlabeledViews(Dataset[dict[str, Any]]):
@@ -69,9 +77,8 @@ class UnlabeledViews(Dataset[dict[str, Any]]):
         return len(self.indices)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        index, seed = int(self.indices[draw[0]]), mix(self.seed, "unlabeled", draw[1])
-        rng = random.Random(seed)
-        self.strong.reseed(seed)
+        index = int(self.indices[draw[0]])
+        rng = random.Random(mix(self.seed, "unlabeled", draw[1]))
         image = self.source.image(index)
         sample: dict[str, Any] = self._views(image, rng)
         size = self.weak.crop_size
@@ -83,28 +90,32 @@ class UnlabeledViews(Dataset[dict[str, Any]]):
 
     def _views(self, image: Image, rng: random.Random) -> dict[str, Tensor]:
         view, _, valid = self.weak(image, None, rng)
-        view = np.ascontiguousarray(view)
         return {
             "weak": image_tensor(view),
-            "strong": torch.stack([image_tensor(self.strong(view)) for _ in range(self.num_strong)]),
-            "valid": torch.from_numpy(np.ascontiguousarray(valid)),
+            "strong": torch.stack([image_tensor(self.strong(view, rng)) for _ in range(self.num_strong)]),
+            "valid": torch.from_numpy(valid),
         }
 
 
 class WholeImages(Dataset[dict[str, Any]]):
     """Images at their own size with their masks, for evaluation: ``image``, ``mask`` and ``index``."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, num_classes: int, ignore_index: int) -> None:
+        self.source, self.num_classes, self.ignore_index = source, num_classes, ignore_index
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        mask = torch.from_numpy(np.ascontiguousarray(self.source.mask(index)))
-        return {"image": image_tensor(self.source.image(index)), "mask": mask, "index": index}
+        image, mask = self.source.image(index), self.source.mask(index)
+        require_same_size(image, mask, self.source.name(index))
+        require_classes(mask, self.source.name(index), self.num_classes, self.ignore_index)
+        return {"image": image_tensor(image), "mask": torch.from_numpy(mask.copy()), "index": index}
 
 
 def image_tensor(image: Image) -> Tensor:
-    """Turn (H, W, 3) into (3, H, W), uint8."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    """Turn (H, W, channels) into (channels, H, W): uint8, or int32 for 16 bits, as few operations know uint16."""
+    pixels = image if image.dtype == np.uint8 else image.astype(np.int32)
+    planes = np.empty((pixels.shape[2], *pixels.shape[:2]), pixels.dtype)
+    cv2.split(pixels, list(planes))  # several times faster than numpy's transpose
+    return torch.from_numpy(planes)

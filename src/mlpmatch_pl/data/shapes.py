@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpmatch_pl.data.sources import Image, Mask, SegmentationData
-from mlpmatch_pl.data.splits import choose, is_list_file, read_split
+from mlpmatch_pl.data.splits import Choice, choose, is_path, read_split
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.seeding import mix
 
@@ -76,7 +76,7 @@ class Shapes:
 
 
 def shapes(
-    labeled: str | int | float = 20,
+    labeled: Choice = 20,
     train: int = 480,
     val: int = 60,
     test: int = 120,
@@ -103,7 +103,7 @@ def shapes(
         )
     source = Shapes("train", train, size)
     names = [source.name(index) for index in range(train)]
-    split = read_split(str(labeled), names) if is_list_file(labeled) else choose(names, labeled, split_seed)
+    split = read_split(str(labeled), names) if is_path(labeled) else choose(names, labeled, split_seed)
     taken = set(split.names)
     return SegmentationData(
         class_names=CLASS_NAMES,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.errors import UserError
 
-Image = NDArray[np.uint8]
+Image = NDArray[np.uint8] | NDArray[np.uint16]
 Mask = NDArray[np.uint8]
 
 
@@ -29,7 +29,7 @@ class Source(Protocol):
         """Return a stable name, as split lists and messages use it."""
 
     def image(self, index: int) -> Image:
-        """Return an image, uint8, (H, W, 3), RGB."""
+        """Return an image, uint8 or uint16, (H, W, channels); RGB if there are three."""
 
     def mask(self, index: int) -> Mask:
         """Return the mask, uint8, (H, W): 0..C-1 or the ignore index. Asked of labeled and evaluated images only."""
@@ -48,6 +48,8 @@ class SegmentationData:
         test: Images to report on, if there are any beside ``val``.
         ignore_index: Mask value of pixels that do not count.
         palette: An RGB colour for each class.
+        in_chans: Channels of an image.
+        notes: What a user should know of how the sets came about, a sentence each.
     """
 
     class_names: tuple[str, ...]
@@ -58,6 +60,8 @@ class SegmentationData:
     test: Source | None = None
     ignore_index: int = 255
     palette: tuple[tuple[int, int, int], ...] = ()
+    in_chans: int = 3
+    notes: tuple[str, ...] = ()
 
     @property
     def labeled_indices(self) -> tuple[int, ...]:
@@ -113,3 +117,38 @@ def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
 def _voc_color(index: int) -> tuple[int, int, int]:
     red, green, blue = (sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
     return red, green, blue
+
+
+def require_same_size(image: Image, mask: Mask, name: str) -> None:
+    """Refuse a mask of another size than its image.
+
+    Raises:
+        UserError: With the name of the image, and both sizes.
+    """
+    if image.shape[:2] != mask.shape:
+        raise UserError(
+            f"expected image and mask of the same size, but {name} is {image.shape[1]} x {image.shape[0]} and its mask "
+            f"{mask.shape[1]} x {mask.shape[0]} pixels"
+        )
+
+
+def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) -> None:
+    """Refuse a mask with values that are no classes.
+
+    Raises:
+        UserError: With the name of the image, and the values.
+
+    Example:
+        >>> require_classes(np.full((2, 2), 7, np.uint8), "a.png", 7, 255)
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.errors.UserError: expected mask values 0..6 or 255 (ignore), but the mask of a.png has 7; ...
+    """
+    wrong = (mask >= num_classes) & (mask != ignore_index)
+    if wrong.any():
+        values = np.unique(mask[wrong])[:5]
+        raise UserError(
+            f"expected mask values 0..{num_classes - 1} or {ignore_index} (ignore), but the mask of {name} has "
+            f"{', '.join(map(str, values))}; correct the mask, dataset.classes or dataset.ignore_index, or map the "
+            "values by dataset.mask_values"
+        )

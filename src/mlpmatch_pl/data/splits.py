@@ -8,13 +8,15 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.seeding import mix
 
+Choice = str | int | float
 _FRACTION = re.compile(r"(\d+)/(\d+)")
 
 
@@ -37,11 +39,11 @@ class Split:
     @property
     def sha256(self) -> str:
         """Hash of the names: equal for equal lists, whatever they are called."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write one name a line; the file can be given as ``dataset.labeled`` again."""
-        path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8")
+        path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8", errors="surrogateescape")
 
 
 def read_split(path: str, known: Sequence[str]) -> Split:
@@ -64,17 +66,23 @@ def read_split(path: str, known: Sequence[str]) -> Split:
     return Split(path, names)
 
 
-def is_list_file(spec: object) -> bool:
-    """Tell whether a choice names a list file rather than a fraction or a count.
+def is_path(spec: object) -> bool:
+    """Tell whether a choice names a file or folder rather than a fraction or a count.
 
     Example:
-        >>> is_list_file("splits/92/labeled.txt"), is_list_file("1/8"), is_list_file(92)
+        >>> is_path("splits/92/labeled.txt"), is_path("1/8"), is_path(92)
         (True, False, False)
     """
     return isinstance(spec, str) and not _FRACTION.fullmatch(spec) and not _is_number(spec)
 
 
-def choose(names: Sequence[str], spec: str | int | float, seed: int, what: str = "labeled") -> Split:
+def choose(
+    names: Sequence[str],
+    spec: Choice,
+    seed: int,
+    what: str = "labeled",
+    order: Callable[[list[str]], list[str]] | None = None,
+) -> Split:
     """Choose images by fraction or count.
 
     Args:
@@ -82,6 +90,7 @@ def choose(names: Sequence[str], spec: str | int | float, seed: int, what: str =
         spec: A fraction (``"1/8"`` or ``0.125``) or a count (``92``).
         seed: Seed of the choice; another seed is another list.
         what: Name of the key, for messages and so that several choices are independent.
+        order: Rearranges the shuffled names before the first ones are taken, as `cover_first` does.
 
     Returns:
         The chosen names, sorted, at least one.
@@ -105,10 +114,37 @@ def choose(names: Sequence[str], spec: str | int | float, seed: int, what: str =
         )
     ordered = sorted(names)
     random.Random(mix(seed, what)).shuffle(ordered)
-    return Split(f"{spec} (seed {seed})", tuple(sorted(ordered[:count])))
+    label = f"{spec} (seed {seed}{', every class' if order else ''})"
+    return Split(label, tuple(sorted((order(ordered) if order else ordered)[:count])))
 
 
-def _count(spec: str | int | float, total: int, what: str) -> int:
+def cover_first(names: Iterable[str], classes: Mapping[str, frozenset[int]]) -> list[str]:
+    """Move some images to the front that together hold every class, the rarest class first.
+
+    The order does not depend on how many are taken, so choices stay nested.
+
+    Args:
+        names: Shuffled names.
+        classes: The classes in each image.
+
+    Returns:
+        All names; every class is in the first images, one image a class at most.
+
+    Example:
+        >>> cover_first("abc", {"a": frozenset({0}), "b": frozenset({0}), "c": frozenset({0, 1})})
+        ['c', 'a', 'b']
+    """
+    rest = list(names)
+    images = Counter(label for found in classes.values() for label in found)
+    first: list[str] = []
+    for label, _ in sorted(images.items(), key=lambda item: (item[1], item[0])):
+        if not any(label in classes[name] for name in first):
+            first.append(next(name for name in rest if label in classes[name]))
+    taken = set(first)
+    return first + [name for name in rest if name not in taken]
+
+
+def _count(spec: Choice, total: int, what: str) -> int:
     if isinstance(spec, str) and (match := _FRACTION.fullmatch(spec)):
         part, whole = int(match[1]), int(match[2])
         if whole == 0 or part > whole:

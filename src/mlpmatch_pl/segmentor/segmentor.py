@@ -19,8 +19,8 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 class Segmentor(nn.Module):
     """A timm encoder with a DeepLabV3+ decoder.
 
-    Images go in as they are stored, with values from 0 to 255 in any dtype; they are normalised here, so that
-    training, prediction and export cannot disagree about it.
+    Images go in as they are stored, with values from 0 to 255 (or 65535) in any dtype; they are normalised here, so
+    that training, prediction and export cannot disagree about it.
 
     Args:
         num_classes: Number of classes.
@@ -30,8 +30,8 @@ class Segmentor(nn.Module):
         output_stride: 8, 16 or 32.
         decoder_channels: Width of the decoder.
         atrous_rates: Dilations of the ASPP branches.
-        mean: Mean of each channel, for values from 0 to 255.
-        std: Standard deviation of each channel, for values from 0 to 255.
+        mean: Mean of each channel, for values as they are stored.
+        std: Standard deviation of each channel, for values as they are stored.
 
     Raises:
         UserError: If an argument is out of range, or mean and std do not match in_chans.
@@ -63,7 +63,8 @@ class Segmentor(nn.Module):
         if len(mean) != in_chans or len(std) != in_chans:
             raise UserError(
                 f"expected mean and std with a value for each of the {in_chans} channels, "
-                f"but got {len(mean)} and {len(std)} values; set backbone.mean and backbone.std"
+                f"but got {len(mean)} and {len(std)} values; set backbone.mean and backbone.std, which "
+                "'python -m mlpmatch_pl.check' prints"
             )
         self.encoder = Encoder(backbone, pretrained, in_chans, output_stride)
         self.decoder = DeepLabV3Plus(self.encoder.channels, num_classes, decoder_channels, atrous_rates)
@@ -74,7 +75,7 @@ class Segmentor(nn.Module):
         """Return logits.
 
         Args:
-            image_BCHW: Images, (B, in_chans, H, W), values 0..255, any dtype, H and W at least 33.
+            image_BCHW: Images, (B, in_chans, H, W), values as stored, any dtype, H and W at least 33.
 
         Returns:
             Logits at the images' size, (B, num_classes, H, W).

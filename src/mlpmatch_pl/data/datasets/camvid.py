@@ -1,0 +1,56 @@
+"""CamVid as SegNet's authors reduced it: 367 training, 101 validation and 233 test images of 480 x 360, 11 classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.files import Files
+from mlpmatch_pl.data.mask_reader import MaskReader
+from mlpmatch_pl.data.sources import SegmentationData
+from mlpmatch_pl.data.splits import Choice
+
+INFO = Benchmark(
+    key="camvid",
+    title="CamVid",
+    class_names=(
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+    ),
+    palette=(
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+        (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    ),
+    licence="CC BY-NC 4.0 as its source states; research use",
+    citation="Brostow et al., Semantic Object Classes in Video: A High-Definition Ground Truth Database, PRL 2009",
+    homepage="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
+)  # fmt: skip
+
+
+def camvid(
+    root: str,
+    labeled: Choice | None = None,
+    unlabeled: str | Sequence[str] | None = None,
+    val: Choice | None = None,
+    split_seed: int = 0,
+    cover_classes: bool = False,
+) -> SegmentationData:
+    """Describe CamVid: images and masks below folders of these names, listed in splits/train.txt, val.txt and test.txt.
+
+    Report on test: val is one sequence, of which train holds other frames.
+
+    Args:
+        root: The folder with these.
+        labeled: See `mlpmatch_pl.data.datasets.benchmark.Selection`.
+        unlabeled: See there.
+        val: See there.
+        split_seed: See there.
+        cover_classes: See there.
+
+    Raises:
+        UserError: If files or lists are not there.
+    """
+    files = Files([find_root(root, "splits", INFO)], "images", "masks")
+    train, own_val, test = (files.part(f"splits/{name}.txt") for name in ("train", "val", "test"))
+    return benchmark_data(
+        INFO, files, MaskReader(), train, own_val, Selection(labeled, unlabeled, val, split_seed, cover_classes), test
+    )

@@ -1,0 +1,41 @@
+"""Decoding image files with OpenCV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpmatch_pl.errors import UserError
+
+
+def decode(path: str | Path, flags: int) -> NDArray[Any]:
+    """Decode a file.
+
+    Args:
+        path: The file.
+        flags: OpenCV's flags of `imdecode`.
+
+    Returns:
+        (H, W), or (H, W, channels) in the order RGB or RGBA.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    try:  # cv2.imread cannot open every unicode path
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"cannot read the image {path} ({error.strerror}); replace or remove it") from error
+    try:
+        pixels: NDArray[Any] | None = cv2.imdecode(content, flags) if len(content) else None
+    except cv2.error:  # as for a size beyond all limits
+        pixels = None
+    if pixels is None:
+        raise UserError(f"cannot read the image {path}: it is broken or no image; replace or remove it")
+    is_rgb = flags != cv2.IMREAD_UNCHANGED and flags & cv2.IMREAD_COLOR_RGB
+    if pixels.ndim == 3 and not is_rgb:
+        pixels = cv2.cvtColor(pixels, {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[pixels.shape[2]])
+    return pixels

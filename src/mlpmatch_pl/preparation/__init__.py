@@ -1,0 +1,1 @@
+"""Benchmark data sets from their public archives: download, safe extraction, conversion, verification."""
