@@ -16,6 +16,10 @@ FOLDER = ("dataset=folder", "dataset.classes=[background,road,sky]", "dataset.va
 FEW = ("loader.batch_size=2", "loader.unlabeled_batch_size=3")
 
 
+def listed(path):
+    return [line.split("\t")[0] for line in path.read_text().splitlines()]
+
+
 def run_check(output_dir, *overrides):
     return check(compose_config("check", *overrides, output_dir=output_dir))
 
@@ -23,7 +27,7 @@ def run_check(output_dir, *overrides):
 def test_the_report_counts_what_an_independent_reading_counts(folder_root, tmp_path):
     report = run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={folder_root}")
     assert report == json.loads((tmp_path / "out/check.json").read_text())
-    names = {part: [*(tmp_path / f"out/{part}.txt").read_text().split()] for part in ("labeled", "val")}
+    names = {part: listed(tmp_path / f"out/{part}.txt") for part in ("labeled", "val")}
     assert {part: report["sets"][part]["count"] for part in names} == {"labeled": 4, "val": 1}
     assert report["sets"]["unlabeled"]["count"] == 3
     pixels, images = dict.fromkeys(range(256), 0), dict.fromkeys(range(256), 0)
@@ -45,7 +49,7 @@ def test_the_report_counts_what_an_independent_reading_counts(folder_root, tmp_p
 
 def test_mean_and_deviation_are_those_of_all_training_pixels(folder_root, tmp_path):
     report = run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={folder_root}")
-    held_out = (tmp_path / "out/val.txt").read_text().split()
+    held_out = listed(tmp_path / "out/val.txt")
     paths = [
         path for path in (folder_root / "images").rglob("*.*g") if str(path.relative_to(folder_root)) not in held_out
     ]
@@ -108,7 +112,7 @@ def test_deep_images_with_many_channels_get_their_statistics(tmp_path, classes):
             save_mask(root / f"masks/{index}.png", rng.integers(0, 3, (44, 40)).astype(np.uint8), palette=False)
     options = ("dataset.in_chans=7", "dataset.bit_depth=16", "dataset.val=1")
     report = run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={root}", *options)
-    (held_out,) = (tmp_path / "out/val.txt").read_text().split()
+    (held_out,) = listed(tmp_path / "out/val.txt")
     kept = np.delete(stack, int(held_out[-5]), axis=0).reshape(-1, 7).astype(float)
     np.testing.assert_allclose(report["channels"]["mean"], kept.mean(0), rtol=1e-6)
     np.testing.assert_allclose(report["channels"]["std"], kept.std(0), rtol=1e-6)

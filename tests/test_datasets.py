@@ -18,6 +18,7 @@ from mlpmatch_pl.data.datasets.coco import coco
 from mlpmatch_pl.data.datasets.voc import voc
 from mlpmatch_pl.data.published import PUBLISHED, PublishedList
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.run_folder import save_lists
 
 SIZE = (16, 24)
 CLASSES = {"voc": 21, "cityscapes": 19, "coco": 81, "ade20k": 150, "camvid": 11}
@@ -434,8 +435,9 @@ def test_camvid_is_read_by_its_lists(make_camvid):
 # Lists that a run saves -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bare", [False, True], ids=["with masks", "bare names"])
 @pytest.mark.parametrize("key", ["voc", "cityscapes", "coco", "camvid"])
-def test_the_lists_that_a_run_saves_give_another_run_the_same_sets(key, request):
+def test_the_lists_that_a_run_saves_give_another_run_the_same_sets(key, bare, request):
     root, load = {
         "voc": lambda: (request.getfixturevalue("make_voc")(), voc),
         "cityscapes": lambda: (request.getfixturevalue("make_cityscapes")("labelIds", "labelTrainIds"), cityscapes),
@@ -443,8 +445,10 @@ def test_the_lists_that_a_run_saves_give_another_run_the_same_sets(key, request)
         "camvid": lambda: (request.getfixturevalue("make_camvid"), camvid),
     }[key]()
     first = load(str(root), labeled=2)
-    first.labeled.save(root / "labeled.txt")
-    write(root / "val.txt", names(first.val))
+    save_lists(root, first)
+    if bare:
+        write(root / "labeled.txt", first.labeled.names)
+        write(root / "val.txt", names(first.val))
     again = load(str(root), labeled="labeled.txt", val="val.txt")
     assert again.labeled.sha256 == first.labeled.sha256
     assert names(again.val) == names(first.val)

@@ -11,6 +11,7 @@ from mlpmatch_pl.data.files import Files
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.run_folder import save_lists
 
 IMAGES = [
     "images/img0.jpg",
@@ -792,7 +793,7 @@ def test_names_that_are_no_utf8_can_be_hashed_saved_and_read_again(tmp_path, cla
     (tmp_path / "data/val.txt").write_text("images/a1.png\n")
     data = folder(str(tmp_path / "data"), classes, val="val.txt")
     assert path in data.labeled.names
-    data.labeled.save(tmp_path / "data/labeled.txt")
+    save_lists(tmp_path / "data", data)
     again = folder(str(tmp_path / "data"), classes, val="val.txt", labeled="labeled.txt")
     assert again.labeled.sha256 == data.labeled.sha256
     assert data.train.image(data.labeled.names.index(path)).shape == (8, 10, 3)
@@ -815,7 +816,7 @@ def test_lists_may_name_images_outside_the_root_by_their_whole_paths(load, folde
 def test_a_saved_list_of_a_labeled_folder_outside_the_root_is_read_again(load, folder_root, tmp_path):
     save_pairs(tmp_path / "other", 2)
     first = load(labeled=str(tmp_path / "other"), val=1)
-    first.labeled.save(folder_root / "labeled.txt")
+    save_lists(folder_root, first)
     again = load(labeled="labeled.txt", val=1)
     assert again.labeled.sha256 == first.labeled.sha256
     assert [int(again.train.mask(index).max()) for index in again.labeled_indices] == [1, 1]

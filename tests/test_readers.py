@@ -113,7 +113,8 @@ def test_tiff_files_with_lzw_and_alpha_are_never_read_wrongly(save, channels):
 def test_pixels_come_in_rgb_order_whatever_wrote_them(tmp_path, channels, bits, suffix):
     pixels = noise(*SHAPE, channels, bits=bits)
     path = tmp_path / f"a.{suffix}"
-    cv2.imwrite(str(path), pixels if channels == 1 else pixels[..., [2, 1, 0, 3][:channels]])  # OpenCV takes BGR
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, 1] if suffix == "tif" else []  # none; OpenCV's own choice is LZW
+    cv2.imwrite(str(path), pixels if channels == 1 else pixels[..., [2, 1, 0, 3][:channels]], options)  # it takes BGR
     image = ImageReader(channels, bits)(path)
     assert (image.shape, image.dtype) == (pixels.shape, pixels.dtype)
     assert (image == pixels).all()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.splits import Split, choose, is_path
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.run_folder import save_lists
 
 NAMES = [f"images/{index:03d}.jpg" for index in range(160)]
 quick = settings(max_examples=60, deadline=None)
@@ -62,9 +63,10 @@ def test_hash_is_of_the_names_alone():
 
 
 @pytest.mark.parametrize("name", ["split.txt", "my split.txt"])
-def test_a_saved_list_gives_the_same_images_and_hash(folder_root, classes, name):
+def test_a_saved_list_gives_the_same_images_and_hash(folder_root, classes, name, tmp_path):
     chosen = folder(str(folder_root), classes, labeled=2, val=1)
-    chosen.labeled.save(folder_root / name)
+    save_lists(tmp_path, chosen)
+    (tmp_path / "labeled.txt").rename(folder_root / name)
     again = folder(str(folder_root), classes, labeled=name, val=1)
     assert again.labeled.names == chosen.labeled.names
     assert again.labeled.sha256 == chosen.labeled.sha256
@@ -80,8 +82,26 @@ def test_a_saved_list_can_hold_any_name(make_folder, classes, name):
     root = make_folder(count=3, masked=3)
     (root / "images/img0.jpg").rename(root / name)
     (root / "masks/img0.png").rename((root / name.replace("images", "masks")).with_suffix(".png"))
-    Split("mine", (name,)).save(root / "labeled.txt")
+    (root / "labeled.txt").write_text(f"{name}\n", encoding="utf-8")
     assert folder(str(root), classes, labeled="labeled.txt", val=1).labeled.names == (name,)
+
+
+def test_a_saved_list_needs_neither_the_layout_nor_the_lists_that_it_came_from(make_folder, classes, tmp_path):
+    root = make_folder()
+    (root / "masks").rename(root / "truth")
+    lines = [f"images/img{number}.{suffix},truth/img{number}.png" for number, suffix in ((0, "jpg"), (3, "png"))]
+    (root / "mine.csv").write_text("\n".join(["image,mask", *lines]))
+    (root / "val.txt").write_text("images/day/img1.png truth/day/img1.png")
+    first = folder(str(root), classes, labeled="mine.csv", val="val.txt", unlabeled="images")
+    save_lists(tmp_path, first)
+    (root / "mine.csv").unlink()
+    lists = {"labeled": str(tmp_path / "labeled.txt"), "val": str(tmp_path / "val.txt")}
+    again = folder(str(root), classes, **lists, unlabeled="images")
+    assert again.labeled.sha256 == first.labeled.sha256
+    assert [again.train.pair(index) for index in again.labeled_indices] == [
+        first.train.pair(index) for index in first.labeled_indices
+    ]
+    assert again.val.pair(0) == first.val.pair(0)
 
 
 WRONG = "expected dataset.labeled as a fraction such as 1/8, a count such as 92, or a list file, but got "

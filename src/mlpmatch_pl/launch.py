@@ -105,6 +105,8 @@ def build_module(
         lr=lr,
         **{key: schedule[key] for key in ("lr_multi", "momentum", "weight_decay", "power")},
         class_names=list(data.class_names),
+        palette=[list(color) for color in data.colors],
+        bit_depth=data.bit_depth,
         absent=config["evaluation"]["absent"],
         channels_last=config["trainer"]["channels_last"],
         seed=config["seed"],

@@ -47,8 +47,8 @@ class MLPMatch(LightningModule):
         output_stride: 8, 16 or 32.
         decoder_channels: Width of the decoder.
         atrous_rates: Dilations of the ASPP branches.
-        mean: Mean of each channel, for values 0..255.
-        std: Standard deviation of each channel, for values 0..255.
+        mean: Mean of each channel, for values as they are stored.
+        std: Standard deviation of each channel, likewise.
         criterion: Labeled loss, see `mlpmatch_pl.objective.build_criterion`.
         confidence_threshold: Least confidence of a pseudo label that counts (tau): 0.95 for VOC, 0 for Cityscapes.
         ignore_index: Mask value of pixels that do not count.
@@ -58,6 +58,8 @@ class MLPMatch(LightningModule):
         weight_decay: Weight decay of SGD.
         power: Exponent of the polynomial decay of the learning rate, per step.
         class_names: Names for the metrics' keys; ``0``, ``1``, ... when left out.
+        palette: An RGB colour for each class, which a checkpoint carries for pictures of its predictions.
+        bit_depth: Bits a channel of the images that it was trained on, 8 or 16, which a checkpoint carries likewise.
         absent: Whether classes that are absent from truth and prediction are excluded from means, or count zero.
         channels_last: Keep weights and activations in channels-last memory format (faster on recent GPUs).
         seed: Seed of the draws inside the step.
@@ -93,6 +95,8 @@ class MLPMatch(LightningModule):
         weight_decay: float = 1e-4,
         power: float = 0.9,
         class_names: Sequence[str] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        bit_depth: int = 8,
         absent: str = "exclude",
         channels_last: bool = False,
         seed: int = 0,

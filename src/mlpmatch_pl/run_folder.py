@@ -71,9 +71,14 @@ def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) 
 
 
 def save_lists(folder: Path, data: SegmentationData) -> None:
-    """Write labeled.txt and val.txt, which give another run the same split."""
-    data.labeled.save(folder / "labeled.txt")
-    Split("validation", _names(data.val, range(len(data.val)))).save(folder / "val.txt")
+    """Write labeled.txt and val.txt, which give another run the same split: an image a line, with its mask."""
+    for name, source, indices in (
+        ("labeled", data.train, data.labeled_indices),
+        ("val", data.val, range(len(data.val))),
+    ):
+        line = getattr(source, "listing", source.name)  # a source without files has names only
+        lines = "".join(f"{line(index)}\n" for index in indices)
+        (folder / f"{name}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
 
 
 def describe_splits(data: SegmentationData) -> dict[str, dict[str, Any]]:

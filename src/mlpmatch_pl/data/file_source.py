@@ -47,6 +47,11 @@ class FileSource:
         """Return the paths of an image and its mask."""
         return Pair(self._images[index], self._masks[index] or None)
 
+    def listing(self, index: int) -> str:
+        """Return the line that names an image, and its mask if it has one, in a list file."""
+        image, mask = self.pair(index)
+        return f"{image}\t{mask}" if mask else image
+
     def image(self, index: int) -> Image:
         """Read an image, (H, W, channels)."""
         return self.read_image(os.path.join(self.root, self._images[index]))

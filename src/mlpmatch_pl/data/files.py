@@ -84,7 +84,7 @@ class Files:
         return self._find(name).is_dir()
 
     def with_masks(self, listed: list[Pair], known: Mapping[str, Pair]) -> list[Pair]:
-        """Find the masks of bare names, as runs save them: among known pairs, or else by path in the mask folder."""
+        """Find the masks of bare names: among known pairs, or else by path in the mask folder."""
         if all(pair.mask for pair in listed):
             return listed
         known = {**self.known, **known} or {pair.image: pair for pair in self.discover()}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from mlpmatch_pl.data.opencv import decode
+from mlpmatch_pl.data.decoding import RGB, decode
 from mlpmatch_pl.data.sources import Image
 from mlpmatch_pl.data.tiff import read_tiff
 from mlpmatch_pl.errors import UserError
@@ -58,8 +58,8 @@ class ImageReader:
         elif self.in_chans == 2:  # OpenCV reads grey with alpha as four channels
             pixels = _read_pillow(path)
         else:
-            flags = {1: cv2.IMREAD_ANYCOLOR, 3: cv2.IMREAD_COLOR_RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED)
-            pixels = decode(path, flags | cv2.IMREAD_ANYDEPTH)
+            grey = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+            pixels = decode(path, {1: grey, 3: RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED))
         image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
         self._refuse_other(image, path)
         return image

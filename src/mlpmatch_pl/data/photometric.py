@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from albucore import sz_lut  # type: ignore[import-untyped]  # albumentations' kernels, faster than cv2.LUT
+from albucore import sz_lut  # albumentations' kernels, faster than cv2.LUT
 from numpy.typing import NDArray
 
 from mlpmatch_pl.data.sources import Image

@@ -127,6 +127,7 @@ def select(
         ignore_index=form.ignore_index,
         palette=form.palette,
         in_chans=form.read_image.in_chans,
+        bit_depth=form.read_image.bit_depth,
         notes=notes,
     )
 
@@ -134,7 +135,7 @@ def select(
 def _labeled(files: Files, form: Layout, pairs: dict[str, Pair], wanted: Wanted) -> Split:
     """Choose the labeled images; those of a list are added to the pairs."""
     if is_path(wanted.labeled):
-        # A list of bare names, as `Split.save` writes it, finds the masks of the training set.
+        # A list of bare names finds the masks of the training set.
         listed = files.with_masks(files.part(str(wanted.labeled)), pairs)
         if bare := [pair.image for pair in listed if not pair.mask]:
             raise UserError(f"expected a mask for every image in {wanted.labeled}, but {bare[0]} has none")

@@ -49,6 +49,7 @@ class SegmentationData:
         ignore_index: Mask value of pixels that do not count.
         palette: An RGB colour for each class.
         in_chans: Channels of an image.
+        bit_depth: Bits a channel, 8 or 16.
         notes: What a user should know of how the sets came about, a sentence each.
     """
 
@@ -61,6 +62,7 @@ class SegmentationData:
     ignore_index: int = 255
     palette: tuple[tuple[int, int, int], ...] = ()
     in_chans: int = 3
+    bit_depth: int = 8
     notes: tuple[str, ...] = ()
 
     @property

@@ -41,13 +41,9 @@ class Split:
         """Hash of the names: equal for equal lists, whatever they are called."""
         return hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Write one name a line; the file can be given as ``dataset.labeled`` again."""
-        path.write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8", errors="surrogateescape")
-
 
 def read_split(path: str, known: Sequence[str]) -> Split:
-    """Read a list as `Split.save` writes it.
+    """Read a list of names, a line each, as a run saves it.
 
     Args:
         path: The file.

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpmatch_pl.data.opencv import decode
+from mlpmatch_pl.data.decoding import decode
 from mlpmatch_pl.errors import UserError
 
 Array = NDArray[Any]
@@ -52,7 +52,7 @@ def read_tiff(path: str | Path, as_rgb: bool) -> Array:
     except UserError:
         raise
     except Exception as error:  # a broken file makes the reader raise nearly anything
-        return _without_codec(path, error)
+        return _without_codec(path, as_rgb, error)
     if page.photometric == _INVERTED and pixels.dtype.kind == "u":
         pixels = np.iinfo(pixels.dtype).max - pixels
     tags = page.tags
@@ -80,15 +80,18 @@ def _as_rgb(pixels: Array, alpha: bool) -> Array:
     return pixels[..., :3] if channels == 4 and alpha else pixels
 
 
-def _without_codec(path: str | Path, error: Exception) -> Array:
-    """Read with OpenCV what needs a codec that is not installed, as LZW does, if it can; else explain."""
+def _without_codec(path: str | Path, as_rgb: bool, error: Exception) -> Array:
+    """Read with OpenCV what needs a codec that is not installed, as LZW does: grey and RGB; else explain."""
     if "imagecodecs" not in str(error):
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
     try:
-        return decode(path, cv2.IMREAD_UNCHANGED)
+        pixels = decode(path, cv2.IMREAD_UNCHANGED)
     except UserError:
+        pixels = None
+    if pixels is None or (pixels.ndim == 3 and pixels.shape[2] != 3):  # OpenCV multiplies colours by alpha
         raise UserError(
             f"cannot read the image {path}, whose compression needs another package; pip install imagecodecs, or save "
             "it with deflate or without compression"
         ) from error
+    return _as_rgb(pixels, alpha=False) if as_rgb else pixels

@@ -1,6 +1,6 @@
 """Input perturbation on a batch: CutMix boxes, and mixing a batch with its partner.
 
-The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.views`.
+The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.weak` and `strong`.
 """
 
 import itertools
