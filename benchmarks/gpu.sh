@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA machine, in one call and without network: GPU tests, step times, a short training.
+# Everything that needs a CUDA machine, in one call and without network: GPU tests, step and loader times, a training.
 #
 #   benchmarks/gpu.sh [FOLDER]          results go to FOLDER (default: benchmarks/results)
 #
 # Needs: Python >= 3.11 with torch (CUDA) and the package's dependencies; W&B is not needed (logger=csv). The package
-# itself need not be installed. MLPMATCH_DATA, if set, names a folder with camvid/ and weights/ to train on.
+# itself need not be installed. MLPMATCH_DATA, if set, names a folder with camvid/ and weights/ to train on,
+# and voc2012/ to time loading with.
 # TRAIN_STEPS sets the length of that training (default 2000).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +18,7 @@ trap 'rm -rf "$stage"' EXIT
 cp -r src/mlpmatch_pl "$stage/"
 cp -r conf "$stage/mlpmatch_pl/conf"
 export PYTHONPATH=$stage${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-"$python" -c 'import albumentations, cv2, hydra, lightning, omegaconf, rich, safetensors, timm, torchmetrics' \
+"$python" -c 'import albucore, cv2, hydra, lightning, omegaconf, rich, safetensors, timm, torchmetrics' \
   || { echo "a dependency is missing, see above" >&2; exit 1; }
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
 echo "== $gpu"
@@ -33,6 +34,10 @@ echo "== training step, resnet50s, 8 + 8 images of 321 px"
 "$python" benchmarks/step.py --out "$out/step_$gpu.json"
 
 if [ -n "${MLPMATCH_DATA:-}" ]; then
+  if [ -d "$MLPMATCH_DATA/voc2012" ]; then
+    echo "== loading"
+    OMP_NUM_THREADS=1 "$python" benchmarks/loader.py --formats voc --out "$out/loader_$gpu.json"
+  fi
   for method in mlpmatch supervised; do
     echo "== camvid, $method"
     "$python" -m mlpmatch_pl.train experiment=camvid_1-8_mobilenetv2 logger=csv trainer=gpu method=$method \

@@ -7,10 +7,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyspng
 from numpy.typing import NDArray
 
 from mlpmatch_pl.errors import UserError
+
+try:
+    import pyspng
+except ImportError:  # it has no wheels for some platforms
+    pyspng = None
 
 RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -49,6 +53,8 @@ def decode(path: str | Path, flags: int) -> NDArray[Any]:
 
 def _rgb_png(content: NDArray[np.uint8]) -> NDArray[Any] | None:
     """Decode a PNG file of 8-bit RGB; None if it is no such file, or needs OpenCV's care."""
+    if pyspng is None:
+        return None
     head = content[:26].tobytes()
     if head[:8] != _PNG or head[24:] != b"\x08\x02":  # bits a channel, and colour type
         return None

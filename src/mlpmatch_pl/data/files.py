@@ -148,7 +148,9 @@ class Files:
         content = path.read_bytes()
         if b"\0" in content:
             raise UserError(f"expected a list in UTF-8, but {path} is none; save the list in UTF-8, or give a folder")
-        lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()  # a file's name may be any bytes
+        lines = (
+            content.decode("utf-8-sig", errors="surrogateescape").replace("\r", "\n").split("\n")
+        )  # names may be any bytes
         rows = _csv_rows(lines, path) if path.suffix.lower() == ".csv" else self._list_rows(lines, path)
         pairs = [self._pair(row, path, with_masks) for row in rows]
         if not pairs:
