@@ -170,6 +170,14 @@ def test_the_hash_is_of_the_names_and_not_of_how_they_were_chosen(root):
     assert again.label != chosen.label
 
 
+def test_validation_images_that_are_tested_are_noted(root):
+    lists = {
+        "val": write(root, "v.txt", range(1, 4), masks=True),
+        "test": write(root, "te.txt", range(2, 6), masks=True),
+    }
+    assert load(root, **lists).notes == ("images/02.png is a validation image and a test image (2 in all)",)
+
+
 def test_images_of_no_set_and_of_two_sets_are_noted(root):
     data = load(root, labeled=write(root, "l.txt", range(1, 4)), train=write(root, "t.txt", range(12), masks=True))
     assert data.notes == (

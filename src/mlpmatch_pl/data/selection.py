@@ -112,6 +112,8 @@ def select(
     _refuse_overlap(split.names, test, "test")
     held_out = {pair.image for pair in (*val, *test)}
     unlabeled, notes = _unlabeled(files, pairs, split, wanted, held_out)
+    if both := sorted({pair.image for pair in val} & {pair.image for pair in test}):
+        notes += (f"{both[0]} is a validation image and a test image ({len(both)} in all)",)
     ordered = list(pairs.values())
 
     def source(chosen: list[Pair]) -> FileSource:
