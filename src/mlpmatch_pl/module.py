@@ -189,6 +189,13 @@ class MLPMatch(LightningModule):
         """Refuse a checkpoint of another architecture, before anything is changed."""
         check_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
 
+    def deactivated_blocks(self, batch_idx: int) -> frozenset[int]:
+        """Return the encoder's blocks that a training step deactivates; none without network perturbation."""
+        drawn: frozenset[int] = frozenset()
+        for perturbation in getattr(self.step, "network_perturbations", {}).values():
+            drawn |= perturbation.draw(self.segmentor.encoder.stages, self._draw_step(batch_idx))
+        return drawn
+
     def _draw_step(self, batch_idx: int) -> int:
         # Batches that are accumulated into one optimizer step still draw differently.
         accumulated = 1 if self._trainer is None else self.trainer.accumulate_grad_batches

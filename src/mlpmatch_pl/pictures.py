@@ -19,7 +19,13 @@ PAPER, INK = (250, 250, 250), (0, 0, 0)
 
 
 def prediction_sheet(
-    image_HWC: Array, truth_HW: Array, label_HW: Array, confidence_HW: Array, class_names: Sequence[str], colors: Colors
+    image_HWC: Array,
+    truth_HW: Array,
+    label_HW: Array,
+    confidence_HW: Array,
+    class_names: Sequence[str],
+    colors: Colors,
+    threshold: float | None = None,
 ) -> PILImage.Image:
     """Draw one image's sheet.
 
@@ -30,6 +36,8 @@ def prediction_sheet(
         confidence_HW: Probability of the predicted class, 0..1; black is unsure.
         class_names: Names for the legend.
         colors: RGB colour of each class.
+        threshold: Least confidence of a pseudo label; with it, the prediction is shown a second time, where it is sure
+            enough.
 
     Example:
         >>> flat = np.zeros((20, 40), np.uint8)
@@ -45,6 +53,9 @@ def prediction_sheet(
         "prediction": colorize(label_HW, colors),
         "confidence (white = 1)": np.repeat(gray[..., None], 3, axis=2),
     }
+    if threshold is not None:
+        sure_HW = np.where(confidence_HW >= threshold, label_HW, 255)  # no class: drawn as ignored
+        panels[f"pseudo label (from {threshold:g})"] = colorize(sure_HW, colors)
     return sheet_of([panels], class_names, colors)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpmatch_pl.data.cache_file import ALIGNMENT, ArrayFile, write_arrays
-from mlpmatch_pl.data.sources import Image, Mask, SegmentationData, Source
+from mlpmatch_pl.data.sources import Image, Mask, SegmentationData, Source, has_mask
 from mlpmatch_pl.errors import UserError
 
 SAMPLED = 32  # images that are decoded to estimate the room that all need
@@ -96,6 +96,10 @@ class CachedSource:
     def stamp(self, index: int) -> str:
         """Return the source's stamp of an image."""
         return self.source.stamp(index)
+
+    def has_mask(self, index: int) -> bool:
+        """Tell whether an image has a mask, as the source does."""
+        return has_mask(self.source, index)
 
     def image(self, index: int) -> Image:
         """Return an image, (H, W, C), read-only if it comes from the cache."""

@@ -47,6 +47,10 @@ class FileSource:
         """Return the paths of an image and its mask."""
         return Pair(self._images[index], self._masks[index] or None)
 
+    def has_mask(self, index: int) -> bool:
+        """Tell whether an image has a mask."""
+        return bool(self._masks[index])
+
     def listing(self, index: int) -> str:
         """Return the line that names an image, and its mask if it has one, in a list file."""
         image, mask = self.pair(index)

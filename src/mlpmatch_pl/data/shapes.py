@@ -52,6 +52,10 @@ class Shapes:
         """Return a name such as ``train_0007``."""
         return f"{self.part}_{index:04d}"
 
+    def has_mask(self, index: int) -> bool:
+        """Every scene has its truth."""
+        return True
+
     def image(self, index: int) -> Image:
         """Draw a scene, uint8, (size, size, 3), RGB."""
         return self._scene(index)[0]

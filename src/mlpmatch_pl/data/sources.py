@@ -154,3 +154,9 @@ def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) 
             f"{', '.join(map(str, values))}; correct the mask, dataset.classes or dataset.ignore_index, or map the "
             "values by dataset.mask_values"
         )
+
+
+def has_mask(source: Source, index: int) -> bool:
+    """Tell whether an image has a mask; a source says so by a method of this name, else it has none."""
+    tell = getattr(source, "has_mask", None)
+    return bool(tell and tell(index))
