@@ -234,7 +234,7 @@ def test_a_sweep_gives_one_folder_a_job_and_goes_on_after_a_failed_one(tmp_path)
     sweeps = list((tmp_path / "multirun").iterdir())
     assert len(sweeps) == 1
     results = {path.parent.name for path in sweeps[0].rglob("metrics.json")}
-    assert results == {"0_shapes_supervised_s0", "1_shapes_mlpmatch_s0"}
+    assert results == {"0_shapes_supervised_4_s0", "1_shapes_mlpmatch_4_s0"}
 
 
 @pytest.mark.slow

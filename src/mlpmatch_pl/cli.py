@@ -1,5 +1,6 @@
 """What the commands share: errors as one line, with the nearest key for a typo."""
 
+import ast
 import os
 import re
 import sys
@@ -7,9 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 
+from omegaconf import OmegaConf
+
 from mlpmatch_pl.errors import UserError, suggest
 
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
+
+
+def folder_name(value: object) -> str:
+    """Write a choice of labels so that it can stand in a folder's name.
+
+    Example:
+        >>> folder_name("blended/1-16"), folder_name(92), folder_name(None)
+        ('blended-1-16', '92', 'all')
+    """
+    return "all" if value is None else re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+
+
+# Here, because the processes of a parallel launcher import this module before they resolve the configuration.
+OmegaConf.register_new_resolver("mlpmatch_pl.name", folder_name, replace=True)
 
 
 def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
@@ -85,6 +102,9 @@ def _message(error: BaseException, config_name: str) -> str | None:
             # A worker process sends its traceback along.
             return str(link).rstrip().rpartition(f"{UserError.__module__}.UserError: ")[2]
     for text in map(str, chain):
+        # A job in another process sends its error as text.
+        if match := re.search(r"UserError\((['\"].*['\"])\)", text):
+            return str(ast.literal_eval(match[1]))
         if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
             return f"the configuration has no key {match[2]}." + suggest(match[2], _similar_keys(match[2], config_name))
         if match := re.search(

@@ -35,9 +35,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="train")  # type: ignore[untyped-decorator]
-def _hydra_main(cfg: DictConfig) -> None:
+def _hydra_main(cfg: DictConfig) -> float | None:
     with guarded_job("train"):
-        train(cfg)
+        best: float | None = train(cfg)["best"]["val/miou"]
+        return best  # what a sweeper such as Optuna maximizes
+    return None
 
 
 def main() -> None:
