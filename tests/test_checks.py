@@ -294,8 +294,8 @@ def test_images_smaller_than_the_crop_are_counted(load):
     height, width = min(small)
     assert findings(load(), crop_size=45)[-1] == (
         False,
-        f"{len(small)} of {len(sizes)} training images are smaller than the crop of 45 pixels (the smallest {width} x "
-        f"{height}); their views are padded, or lower loader.crop_size",
+        f"{len(small)} of {len(sizes)} training images read are smaller than the crop of 45 pixels (the smallest "
+        f"{width} x {height}); their views are padded, or lower loader.crop_size",
     )
 
 
@@ -306,6 +306,19 @@ def test_errors_come_first_and_every_broken_file_is_named(load, folder_root):
     assert [is_error for is_error, _ in found] == sorted((is_error for is_error, _ in found), reverse=True)
     for role in ("labeled", "unlabeled", "val"):
         assert sum(str(folder_root / ROLES[role][0]) in message for _, message in found) == 1
+
+
+def test_nothing_is_concluded_from_what_a_sample_does_not_show(monkeypatch, caplog):
+    monkeypatch.setattr(checks, "MOST_FILES", 24)
+    data = shapes(labeled=30, train=60, val=8, test=8, size=48)
+    monkeypatch.setattr(type(data.train), "mask", lambda self, index: np.zeros((48, 48), np.uint8))
+    with caplog.at_level(logging.WARNING, logger="mlpmatch_pl"):
+        check_data(data, CROP)  # the labeled images that were not read may hold other classes
+    assert "mask holds" not in caplog.text.replace("no validation mask holds", "")
+    monkeypatch.setattr(checks, "MOST_FILES", 2000)
+    assert complaint(data).startswith(
+        "expected at least two classes in the labeled masks, but they hold only background"
+    )
 
 
 # The cheap level at the start of a training ---------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassCohenKappa, MulticlassJaccardIndex
 
 from mlpmatch_pl import UserError
 from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, confusion_matrix
-from mlpmatch_pl.evaluation.confusion import check_absent
+from mlpmatch_pl.evaluation.confusion import check_absent, image_confusion_matrices
 
 C = 5
 ABSENT = 3  # neither in the truth nor in the prediction
@@ -84,6 +84,45 @@ def test_scores_are_those_of_a_loop(absent, rule):
     for mean, values in ((scores.miou, iou), (scores.dice, dice)):
         present = [value for value in values if not math.isnan(value)]
         assert mean == pytest.approx(sum(present) / (C if rule == "zero" else len(present)))
+
+
+@pytest.mark.parametrize("absent", [None, ABSENT])
+def test_kappa_and_frequency_weighted_iou_are_those_of_a_list_of_pixels(absent):
+    prediction, mask = random_pair(4, absent)
+    scores = Scores.of(confusion_matrix(prediction, mask, C))
+    pixels = [
+        (truth, guess) for truth, guess in zip(mask.flatten().tolist(), prediction.flatten().tolist(), strict=True)
+        if truth != 255
+    ]  # fmt: skip
+    agreed = sum(truth == guess for truth, guess in pixels) / len(pixels)
+    by_chance, weighted = 0.0, 0.0
+    for c in range(C):
+        true, guessed = (sum(pair[side] == c for pair in pixels) for side in (0, 1))
+        either, both = (sum(test(truth == c, guess == c) for truth, guess in pixels) for test in (max, min))
+        by_chance += true / len(pixels) * guessed / len(pixels)
+        weighted += true / len(pixels) * both / either if true else 0
+    assert scores.kappa == pytest.approx((agreed - by_chance) / (1 - by_chance))
+    assert scores.fw_iou == pytest.approx(weighted)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kappa_is_torchmetrics(seed):
+    prediction, mask = random_pair(seed, mask_dtype=torch.int64)
+    reference = MulticlassCohenKappa(C, ignore_index=255, validate_args=False)(prediction, mask)
+    assert Scores.of(confusion_matrix(prediction, mask, C)).kappa == pytest.approx(reference.item(), abs=1e-6)
+
+
+def test_kappa_of_guesses_that_know_nothing_is_zero_and_of_one_class_alone_undefined():
+    assert Scores.of(torch.tensor([[4, 4], [4, 4]])).kappa == 0
+    assert math.isnan(Scores.of(torch.tensor([[7, 0], [0, 0]])).kappa)
+
+
+def test_matrices_of_images_are_those_of_each_alone():
+    prediction, mask = random_pair(2)
+    matrices_BCC = image_confusion_matrices(prediction, mask, C)
+    assert matrices_BCC.dtype == torch.int64
+    for one, guess, truth in zip(matrices_BCC, prediction, mask, strict=True):
+        np.testing.assert_array_equal(one.numpy(), plain_counts(guess[None], truth[None]))
 
 
 def test_class_that_is_only_predicted_scores_zero():

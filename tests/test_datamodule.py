@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from mlpmatch_pl import MLPMatch
+from mlpmatch_pl.data.cache import with_cache
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.file_source import FileSource
 from mlpmatch_pl.data.folder import folder
@@ -416,3 +418,27 @@ def test_workers_read_the_cache(folder_root, classes, tmp_path):
 def test_a_source_without_files_has_no_cache(tmp_path):
     with pytest.raises(UserError, match=r"expected files for loader.cache, but Shapes has no stamps"):
         datamodule(cache=str(tmp_path)).prepare_data()
+
+
+def test_data_sets_of_equal_names_sizes_and_times_share_a_cache_folder_without_mixing(tmp_path, classes):
+    found = []
+    for name, value in (("first", 10), ("second", 200)):
+        root = tmp_path / name
+        for folder_name, count in (("images", 5), ("masks", 3)):
+            (root / folder_name).mkdir(parents=True)
+            for number in range(count):
+                shape = (40, 40, 3) if folder_name == "images" else (40, 40)
+                pixels = np.full(shape, value if folder_name == "images" else number % 3, np.uint8)
+                path = root / folder_name / f"{number}.bmp"
+                Image.fromarray(pixels).save(path)
+                os.utime(path, (0, 0))
+        data = folder(str(root), classes, labeled=1, val=1)
+        found.append(with_cache(data, tmp_path / "cache").train.image(0)[0, 0, 0])
+    assert found == [10, 200]
+
+
+def test_a_method_without_unlabeled_images_caches_labeled_ones_only(folder_root, classes, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="mlpmatch_pl"):
+        with_folder(folder_root, classes, str(tmp_path / "cache"), num_strong=0)
+    (line,) = [record.message for record in caplog.records if "built" in record.message and "images_" in record.message]
+    assert ": 2 arrays" in line

@@ -374,6 +374,23 @@ def test_coco_is_read_in_its_layout(make_coco):
     read_all(data, {SIZE})
 
 
+def test_masks_and_lists_of_coco_may_be_flat_or_in_folders(make_coco):
+    flat, foldered = (f"train2017/000000000002.jpg masks/{part}000000000002.png" for part in ("", "train2017/"))
+    plain = coco(str(make_coco), labeled=1)
+    for moved in (False, True):
+        if moved:  # as UniMatch gives them
+            for path in [*(make_coco / "masks").rglob("*.png")]:
+                path.rename(make_coco / "masks" / path.name)
+            for name in ("train2017", "val2017"):
+                (make_coco / "masks" / name).rmdir()
+        for line in (flat, foldered):
+            (make_coco / "list.txt").write_text(line)
+            data = coco(str(make_coco), labeled="list.txt")
+            assert data.labeled.names == ("train2017/000000000002.jpg",)
+            assert data.train.mask(data.labeled_indices[0]).ndim == 2
+        assert len(coco(str(make_coco)).val) == len(plain.val)
+
+
 def test_coco_without_masks_is_explained(make_coco):
     for path in (make_coco / "masks/train2017").iterdir():
         path.unlink()

@@ -572,7 +572,7 @@ def test_csv_files_without_images_are_named(load, folder_root, content):
     )
 
 
-@pytest.mark.parametrize("header", ["file,mask", f"{IMAGES[0]},{MASKS[0]}", "Image;Mask"])
+@pytest.mark.parametrize("header", ["file,mask", f"{IMAGES[0]},{MASKS[0]}"])
 def test_csv_files_without_the_columns_are_explained(load, folder_root, header):
     assert sentence(load, labeled=write_csv(folder_root, f"{header}\n{IMAGES[1]},{MASKS[1]}")) == (
         f"expected a first line with the columns image and mask in {folder_root / 'list.csv'}, but found {header!r}; "
@@ -855,3 +855,50 @@ def test_a_hundred_thousand_images_are_listed_in_seconds(folder_root, classes, w
     seconds = time.perf_counter() - start
     assert names(data.train, data.unlabeled) == listed
     assert seconds < 30  # a few on an idle machine
+
+
+# What a newcomer does -------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_masks_folder_is_named(load, folder_root):
+    assert sentence(load, masks="labels") == (
+        f"expected masks for some training images below {folder_root / 'labels'}, but none was found; "
+        "a mask has its image's path and name, with its own suffix"
+    )
+
+
+def test_hidden_folders_are_passed_over(load, folder_root):
+    for name in ("images/.thumbs/img0.jpg", "masks/.ipynb_checkpoints/img0-checkpoint.png", "images/__MACOSX/img0.jpg"):
+        (folder_root / name).parent.mkdir(parents=True)
+        (folder_root / name).write_bytes((folder_root / "images/img0.jpg").read_bytes())
+    data = load(val=1)
+    assert len(data.train) + len(data.val) == 8
+
+
+def test_folders_that_are_called_like_numbers(make_folder, classes):
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    root = make_folder("data")
+    for year in ("2019", "2020", "2021"):
+        make_folder(f"data/{year}", masked=8)
+    options = ["train=[2019,2020]", "test=2021", "val=1", f"classes=[{','.join(classes)}]", f"root={root}"]
+    config = OmegaConf.from_dotlist([*options, "_target_=mlpmatch_pl.data.folder.folder"])
+    data = instantiate(config, _convert_="all")
+    assert (len(data.train), len(data.val), len(data.test)) == (15, 1, 8)
+
+
+def test_an_overlap_of_bare_lists_is_called_one(load, write):
+    options = {"labeled": write("l.txt", [IMAGES[1], IMAGES[3]]), "val": write("v.txt", IMAGES[1:3])}
+    assert "expected labeled and validation images to differ, but images/day/img1.png is in both" in sentence(
+        load, **options
+    )
+
+
+@pytest.mark.parametrize("line", ["  {} {}", "{}  {} ", " {}\t{} "])
+def test_spaces_around_names_do_not_matter(load, write, line):
+    assert load(labeled=write("l.txt", [line.format(IMAGES[0], MASKS[0])]), val=1).labeled.names == (IMAGES[0],)
+
+
+def test_headers_of_csv_files_may_be_capitalized(load, write):
+    assert load(labeled=write("l.csv", ["Image;Mask", f"{IMAGES[0]};{MASKS[0]}"]), val=1).labeled.names == (IMAGES[0],)

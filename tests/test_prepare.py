@@ -773,7 +773,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_no_half_file(tmp_path, 
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch, capsys):
     from rich.console import Console
 
-    from mlpmatch_pl.preparation.display import progress
+    from mlpmatch_pl.display import progress
 
     with progress("unpacking a.zip", 1200) as advance:
         advance(1200)

@@ -257,7 +257,7 @@ def test_another_depth_is_named_with_the_key_to_set(tmp_path, suffix, channels, 
         write_tiff(path, pixels, "interleaved")
     assert sentence(ImageReader(channels, bits), path) == (
         f"expected uint{bits} pixels (dataset.bit_depth={bits}), but {path} has uint{found}; "
-        f"set dataset.bit_depth={found}"
+        f"set dataset.bit_depth={found}, or convert it to whole numbers of {bits} bits"
     )
 
 
@@ -270,7 +270,7 @@ def test_pixels_of_other_types_are_named(tmp_path, dtype, channels, layout, bits
     for in_chans in {channels, 3}:
         assert sentence(ImageReader(in_chans, bits), path) == (
             f"expected uint{bits} pixels (dataset.bit_depth={bits}), but {path} has {dtype}; "
-            "convert it to whole numbers of 8 or 16 bits"
+            f"convert it to whole numbers of {bits} bits"
         )
 
 

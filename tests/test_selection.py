@@ -149,7 +149,7 @@ def write(root, name, indices, masks=False):
         ("3", "3 (seed 0)"),
         ("1/4", "1/4 (seed 0)"),
         (0.25, "0.25 (seed 0)"),
-        (None, "11 (seed 0)"),
+        (None, "all"),
         ("lists/mine.txt", "lists/mine.txt"),
     ],
 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlpmatch_pl.errors import UserError
     from mlpmatch_pl.module import MLPMatch
     from mlpmatch_pl.perturbation import CutMix, FeaturePerturbation, NetworkPerturbation
+    from mlpmatch_pl.predictor import load
     from mlpmatch_pl.segmentor import Segmentor
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SemiSupervisedDataModule",
     "UserError",
     "__version__",
+    "load",
 ]
 
 _HOMES = {
@@ -33,6 +35,7 @@ _HOMES = {
     "Segmentor": "segmentor",
     "SemiSupervisedDataModule": "data.datamodule",
     "UserError": "errors",
+    "load": "predictor",
 }
 
 try:

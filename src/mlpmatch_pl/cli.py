@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from mlpmatch_pl.errors import UserError, suggest
 
+_PATHS = ("checkpoint", "input", "output")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
 
 
@@ -46,6 +47,28 @@ def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
                 f"expected a fraction such as 1/8, but got {part}_{whole}, which Hydra reads as the number "
                 f"{part}{whole}; write dataset.{key}={part}/{whole}"
             )
+
+
+def literal_paths(arguments: Sequence[str], keys: Sequence[str] = _PATHS) -> list[str]:
+    r"""Quote the paths among a command's arguments, as Hydra reads many characters of file names as its own grammar.
+
+    Paths that are quoted already are left as they are, and in a sweep all of them, since a comma separates jobs there.
+
+    Example:
+        >>> literal_paths(["input=Föhr (2), 'x'/epoch=1.jpg", "save=[index]", "output='a b'"])
+        ["input='Föhr (2), \\'x\\'/epoch=1.jpg'", 'save=[index]', "output='a b'"]
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    return [_quoted(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    if not value or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return argument
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def run_command(config_name: str, hydra_main: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 import mlpmatch_pl
 from mlpmatch_pl.callbacks.progress import DataWait, duration
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.loggers import build_loggers, finish_wandb
 from mlpmatch_pl.methods import Method, resolve_method
@@ -42,7 +43,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     output_dir = Path(config["output_dir"]).resolve()
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the others are started by the first, once it has checked all
+    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    first = int(place) == 0  # the others are started by the first, once it has checked all
     checkpoint = find_checkpoint(config["resume"], output_dir) if first or config["resume"] else None
     if not isinstance(config["seed"], int):
         raise UserError(f"expected seed as a whole number, but got {config['seed']!r}")
@@ -72,11 +74,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         finish_wandb(exit_code)
 
 
+def build_data(dataset: dict[str, Any]) -> SegmentationData:
+    """Build the data set that a configuration describes."""
+    data: SegmentationData = instantiate(dataset, _convert_="all")
+    return data
+
+
 def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDataModule:
     """Build the data module with the views that the method needs."""
-    data = instantiate(config["dataset"], _convert_="all")
     return SemiSupervisedDataModule(
-        data,
+        build_data(config["dataset"]),
         **config["loader"],
         num_strong=len(method.strong_weights),
         partner=method.partner,

@@ -8,10 +8,12 @@ from rich.table import Table
 from torch import Tensor
 
 from mlpmatch_pl.evaluation import Scores
-from mlpmatch_pl.evaluation.confusion import Absent
+from mlpmatch_pl.evaluation.confusion import Absent, class_mean
 
 
-def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: Absent, title: str) -> str:
+def class_table(
+    counts_CC: Tensor, class_names: Sequence[str], absent: Absent, title: str, boundary_C: Tensor | None = None
+) -> str:
     """Write IoU, Dice, accuracy and share of the pixels by class, and their means.
 
     Args:
@@ -19,6 +21,7 @@ def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: Absent, t
         class_names: Names of the classes.
         absent: ``exclude`` or ``zero``, see `mlpmatch_pl.evaluation.Scores`.
         title: What was evaluated.
+        boundary_C: Boundary IoU by class, for a column of its own.
 
     Example:
         >>> import torch
@@ -32,10 +35,19 @@ def class_table(counts_CC: Tensor, class_names: Sequence[str], absent: Absent, t
         table.add_column(column, justify="right")
     share_C = scores.support_C / scores.support_C.sum().clamp_min(1)
     rows = zip(class_names, scores.iou_C, scores.dice_C, scores.recall_C, share_C, strict=True)
-    for name, iou, dice, recall, share in rows:
-        table.add_row(name, _percent(iou), _percent(dice), _percent(recall), f"{100 * float(share):.1f}")
+    cells = [
+        [name, _percent(iou), _percent(dice), _percent(recall), f"{100 * float(share):.1f}"]
+        for name, iou, dice, recall, share in rows
+    ]
+    means = ["mean", _percent(scores.miou), _percent(scores.dice), f"{100 * scores.accuracy:.2f} (all)", ""]
+    if boundary_C is not None:
+        table.add_column("boundary IoU %", justify="right")
+        for row, boundary in zip([*cells, means], [*boundary_C, class_mean(boundary_C, absent)], strict=True):
+            row.append(_percent(boundary))
+    for row in cells:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("mean", _percent(scores.miou), _percent(scores.dice), f"{100 * scores.accuracy:.2f} (all)", "")
+    table.add_row(*means)
     console = Console(width=100, file=io.StringIO())
     with console.capture() as capture:
         console.print(table)

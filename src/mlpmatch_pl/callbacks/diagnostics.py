@@ -47,7 +47,7 @@ class PseudoLabelDiagnostics(Callback):
             return
         metrics = {"epoch": trainer.current_epoch, **self.measure(pl_module, data)}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step - 1)  # where Lightning logs the validation
 
     def measure(self, module: Any, data: SegmentationData) -> dict[str, float]:
         """Return the metrics by name."""

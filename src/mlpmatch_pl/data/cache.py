@@ -141,7 +141,7 @@ class CachedSource:
         return ArrayFile(self.path, self._key)
 
 
-def with_cache(data: SegmentationData, folder: Path) -> SegmentationData:
+def with_cache(data: SegmentationData, folder: Path, unlabeled: bool = True) -> SegmentationData:
     """Return a data set whose images, and the masks that are used, are decoded once.
 
     Images and labeled masks have a file each, so that another choice of labels does not decode all images anew. The
@@ -150,11 +150,12 @@ def with_cache(data: SegmentationData, folder: Path) -> SegmentationData:
     Args:
         data: The data set.
         folder: Where the files are, or will be built.
+        unlabeled: Whether unlabeled images are used.
 
     Raises:
         UserError: If the source has no stamps, or the disk has too little room.
     """
-    used = sorted({*data.labeled_indices, *data.unlabeled})
+    used = sorted({*data.labeled_indices, *(data.unlabeled if unlabeled else ())})
     images = CachedSource(data.train, folder / f"images_{_hash(data.train, used)}.cache", used)
     labeled = data.labeled_indices
     train = CachedSource(images, folder / f"masks_{_hash(data.train, labeled)}.cache", (), labeled)
@@ -169,7 +170,8 @@ def _whole(source: Source, folder: Path) -> CachedSource:
 
 def _hash(source: Source, indices: Iterable[int]) -> str:
     names = "\n".join(source.name(index) for index in indices)
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:12]
+    place = getattr(source, "root", "")  # two data sets may have equal names
+    return hashlib.sha256(f"{os.path.realpath(place)}\n{names}".encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _places(jobs: Sequence[_Job], masks: bool, count: int) -> NDArray[np.int32]:

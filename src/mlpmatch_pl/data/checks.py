@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mlpmatch_pl.data.inspection import PARTS, Inspected, all_jobs, inspect, spread
+from mlpmatch_pl.data.inspection import PARTS, Inspected, Job, all_jobs, inspect, spread
 from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
 
@@ -61,7 +61,8 @@ def check_data(data: SegmentationData, crop_size: int) -> set[tuple[int, int]]:
         if item.problem:
             raise UserError(item.problem)
         inspected.append(item)
-    for finding in find(data, inspected, crop_size):
+    whole = {part for part in PARTS if _number(jobs, part) == _number(chosen, part)}
+    for finding in find(data, inspected, crop_size, whole):
         if finding.is_error:
             raise UserError(finding.message)
         log.warning("note: %s", finding.message)
@@ -74,8 +75,20 @@ def require_validation(data: SegmentationData) -> None:
         raise UserError("expected at least 1 validation image, but there is none; set dataset.val")
 
 
-def find(data: SegmentationData, inspected: Sequence[Inspected], crop_size: int) -> list[Finding]:
+def _number(jobs: Iterable[Job], part: str) -> int:
+    return sum(job.part == part for job in jobs)
+
+
+def find(
+    data: SegmentationData, inspected: Sequence[Inspected], crop_size: int, whole: Collection[str] = PARTS
+) -> list[Finding]:
     """Say what is wrong with a data set, given what was found in its files; errors first.
+
+    Args:
+        data: The data set.
+        inspected: What was found.
+        crop_size: Height and width of the training views.
+        whole: The parts of which every file was read; of the others nothing is concluded from what was not found.
 
     Example:
         >>> from mlpmatch_pl.data.shapes import shapes
@@ -87,7 +100,7 @@ def find(data: SegmentationData, inspected: Sequence[Inspected], crop_size: int)
     findings = [
         Finding("file", True, item.problem) for item in inspected if item.problem is not None
     ]  # one a file: each has its own remedy
-    findings += [*_classes(data, good), *_copies(good), *_sizes(good, crop_size)]
+    findings += [*_classes(data, good, whole), *_copies(good), *_sizes(good, crop_size)]
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
@@ -98,11 +111,11 @@ def pixels_by_class(inspected: Iterable[Inspected], part: str, num_classes: int)
     return table.sum(0), (table > 0).sum(0)
 
 
-def _classes(data: SegmentationData, inspected: Sequence[Inspected]) -> Iterator[Finding]:
+def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Collection[str]) -> Iterator[Finding]:
     names = data.class_names
     labeled, _ = pixels_by_class(inspected, "labeled", len(names))
     found = [name for name, pixels in zip(names, labeled[:-1], strict=True) if pixels]
-    if len(found) < 2:
+    if len(found) < 2 and "labeled" in whole:
         ignored = f" and {data.ignore_index} (ignore)" if labeled[-1] else ""
         yield Finding(
             "one class",
@@ -114,7 +127,8 @@ def _classes(data: SegmentationData, inspected: Sequence[Inspected]) -> Iterator
         return
     evaluated, _ = pixels_by_class(inspected, "val", len(names))
     for kind, part, pixels in (("never labeled", "labeled", labeled), ("never validated", "validation", evaluated)):
-        if missing := [name for name, count in zip(names, pixels[:-1], strict=True) if not count]:
+        missing = [name for name, count in zip(names, pixels[:-1], strict=True) if not count]
+        if missing and {"validation": "val"}.get(part, part) in whole:
             noun = "class" if len(missing) == 1 else "classes"
             yield Finding(kind, False, f"no {part} mask holds the {noun} {', '.join(missing)}")
     empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
@@ -152,7 +166,7 @@ def _sizes(inspected: Sequence[Inspected], crop_size: int) -> Iterator[Finding]:
     if small:
         height, width = min(small)
         message = (
-            f"{sum(small.values())} of {sum(sizes.values())} training images are smaller than the crop of {crop_size} "
-            f"pixels (the smallest {width} x {height}); their views are padded, or lower loader.crop_size"
+            f"{sum(small.values())} of {sum(sizes.values())} training images read are smaller than the crop of "
+            f"{crop_size} pixels (the smallest {width} x {height}); their views are padded, or lower loader.crop_size"
         )
         yield Finding("smaller than the crop", False, message, sum(small.values()))

@@ -131,13 +131,13 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
             )
         if self.cache is not None:
-            with_cache(self.data, Path(self.cache))
+            with_cache(self.data, Path(self.cache), unlabeled=self.num_strong > 0)
         self._checked = True
 
     def setup(self, stage: str) -> None:
         """Open the cache, in every process."""
         if self.cache is not None and not self._cached:
-            self.data = with_cache(self.data, Path(self.cache))
+            self.data = with_cache(self.data, Path(self.cache), unlabeled=self.num_strong > 0)
             self._labeled.source = self._unlabeled.source = self.data.train
             self._cached = True
 

@@ -66,7 +66,8 @@ class FileSource:
 
     def stamp(self, index: int) -> str:
         """Return what changes when the image, its mask, or how they are read changes."""
-        parts = [self._images[index], stamp(os.path.join(self.root, self._images[index])), self.read_image.describe()]
+        image = os.path.realpath(os.path.join(self.root, self._images[index]))
+        parts = [image, stamp(image), self.read_image.describe()]
         if mask := self._masks[index]:
             parts += [mask, stamp(os.path.join(self.root, mask)), self.read_mask.describe()]
         return " ".join(parts)

@@ -87,7 +87,9 @@ class Files:
         """Find the masks of bare names: among known pairs, or else by path in the mask folder."""
         if all(pair.mask for pair in listed):
             return listed
-        known = {**self.known, **known} or {pair.image: pair for pair in self.discover()}
+        known = {**self.known, **known}
+        if not all(pair.mask or pair.image in known for pair in listed) and (self.roots[0] / self.images).is_dir():
+            known = {**{pair.image: pair for pair in self.discover()}, **known}
         return [pair if pair.mask else known.get(pair.image, pair) for pair in listed]
 
     def _find(self, name: str) -> Path:
@@ -126,7 +128,7 @@ class Files:
     def _by_stem(self, folder: Path) -> dict[str, str]:
         """Return the image files below a folder by their path in it without suffix, sorted."""
         found: dict[str, str] = {}
-        for path in sorted(_image_files(str(folder))):
+        for path in sorted(image_files(str(folder))):
             stem = posixpath.splitext(os.path.relpath(path, folder).replace(os.sep, "/"))[0]
             if stem in found:
                 raise UserError(
@@ -160,10 +162,10 @@ class Files:
         return pairs
 
     def _list_rows(self, lines: Sequence[str], path: Path) -> Iterator[list[str]]:
-        for line in map(str.rstrip, lines):
-            if not line.strip():
+        for line in map(str.strip, lines):
+            if not line:
                 continue
-            parts = line.split("\t" if "\t" in line else " ")
+            parts = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
             if "\t" not in line and len(parts) > 1 and (self.base / line).is_file():  # a bare name with spaces
                 parts = [line]
             if len(parts) > 2:
@@ -190,7 +192,8 @@ class Files:
         return self._named(name) if name.startswith("/") else posixpath.normpath(name)
 
 
-def _image_files(folder: str) -> Iterator[str]:
+def image_files(folder: str) -> Iterator[str]:
+    """Yield the image files below a folder, hidden ones left out; links are followed once."""
     visited = set()  # links may lead back to a folder above
     for directory, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
@@ -198,6 +201,7 @@ def _image_files(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield os.path.join(directory, name)
@@ -207,8 +211,8 @@ def _csv_rows(lines: Sequence[str], path: Path) -> Iterator[list[str]]:
     header = lines[0] if lines else ""
     delimiter = next((mark for mark in ("\t", ";") if mark in header), ",")
     rows = csv.DictReader(lines, delimiter=delimiter)
-    columns = [column.strip() for column in rows.fieldnames or ()]
-    if lines and "image" not in columns:
+    columns = [column.strip().lower() for column in rows.fieldnames or ()]
+    if header.strip() and "image" not in columns:
         raise UserError(
             f"expected a first line with the columns image and mask in {path}, but found {header!r}; name the columns"
         )

@@ -76,7 +76,7 @@ def folder(
     )  # fmt: skip
     files = Files([Path(name).expanduser() for name in _names(root)], images, masks)
     wanted = Wanted(labeled, _names(unlabeled), split_seed, cover_classes)
-    test_pairs = files.with_masks(files.part(test), {}) if test else []
+    test_pairs = files.with_masks(files.part(str(test)), {}) if test is not None else []
     pairs = _training_images(files, _names(train), wanted, {pair.image for pair in test_pairs})
     rest, val_pairs = hold_out(files, pairs, wanted, val)
     listed = bool(train) and is_path(val)  # what is in both lists is then an error or a note, no choice of ours
@@ -93,4 +93,5 @@ def _training_images(files: Files, train: Sequence[str], wanted: Wanted, tested:
 
 
 def _names(value: Names | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    # Hydra reads a folder called 2019 as a number.
+    return () if value is None else (str(value),) if isinstance(value, str | int) else tuple(map(str, value))

@@ -72,10 +72,10 @@ class ImageReader:
         """Refuse an image of another depth or with other channels."""
         if image.dtype != DTYPES[self.bit_depth]:
             known = [depth for depth, dtype in DTYPES.items() if dtype == image.dtype]
-            advice = f"set dataset.bit_depth={known[0]}" if known else "convert it to whole numbers of 8 or 16 bits"
+            advice = f"set dataset.bit_depth={known[0]}, or " if known else ""
             raise UserError(
                 f"expected {DTYPES[self.bit_depth]} pixels (dataset.bit_depth={self.bit_depth}), but {path} has "
-                f"{image.dtype}; {advice}"
+                f"{image.dtype}; {advice}convert it to whole numbers of {self.bit_depth} bits"
             )
         if image.shape[2] != self.in_chans:
             found = image.shape[2] if _is_tiff(path) else _bands(path) or image.shape[2]
@@ -89,7 +89,7 @@ def _read_pillow(path: str | Path) -> Array:
     try:
         with PILImage.open(path) as file:
             return np.array(file)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
 
@@ -102,7 +102,7 @@ def _bands(path: str | Path) -> int | None:
     try:
         with PILImage.open(path) as file:
             return len(file.getbands())
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError):
         return None
 
 

@@ -94,6 +94,7 @@ def hold_out(files: Files, pairs: list[Pair], wanted: Wanted, val: Choice) -> tu
         return [pair for pair in pairs if pair.image not in listed], val_pairs
     fixed = {pair.image for pair in files.part(str(wanted.labeled))} if is_path(wanted.labeled) else set()
     candidates = [pair.image for pair in pairs if pair.mask and pair.image not in fixed]
+    _require_masks(files, candidates)
     chosen = set(choose(candidates, val, wanted.seed, "val").names)
     return [pair for pair in pairs if pair.image not in chosen], [pair for pair in pairs if pair.image in chosen]
 
@@ -144,16 +145,13 @@ def _labeled(files: Files, form: Layout, pairs: dict[str, Pair], wanted: Wanted)
         pairs |= {pair.image: pair for pair in listed}
         return Split(wanted.label or str(wanted.labeled), tuple(pair.image for pair in listed))
     masked = [name for name, pair in pairs.items() if pair.mask]
-    if not masked:
-        raise UserError(
-            f"expected masks for some training images below {files.base / files.masks}, but none was found; "
-            "a mask has its image's path and name, with its own suffix"
-        )
-    count = len(masked) if wanted.labeled is None else wanted.labeled
+    _require_masks(files, masked)
+    if wanted.labeled is None:
+        return Split("all", tuple(sorted(masked)))
     if not wanted.cover_classes:
-        return choose(masked, count, wanted.seed)
+        return choose(masked, wanted.labeled, wanted.seed)
     classes = _classes_in(files.base, form, [pairs[name] for name in sorted(masked)])
-    split = choose(masked, count, wanted.seed, order=lambda names: cover_first(names, classes))
+    split = choose(masked, wanted.labeled, wanted.seed, order=lambda names: cover_first(names, classes))
     there, covered = ({label for name in names for label in classes[name]} for names in (masked, split.names))
     if missing := sorted(there - covered):
         raise UserError(
@@ -162,6 +160,14 @@ def _labeled(files: Files, form: Layout, pairs: dict[str, Pair], wanted: Wanted)
             "dataset.cover_classes"
         )
     return split
+
+
+def _require_masks(files: Files, masked: Sequence[str]) -> None:
+    if not masked:
+        raise UserError(
+            f"expected masks for some training images below {files.base / files.masks}, but none was found; "
+            "a mask has its image's path and name, with its own suffix"
+        )
 
 
 def _unlabeled(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -65,7 +66,7 @@ class SegmentationData:
     bit_depth: int = 8
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def labeled_indices(self) -> tuple[int, ...]:
         """Indices into ``train`` of the labeled images, in the order of the list."""
         index = {self.train.name(i): i for i in range(len(self.train))}

@@ -33,11 +33,27 @@ def confusion_matrix(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int)
         >>> confusion_matrix(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 255]]]), 2).tolist()
         [[1, 1], [0, 0]]
     """
-    truth_N, prediction_N = mask_BHW.flatten().long(), prediction_BHW.flatten().long()
-    counted_N = (truth_N >= 0) & (truth_N < num_classes)
+    return image_confusion_matrices(prediction_BHW[None], mask_BHW[None], num_classes)[0]
+
+
+def image_confusion_matrices(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by image, and by true and predicted class, see `confusion_matrix`.
+
+    Returns:
+        int64, (B, C, C).
+
+    Example:
+        >>> image_confusion_matrices(torch.tensor([[[0]], [[1]]]), torch.tensor([[[0]], [[0]]]), 2).tolist()
+        [[[1, 0], [0, 0]], [[0, 1], [0, 0]]]
+    """
+    bins = num_classes**2 + 1
+    truth_BN, prediction_BN = mask_BHW.flatten(1).long(), prediction_BHW.flatten(1).long()
+    counted_BN = (truth_BN >= 0) & (truth_BN < num_classes)
     # Ignored pixels go to a bin of their own: no boolean indexing, which would wait for the device.
-    bin_N = torch.where(counted_N, truth_N * num_classes + prediction_N, num_classes**2)
-    return torch.bincount(bin_N, minlength=num_classes**2 + 1)[:-1].reshape(num_classes, num_classes)
+    bin_BN = torch.where(counted_BN, truth_BN * num_classes + prediction_BN, num_classes**2)
+    bin_BN = bin_BN + bins * torch.arange(len(bin_BN), device=bin_BN.device)[:, None]
+    counts_BK = torch.bincount(bin_BN.flatten(), minlength=bins * len(bin_BN)).reshape(len(bin_BN), bins)
+    return counts_BK[:, :-1].reshape(-1, num_classes, num_classes)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,8 @@ class Scores:
         accuracy: Share of correct pixels (NaN when there are none).
         miou: Mean IoU; absent classes are excluded, or count zero with ``absent="zero"``.
         dice: Mean Dice likewise.
+        fw_iou: Frequency-weighted IoU: the mean weighted by the classes' share of the true pixels.
+        kappa: Cohen's kappa: the accuracy in excess of chance, as a share of what can be had; NaN where chance is 1.
 
     Example:
         >>> scores = Scores.of(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
@@ -68,6 +86,8 @@ class Scores:
     accuracy: float
     miou: float
     dice: float
+    fw_iou: float
+    kappa: float
 
     @classmethod
     def of(cls, counts_CC: Tensor, absent: Absent = "exclude") -> Scores:
@@ -75,9 +95,17 @@ class Scores:
         counts = counts_CC.double()
         hit, truth, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         iou_C, dice_C = hit / (truth + predicted - hit), 2 * hit / (truth + predicted)
-        mean = _MEANS[absent]
+        accuracy, chance = hit.sum() / truth.sum(), truth @ predicted / truth.sum() ** 2
         return cls(
-            iou_C, dice_C, hit / truth, counts_CC.sum(1), (hit.sum() / truth.sum()).item(), mean(iou_C), mean(dice_C)
+            iou_C=iou_C,
+            dice_C=dice_C,
+            recall_C=hit / truth,
+            support_C=counts_CC.sum(1),
+            accuracy=accuracy.item(),
+            miou=class_mean(iou_C, absent),
+            dice=class_mean(dice_C, absent),
+            fw_iou=(truth / truth.sum() * iou_C.nan_to_num(0.0)).sum().item(),
+            kappa=((accuracy - chance) / (1 - chance)).item(),
         )
 
     def as_dict(self, class_names: Sequence[str]) -> dict[str, float]:
@@ -91,6 +119,17 @@ _MEANS: dict[Absent, Callable[[Tensor], float]] = {
     "exclude": lambda values_C: float(values_C.nanmean()),
     "zero": lambda values_C: float(values_C.nan_to_num(0.0).mean()),
 }
+
+
+def class_mean(values_C: Tensor, absent: Absent) -> float:
+    """Return the mean over classes, without those that are NaN, or with zero for them.
+
+    Example:
+        >>> values_C = torch.tensor([1.0, 0.5, float("nan")])
+        >>> class_mean(values_C, "exclude"), class_mean(values_C, "zero")
+        (0.75, 0.5)
+    """
+    return _MEANS[absent](values_C)
 
 
 class ConfusionMatrix(Metric):

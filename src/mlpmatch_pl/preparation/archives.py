@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from mlpmatch_pl.display import progress
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.preparation.display import progress
 from mlpmatch_pl.preparation.files import other_file, require_space, write_new
 
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: encrypted zip

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from mlpmatch_pl.display import progress, say
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.preparation.archives import list_members, read_members
-from mlpmatch_pl.preparation.display import progress, say
 from mlpmatch_pl.preparation.files import names_in, write_new
 from mlpmatch_pl.preparation.verification import compare_count, missing_files
 from mlpmatch_pl.preparation.workspace import Preparation, Workspace

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpmatch_pl.display import progress, say
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.preparation.archives import unpack
-from mlpmatch_pl.preparation.display import progress, say
 from mlpmatch_pl.preparation.download import Archive
 from mlpmatch_pl.preparation.files import names_in, write_new
 from mlpmatch_pl.preparation.verification import compare_count, missing_files

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlpmatch_pl.display import megabytes, progress, say
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.preparation.display import megabytes, progress, say
 from mlpmatch_pl.preparation.files import PART, file_hash, require_space
 
 TIMEOUT = 30.0

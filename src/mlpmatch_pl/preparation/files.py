@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlpmatch_pl.display import megabytes
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.preparation.display import megabytes
 
 PART = ".part"
 """Ending of a file that is being written; one that is left by an interrupted run is written again."""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlpmatch_pl.data.published import PUBLISHED, VAL_SHA256, is_original
+from mlpmatch_pl.display import progress, say
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.preparation.archives import list_members, read_members
-from mlpmatch_pl.preparation.display import progress, say
 from mlpmatch_pl.preparation.download import fetch_bytes, mirrored
 from mlpmatch_pl.preparation.files import other_file, write_new
 from mlpmatch_pl.preparation.workspace import Workspace

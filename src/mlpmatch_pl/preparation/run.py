@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from mlpmatch_pl.display import say
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.preparation.display import say
 from mlpmatch_pl.preparation.lists import COMMIT, REPOSITORY, fetch_lists, list_hashes
 from mlpmatch_pl.preparation.options import Options
 from mlpmatch_pl.preparation.workspace import Preparation, Workspace

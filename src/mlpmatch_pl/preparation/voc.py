@@ -11,9 +11,9 @@ import io
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from mlpmatch_pl.display import progress, say
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.preparation.archives import list_members, read_members, unpack
-from mlpmatch_pl.preparation.display import progress, say
 from mlpmatch_pl.preparation.download import Archive
 from mlpmatch_pl.preparation.files import names_in, write_new
 from mlpmatch_pl.preparation.verification import compare_count, missing_files

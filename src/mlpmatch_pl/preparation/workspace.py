@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mlpmatch_pl.display import say
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.preparation.display import say
 from mlpmatch_pl.preparation.download import Archive, check_archive, download
 from mlpmatch_pl.preparation.options import Options
 

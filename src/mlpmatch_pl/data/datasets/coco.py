@@ -44,7 +44,8 @@ def coco(
 ) -> SegmentationData:
     """Describe COCO 2017: photos in train2017 and val2017, PNG masks of classes in masks/train2017 and masks/val2017.
 
-    The masks are those that ``prepare`` makes from the annotations, or UniMatch's.
+    The masks are those that ``prepare`` makes from the annotations, or UniMatch's, which lie in masks without
+    sub-folders. Lists may name them either way.
 
     Args:
         root: The folder with these.
@@ -59,20 +60,26 @@ def coco(
     """
     base = find_root(root, "train2017", INFO)
     train, own_val = _part(base, "train2017"), _part(base, "val2017")
-    files = Files([base], "train2017", "masks/train2017", known=[*train, *own_val])
+    masks = {pair.mask.rpartition("/")[2]: pair.mask for pair in (*train, *own_val) if pair.mask}
+
+    def find_mask(name: str) -> str:
+        return masks.get(name.rpartition("/")[2], name)
+
+    files = Files([base], "train2017", "masks/train2017", [*train, *own_val], find_mask)
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
     return benchmark_data(INFO, files, MaskReader(), train, own_val, selection)
 
 
 def _part(base: Path, name: str) -> list[Pair]:
-    masks = {path.stem for path in (base / "masks" / name).glob("*.png")}
+    folder = f"masks/{name}" if (base / "masks" / name).is_dir() else "masks"
+    masks = {path.stem for path in (base / folder).glob("*.png")}
     stems = sorted(path.stem for path in (base / name).glob("*.jpg"))
     if not stems or not masks:
-        missing = base / name if not stems else base / "masks" / name
+        missing = base / name if not stems else base / folder
         raise UserError(
             f"expected files in {missing}, but found none; get them by "
             f"'python -m mlpmatch_pl.prepare dataset=coco root={base}'"
         )
     if name == "val2017":
         stems = [stem for stem in stems if stem in masks]
-    return [Pair(f"{name}/{stem}.jpg", f"masks/{name}/{stem}.png" if stem in masks else None) for stem in stems]
+    return [Pair(f"{name}/{stem}.jpg", f"{folder}/{stem}.png" if stem in masks else None) for stem in stems]

@@ -1,0 +1,1 @@
+"""Evaluating a checkpoint: from its data to tables, pictures and numbers."""

@@ -1,0 +1,91 @@
+"""A confusion matrix as a picture: rows are the truth, each row's shares sum to 100 %."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+
+from mlpmatch_pl.pictures import FONT_SIZE, INK, MARGIN, PAPER, TITLE
+
+CELL, SMALL_CELL = 36, 14  # pixels; small without numbers
+MOST_NUMBERED = 32  # classes, for cells with numbers
+LONGEST_NAME = 24  # characters
+WHITE, FULL, EMPTY = (255, 255, 255), (8, 48, 107), (225, 225, 225)  # 0 %, 100 %, and a class without true pixels
+DARK = 50  # percent from which numbers are white
+
+
+def confusion_picture(counts_CC: NDArray[Any], class_names: Sequence[str]) -> PILImage.Image:
+    """Draw a confusion matrix, normalised by row.
+
+    Args:
+        counts_CC: Pixels by true and predicted class, (C, C).
+        class_names: Names of the classes.
+
+    Example:
+        >>> picture = confusion_picture(np.array([[3, 1], [0, 0]]), ["road", "sky"])
+        >>> picture.mode, picture.getpixel((picture.width - 1, 0)) == PAPER
+        ('RGB', True)
+    """
+    numbered = len(class_names) <= MOST_NUMBERED
+    cell, font = (CELL, _font(FONT_SIZE)) if numbered else (SMALL_CELL, _font(SMALL_CELL - 3))
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in class_names]
+    longest = round(max(font.getlength(name) for name in names))
+    title = "pixels of a true class (row) by predicted class (column), %"
+    left, top = longest + 2 * MARGIN, longest + 2 * MARGIN + TITLE
+    width = max(left + cell * len(names) + MARGIN, round(_font(FONT_SIZE).getlength(title)) + 2 * MARGIN)
+    picture = PILImage.new("RGB", (width, top + cell * len(names) + MARGIN), PAPER)
+    ImageDraw.Draw(picture).text((MARGIN, 3), title, fill=INK, font=_font(FONT_SIZE))
+    _draw_names(picture, names, (left, top), cell, font)
+    _draw_cells(picture, row_percent(counts_CC), (left, top), cell, font if numbered else None)
+    return picture
+
+
+def row_percent(counts_CC: NDArray[Any]) -> NDArray[np.float64]:
+    """Return each row's shares in percent; NaN in the rows of classes without true pixels.
+
+    Example:
+        >>> row_percent(np.array([[3, 1], [0, 0]])).tolist()
+        [[75.0, 25.0], [nan, nan]]
+    """
+    totals = counts_CC.sum(axis=1, keepdims=True)
+    percent: NDArray[np.float64] = np.full(counts_CC.shape, np.nan)
+    np.divide(100.0 * counts_CC, totals, out=percent, where=totals > 0)
+    return percent
+
+
+def _draw_names(picture: PILImage.Image, names: Sequence[str], corner: tuple[int, int], cell: int, font: Any) -> None:
+    (left, top), draw = corner, ImageDraw.Draw(picture)
+    for index, name in enumerate(names):
+        middle = index * cell + cell // 2
+        draw.text((left - MARGIN // 2, top + middle), name, fill=INK, font=font, anchor="rm")
+        upright = PILImage.new("RGB", (top - TITLE, cell), PAPER)
+        ImageDraw.Draw(upright).text((MARGIN // 2, cell // 2), name, fill=INK, font=font, anchor="lm")
+        picture.paste(upright.rotate(90, expand=True), (left + index * cell, TITLE))
+
+
+def _draw_cells(
+    picture: PILImage.Image, percent_CC: NDArray[np.float64], corner: tuple[int, int], cell: int, font: Any | None
+) -> None:
+    draw = ImageDraw.Draw(picture)
+    for (row, column), percent in np.ndenumerate(percent_CC):
+        x, y = corner[0] + column * cell, corner[1] + row * cell
+        draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=_color(percent))  # a line of paper between cells
+        if font is not None and percent >= 0.5:
+            ink = WHITE if percent >= DARK else INK
+            draw.text((x + cell // 2, y + cell // 2), f"{percent:.0f}", fill=ink, font=font, anchor="mm")
+
+
+def _color(percent: float) -> tuple[int, int, int]:
+    if percent != percent:
+        return EMPTY
+    red, green, blue = (round(a + (b - a) * percent / 100) for a, b in zip(WHITE, FULL, strict=True))
+    return red, green, blue
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)

@@ -1,0 +1,53 @@
+"""Predict images with a trained network, from the command line.
+
+    python -m mlpmatch_pl.predict checkpoint=runs/x/checkpoints/best.ckpt input=photos output=predictions
+    python -m mlpmatch_pl.predict checkpoint=best.ckpt input='photos/**/*.jpg' output=masks save=index
+    python -m mlpmatch_pl.predict checkpoint=best.ckpt input=a.jpg output=p inference.mode=slide inference.window=513
+
+In Python: ``mlpmatch_pl.load("best.ckpt").predict("a.jpg")``. Heavy imports are inside `predict`, so that ``--help``
+and ``--cfg job`` answer at once.
+"""
+
+import sys
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from mlpmatch_pl.cli import guarded_job, literal_paths, run_command
+
+
+def predict(cfg: DictConfig) -> None:
+    """Predict what a composed configuration names.
+
+    Args:
+        cfg: As composed from ``conf/predict.yaml``.
+
+    Raises:
+        UserError: If the configuration is wrong or nothing can be done, or after everything has been written, if some
+            images could not be read.
+    """
+    values = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    from mlpmatch_pl.predicting.run import read_options, run
+
+    run(read_options(values))
+
+
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="predict")  # type: ignore[untyped-decorator]
+def _hydra_main(cfg: DictConfig) -> None:
+    with guarded_job("predict"):
+        try:
+            predict(cfg)
+        except KeyboardInterrupt:
+            print("interrupted; what has been predicted is written", file=sys.stderr)
+            sys.exit(130)
+
+
+def main() -> None:
+    """Run the command; wrong input ends with one line and exit code 1, an interruption with 130."""
+    sys.argv[1:] = literal_paths(sys.argv[1:])
+    run_command("predict", _hydra_main)
+
+
+if __name__ == "__main__":
+    main()

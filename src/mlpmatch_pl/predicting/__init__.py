@@ -1,0 +1,1 @@
+"""Predicting files: from a configuration to masks, colours and overlays."""

@@ -1,0 +1,228 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from checkpoints import make_module, save_checkpoint
+from PIL import Image
+
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.evaluation.windows import Inference
+from mlpmatch_pl.predictor import Predictor, load
+
+
+def grey_network(bit_depth):
+    level = 257 if bit_depth == 16 else 1
+    return make_module(in_chans=1, mean=[120.0 * level], std=[50.0 * level], bit_depth=bit_depth)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    module = make_module(class_names=["a", "b", "c", "d"], palette=[[0, 0, 0], [9, 8, 7], [1, 2, 3], [255, 0, 4]])
+    return save_checkpoint(module, tmp_path_factory.mktemp("run") / "epoch=1 é.ckpt")
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    rng = np.random.default_rng(0)
+    return cv2.resize(rng.integers(0, 256, (9, 13, 3), dtype=np.uint8), (83, 61), interpolation=cv2.INTER_CUBIC)
+
+
+def plain_labels(module, pixels):
+    with torch.no_grad():
+        image = torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())[None]
+        return module.eval()(image)[0].argmax(0).numpy()
+
+
+def test_the_prediction_is_that_of_the_module_that_was_saved(predictor, pixels):
+    label = predictor.predict(pixels)
+    expected = plain_labels(make_module(), pixels)
+    assert label.dtype == np.uint8
+    assert label.shape == (61, 83)
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(label, expected)
+
+
+def test_probabilities_are_float32_and_sum_to_one(predictor, pixels):
+    probabilities = predictor.probabilities(pixels)
+    assert probabilities.dtype == np.float32
+    assert probabilities.shape == (4, 61, 83)
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
+    np.testing.assert_array_equal(probabilities.argmax(0), predictor.predict(pixels))
+
+
+def test_a_checkpoint_carries_what_a_prediction_needs(predictor):
+    assert predictor.class_names == ("a", "b", "c", "d")
+    assert predictor.colors == ((0, 0, 0), (9, 8, 7), (1, 2, 3), (255, 0, 4))
+    assert (predictor.in_chans, predictor.bit_depth) == (3, 8)
+    assert not predictor.module.training
+
+
+def test_a_checkpoint_from_before_the_palette_loads_with_distinct_colours(checkpoint, tmp_path, pixels, predictor):
+    content = torch.load(checkpoint, weights_only=True)
+    del content["hyper_parameters"]["palette"], content["hyper_parameters"]["bit_depth"]
+    torch.save(content, tmp_path / "old.ckpt")
+    old = load(tmp_path / "old.ckpt")
+    assert len(set(old.colors)) == 4
+    assert old.bit_depth == 8
+    np.testing.assert_array_equal(old.predict(pixels), predictor.predict(pixels))
+
+
+def test_every_kind_of_image_gives_the_same_labels(predictor, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "ein Bild ü.png")
+    Image.fromarray(pixels).save(tmp_path / "image.tif")
+    expected = predictor.predict(pixels)
+    for image in (
+        tmp_path / "ein Bild ü.png",
+        str(tmp_path / "image.tif"),
+        Image.fromarray(pixels),
+        Image.fromarray(pixels).convert("RGBA"),
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        np.asfortranarray(pixels),
+        np.ascontiguousarray(pixels[..., ::-1])[..., ::-1],  # a view with a negative stride, as from BGR
+    ):
+        np.testing.assert_array_equal(predictor.predict(image), expected)
+
+
+def test_grey_images_are_rgb_to_a_network_of_rgb(predictor, pixels, tmp_path):
+    grey = pixels[..., 0].copy()
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    expected = predictor.predict(np.repeat(grey[..., None], 3, axis=2))
+    for image in (
+        grey, grey[..., None], torch.from_numpy(grey)[None], Image.fromarray(grey), Image.fromarray(grey).convert("P"),
+        Image.fromarray(grey).convert("LA"), tmp_path / "grey.png",
+    ):  # fmt: skip
+        np.testing.assert_array_equal(predictor.predict(image), expected)
+
+
+def test_a_files_orientation_is_followed_and_that_of_a_pil_image_is_not(predictor, pixels, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # turn by a quarter
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert predictor.predict(tmp_path / "turned.png").shape == (83, 61)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert predictor.predict(image).shape == (61, 83)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_grey_images_of_16_bits(pixels, tmp_path, suffix):
+    deep = pixels[..., 0].astype(np.uint16) * 257
+    if suffix == ".tif":
+        tifffile.imwrite(tmp_path / "deep.tif", deep)
+    else:
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+    module = grey_network(16)
+    predictor = load(save_checkpoint(module, tmp_path / "deep.ckpt"))
+    expected = plain_labels(module, deep[..., None])
+    assert len(np.unique(expected)) > 1
+    assert (predictor.in_chans, predictor.bit_depth) == (1, 16)
+    tensor = torch.from_numpy(deep.astype(np.int32))[None]
+    with Image.open(tmp_path / f"deep{suffix}") as opened:
+        for image in (
+            tmp_path / f"deep{suffix}", opened, deep, deep.astype(">u2"), deep[..., None], tensor,
+            tensor.to(torch.uint16), Image.fromarray(deep.astype(np.int32)),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(predictor.predict(image), expected)
+
+
+def test_inference_options_are_those_of_the_predictor(checkpoint, predictor, pixels):
+    inference = Inference("slide", window=40, scales=(1.0, 1.5), flip=True)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    expected = inference(predictor.module.segmentor, image)[0].numpy()
+    probabilities = load(checkpoint, inference=inference).probabilities(pixels)
+    np.testing.assert_array_equal(probabilities, expected)
+    assert np.abs(probabilities - predictor.probabilities(pixels)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.zeros((3, 40, 50), np.uint8), "expected an array (H, W, 3) of uint8 with values as image files"),
+        (np.zeros((40, 50, 4), np.uint8), "have them, but got (40, 50, 4) of uint8; convert it"),
+        (np.zeros((40, 50, 3), np.float32), "but got (40, 50, 3) of float32; convert it"),
+        (np.zeros((40, 50, 3), np.uint16), "but got (40, 50, 3) of uint16; convert it"),
+        (np.zeros((0, 50, 3), np.uint8), "but got (0, 50, 3) of uint8; convert it"),
+        (np.zeros(5, np.uint8), "but got (5,) of uint8; convert it"),
+        (torch.zeros(40, 50, 3, dtype=torch.uint8), "a tensor (3, H, W) of uint8"),
+        (torch.zeros(1, 3, 40, 50, dtype=torch.uint8), "a tensor (3, H, W) of uint8"),
+        (torch.zeros(3, 40, 50), "but got (3, 40, 50) of float32; convert it"),
+        (Image.fromarray(np.zeros((4, 5), np.uint16)), "but got (4, 5, 1) of uint16; convert it"),
+        ([[0, 1]], "expected an image as path, PIL image, array or tensor, but got list"),
+        ("none.png", "cannot read the image none.png"),
+    ],
+)  # fmt: skip
+def test_wrong_images_are_refused(predictor, image, found):
+    with pytest.raises(UserError) as caught:
+        predictor.predict(image)
+    assert found in str(caught.value)
+
+
+def test_a_16_bit_network_takes_tensors_that_torch_can_work_with():
+    with pytest.raises(UserError, match=r"expected a tensor \(1, H, W\) of uint16 or int32 .* of float32"):
+        Predictor(grey_network(16)).predict(torch.zeros(1, 40, 50))
+
+
+def test_a_network_of_grey_images_takes_no_rgb():
+    predictor = Predictor(grey_network(8))
+    with pytest.raises(UserError, match=r"expected an array \(H, W, 1\) of uint8 .* got \(40, 50, 3\)"):
+        predictor.predict(Image.new("RGB", (50, 40)))
+    assert predictor.predict(Image.new("1", (50, 40))).shape == (40, 50)
+
+
+def test_more_classes_than_8_bits_hold_are_refused():
+    with pytest.raises(UserError, match=r"expected at most 256 classes.*has 300"):
+        Predictor(make_module(300))
+
+
+def test_nothing_in_a_checkpoint_is_executed(checkpoint, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harmed",)
+
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "callbacks": Harm()}, tmp_path / "harmful.ckpt")
+    with pytest.raises(
+        UserError, match=r"expected a checkpoint of a training, but .*harmful\.ckpt cannot be read as one"
+    ):
+        load(tmp_path / "harmful.ckpt")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path):
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save(make_module().segmentor.state_dict(), tmp_path / "weights.pth")
+    for name in ("text.ckpt", "weights.pth"):
+        with pytest.raises(UserError, match=f"expected a checkpoint of a training, but .*{name} cannot be read as one"):
+            load(tmp_path / name)
+    with pytest.raises(UserError, match="is a folder; name a file such as"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"none\.ckpt does not exist"):
+        load(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("device", ["cuad", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(checkpoint, device):
+    with pytest.raises(UserError, match=f"expected device as auto, or one that this machine has, but got {device}"):
+        load(checkpoint, device=device)
+
+
+def test_it_works_where_hydra_is_not_installed(checkpoint, pixels, tmp_path, predictor):
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'wandb', 'albumentations')))\n"
+        "import numpy\nfrom mlpmatch_pl.predictor import load\n"
+        "numpy.save(sys.argv[3], load(sys.argv[1]).predict(sys.argv[2]))\n"
+    )
+    arguments = [str(checkpoint), str(tmp_path / "image.png"), str(tmp_path / "label.npy")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "label.npy"), predictor.predict(pixels))
