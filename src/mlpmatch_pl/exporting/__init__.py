@@ -1,0 +1,1 @@
+"""Exporting a checkpoint: to files that need this package no more, compared with it before they are kept."""
