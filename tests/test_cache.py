@@ -284,7 +284,7 @@ def test_a_source_without_stamps_is_refused(path):
 
 
 def test_few_images_are_decoded_ahead_of_the_disk(files, monkeypatch):
-    monkeypatch.setattr(cache, "_threads", lambda: 1)
+    monkeypatch.setattr(cache, "reader_threads", lambda: 1)
     written = cache._decoded(files, [(index % 6, False) for index in range(100)])
     next(written)
     time.sleep(0.2)

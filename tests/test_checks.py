@@ -10,7 +10,7 @@ from mlpmatch_pl.data.checks import check_data, find
 from mlpmatch_pl.data.file_source import FileSource
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.image_reader import ImageReader
-from mlpmatch_pl.data.inspection import Job, all_jobs, inspect, spread
+from mlpmatch_pl.data.inspection import Job, all_jobs, inspect, sample
 from mlpmatch_pl.data.mask_reader import MaskReader
 from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.errors import UserError
@@ -344,7 +344,7 @@ def test_of_a_large_data_set_some_of_every_part_are_read(caplog, monkeypatch):
 def test_the_limit_is_kept_and_used_up(limit, counts):
     parts = ("labeled", "val", "test", "unlabeled")
     jobs = [Job(part, None, index) for part, count in zip(parts, counts, strict=True) for index in range(count)]
-    taken = spread(jobs, limit)
+    taken = sample(jobs, limit)
     assert len(taken) == min(limit, len(jobs))
     assert len({(job.part, job.index) for job in taken}) == len(taken)
 

@@ -8,11 +8,12 @@ from conftest import save_mask
 from helpers import TINY, compose_train
 from PIL import Image
 
-from mlpmatch_pl.callbacks.diagnostics import PseudoLabelDiagnostics, spread
+from mlpmatch_pl.callbacks.diagnostics import PseudoLabelDiagnostics
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import NetworkPerturbation
+from mlpmatch_pl.spread import spread
 from mlpmatch_pl.train import train
 
 

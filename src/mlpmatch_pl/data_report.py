@@ -41,7 +41,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data = datamodule.data
     require_validation(data)
     inspected = _read(data)
-    notes = [Finding("left out", False, note) for note in data.notes]
+    notes = [Finding(False, note) for note in data.notes]
     findings = find(data, inspected, datamodule.crop_size) + notes
     report = _report(data, inspected, findings)
     output_dir.mkdir(parents=True, exist_ok=True)

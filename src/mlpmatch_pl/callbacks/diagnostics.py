@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -21,6 +20,7 @@ from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, has_mask
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation import Scores, confidence_and_class, confusion_matrix
+from mlpmatch_pl.spread import spread
 
 log = logging.getLogger(__name__)
 
@@ -139,14 +139,3 @@ def _counts(module: Any, data: SegmentationData, indices: Sequence[int], thresho
         confidence_BHW, label_BHW = confidence_and_class(module(sample["image"][None].to(module.device)))
         counts.add(sample["mask"][None].long(), label_BHW.cpu(), confidence_BHW.cpu(), threshold)
     return counts
-
-
-def spread(indices: Sequence[int], count: int) -> list[int]:
-    """Take some indices, spread evenly.
-
-    Example:
-        >>> spread([3, 5, 7, 9, 11], 3)
-        [3, 7, 11]
-    """
-    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
-    return [indices[place] for place in places]

@@ -17,6 +17,7 @@ from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.evaluation import confidence_and_class
 from mlpmatch_pl.pictures import Array, prediction_sheet, to_rgb
+from mlpmatch_pl.spread import spread
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ class PredictionSheets(Callback):
     ) -> None:
         if not trainer.is_global_zero or not self.num_images:
             return
-        indices = np.linspace(0, len(source) - 1, min(self.num_images, len(source))).round().astype(int)
         samples = WholeImages(source, len(data.class_names), data.ignore_index)
         folder.mkdir(parents=True, exist_ok=True)
-        predicted = [_predict(module, samples[index], source.name(index)) for index in indices.tolist()]
+        chosen = spread(range(len(source)), self.num_images)
+        predicted = [_predict(module, samples[index], source.name(index)) for index in chosen]
         threshold = module.hparams["confidence_threshold"] if part == "val" else None
         sheets = [item.sheet(data, threshold) for item in predicted]
         for item, sheet in zip(predicted, sheets, strict=True):

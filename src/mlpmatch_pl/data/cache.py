@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpmatch_pl.cores import reader_threads
 from mlpmatch_pl.data.cache_file import ALIGNMENT, ArrayFile, write_arrays
 from mlpmatch_pl.data.sources import Image, Mask, SegmentationData, Source, has_mask
 from mlpmatch_pl.errors import UserError
@@ -200,7 +201,7 @@ def _decode(source: Source, job: _Job) -> NDArray[Any]:
 
 def _decoded(source: Source, jobs: Sequence[_Job]) -> Iterator[NDArray[Any]]:
     """Decode in threads, in order, and not much further ahead than the disk writes."""
-    threads = _threads()
+    threads = reader_threads()
     with ThreadPoolExecutor(threads) as pool:  # decoding releases the interpreter lock
         pending: deque[Future[NDArray[Any]]] = deque()
         try:
@@ -213,10 +214,6 @@ def _decoded(source: Source, jobs: Sequence[_Job]) -> Iterator[NDArray[Any]]:
         finally:
             for future in pending:  # where the build fails
                 future.cancel()
-
-
-def _threads() -> int:
-    return min(8, os.cpu_count() or 1)
 
 
 def _check_room(source: Source, jobs: Sequence[_Job], path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlpmatch_pl.data.inspection import PARTS, Inspected, Job, all_jobs, inspect, spread
+from mlpmatch_pl.data.inspection import PARTS, Inspected, Job, all_jobs, inspect, sample
 from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
 
@@ -26,16 +26,12 @@ class Finding:
     """Something that is wrong, or that a user should know.
 
     Attributes:
-        kind: A word for it.
         is_error: Whether training refuses it.
         message: A sentence.
-        count: How many files it concerns, where it is about files.
     """
 
-    kind: str
     is_error: bool
     message: str
-    count: int = 1
 
 
 def check_data(data: SegmentationData, crop_size: int) -> set[tuple[int, int]]:
@@ -53,7 +49,7 @@ def check_data(data: SegmentationData, crop_size: int) -> set[tuple[int, int]]:
     """
     require_validation(data)
     jobs = all_jobs(data)
-    chosen = jobs if len(jobs) <= MOST_FILES else spread(jobs, MOST_FILES)
+    chosen = jobs if len(jobs) <= MOST_FILES else sample(jobs, MOST_FILES)
     if len(chosen) < len(jobs):
         log.info("read %d of %d files; python -m mlpmatch_pl.check reads all", len(chosen), len(jobs))
     inspected = []
@@ -97,9 +93,8 @@ def find(
         []
     """
     good = [item for item in inspected if item.problem is None]
-    findings = [
-        Finding("file", True, item.problem) for item in inspected if item.problem is not None
-    ]  # one a file: each has its own remedy
+    # One a file: each has its own remedy.
+    findings = [Finding(True, item.problem) for item in inspected if item.problem is not None]
     findings += [*_classes(data, good, whole), *_copies(good), *_sizes(good, crop_size)]
     return sorted(findings, key=lambda finding: not finding.is_error)
 
@@ -118,7 +113,6 @@ def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Coll
     if len(found) < 2 and "labeled" in whole:
         ignored = f" and {data.ignore_index} (ignore)" if labeled[-1] else ""
         yield Finding(
-            "one class",
             True,
             f"expected at least two classes in the labeled masks, but they hold only {', '.join(found) or 'no class'}"
             f"{ignored}; if other values stand for classes in your files, map them, as in "
@@ -126,15 +120,15 @@ def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Coll
         )
         return
     evaluated, _ = pixels_by_class(inspected, "val", len(names))
-    for kind, part, pixels in (("never labeled", "labeled", labeled), ("never validated", "validation", evaluated)):
+    for part, word, pixels in (("labeled", "labeled", labeled), ("val", "validation", evaluated)):
         missing = [name for name, count in zip(names, pixels[:-1], strict=True) if not count]
-        if missing and {"validation": "val"}.get(part, part) in whole:
+        if missing and part in whole:
             noun = "class" if len(missing) == 1 else "classes"
-            yield Finding(kind, False, f"no {part} mask holds the {noun} {', '.join(missing)}")
+            yield Finding(False, f"no {word} mask holds the {noun} {', '.join(missing)}")
     empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
     if empty:
         message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in all)"
-        yield Finding("all ignored", False, message, len(empty))
+        yield Finding(False, message)
 
 
 def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
@@ -157,7 +151,7 @@ def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
             f"expected {where} to differ, but {pairs[0][0]} and {pairs[0][1]} hold the same picture "
             f"({len(pairs)} in all){advice}"
         )
-        yield Finding("copies", is_error, message, len(pairs))
+        yield Finding(is_error, message)
 
 
 def _sizes(inspected: Sequence[Inspected], crop_size: int) -> Iterator[Finding]:
@@ -169,4 +163,4 @@ def _sizes(inspected: Sequence[Inspected], crop_size: int) -> Iterator[Finding]:
             f"{sum(small.values())} of {sum(sizes.values())} training images read are smaller than the crop of "
             f"{crop_size} pixels (the smallest {width} x {height}); their views are padded, or lower loader.crop_size"
         )
-        yield Finding("smaller than the crop", False, message, sum(small.values()))
+        yield Finding(False, message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
+from mlpmatch_pl.cores import usable_cores
 from mlpmatch_pl.data.cache import with_cache
 from mlpmatch_pl.data.checks import check_data
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler
@@ -215,17 +215,12 @@ class SemiSupervisedDataModule(LightningDataModule):
     def _workers(self, loaders: int) -> dict[str, int]:
         """Share the workers out: an unlabeled sample costs about three times a labeled one."""
         processes = 1 if self.trainer is None else self.trainer.num_devices  # on this machine
-        free = min(max(_cores() // processes - 1, 0), MOST_WORKERS)
+        free = min(max(usable_cores() // processes - 1, 0), MOST_WORKERS)
         total = free if self.num_workers is None else self.num_workers
         if loaders == 1:
             return {"labeled": total}
         labeled = max(total // 4, 1) if total > 1 else 0
         return {"labeled": labeled, "unlabeled": total - labeled}
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stream_seed(seed: int, name: str) -> int:

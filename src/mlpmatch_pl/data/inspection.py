@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpmatch_pl.cores import reader_threads
 from mlpmatch_pl.data.sources import Image, Mask, SegmentationData, Source, require_classes, require_same_size
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.spread import spread
 
 PARTS = ("labeled", "val", "test", "unlabeled")
 IN_FLIGHT = 256  # files read ahead of their results being taken
@@ -60,12 +61,12 @@ def all_jobs(data: SegmentationData) -> list[Job]:
     return jobs + [Job("unlabeled", data.train, index) for index in data.unlabeled]
 
 
-def spread(jobs: Sequence[Job], limit: int) -> list[Job]:
+def sample(jobs: Sequence[Job], limit: int) -> list[Job]:
     """Take at most ``limit`` jobs: of every part alike, spread evenly over it.
 
     Example:
         >>> jobs = [Job("val", None, index) for index in range(9)]
-        >>> [job.index for job in spread(jobs, 3)]
+        >>> [job.index for job in sample(jobs, 3)]
         [0, 4, 8]
     """
     parts = [[job for job in jobs if job.part == part] for part in PARTS]
@@ -73,7 +74,7 @@ def spread(jobs: Sequence[Job], limit: int) -> list[Job]:
     for number, part in enumerate(sorted(filter(None, parts), key=len), 1):
         left = sum(bool(other) for other in parts) - number + 1
         count = min(len(part), (limit - len(taken)) // left)
-        taken += [part[round(position)] for position in np.linspace(0, len(part) - 1, count)]
+        taken += spread(part, count)
     return sorted(taken, key=lambda job: (PARTS.index(job.part), job.index))
 
 
@@ -86,7 +87,7 @@ def inspect(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iter
         thorough: Whether to hash images and add up their channels, too.
     """
     look = _inspector(data, thorough)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+    with ThreadPoolExecutor(reader_threads()) as pool:  # decoding releases the interpreter lock
         try:
             for start in range(0, len(jobs), IN_FLIGHT):
                 yield from pool.map(look, jobs[start : start + IN_FLIGHT])

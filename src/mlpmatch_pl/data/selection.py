@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlpmatch_pl.cores import reader_threads
 from mlpmatch_pl.data.file_source import FileSource, Pair
 from mlpmatch_pl.data.files import Files
 from mlpmatch_pl.data.image_reader import ImageReader
@@ -215,7 +215,7 @@ def _classes_in(base: Path, form: Layout, pairs: list[Pair]) -> dict[str, frozen
         counts = np.bincount(source.mask(index).ravel(), minlength=len(form.class_names))
         return frozenset(np.flatnonzero(counts[: len(form.class_names)]).tolist())
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(reader_threads()) as pool:
         return dict(zip((pair.image for pair in pairs), pool.map(read, range(len(pairs))), strict=True))
 
 

@@ -5,7 +5,6 @@ Letters: N images of the data set, B images of a batch, C classes, H and W pixel
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlpmatch_pl.cores import reader_threads
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation.boundary import boundary_counts, boundary_width
@@ -22,7 +22,6 @@ from mlpmatch_pl.evaluation.confusion import image_confusion_matrices
 from mlpmatch_pl.evaluation.inference import predict_logits
 from mlpmatch_pl.evaluation.windows import Inference
 
-MOST_WORKERS = 8
 BATCH_PIXELS = 2_000_000  # of a batch, where its size is not given: ten images of VOC, one of Cityscapes
 WAITING_PIXELS = 32_000_000  # of images that wait for others of their size: 128 MB with their masks
 Sample = dict[str, Any]  # of `WholeImages`
@@ -107,7 +106,7 @@ class Evaluator:
         return self.inference(segmentor, image_BCHW).argmax(dim=1)
 
     def _workers(self) -> int:
-        return min(_cores(), MOST_WORKERS) if self.num_workers is None else self.num_workers
+        return reader_threads() if self.num_workers is None else self.num_workers
 
 
 class _Tally:
@@ -196,8 +195,3 @@ def _image_miou(matrices_BCC: Tensor) -> Tensor:
     hit_BC = matrices_BCC.diagonal(dim1=1, dim2=2)
     truth_BC, predicted_BC = matrices_BCC.sum(2), matrices_BCC.sum(1)
     return (hit_BC / (truth_BC + predicted_BC - hit_BC)).nanmean(dim=1)
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

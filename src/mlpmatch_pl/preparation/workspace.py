@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mlpmatch_pl.cores import usable_cores
 from mlpmatch_pl.display import say
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.preparation.download import Archive, check_archive, download
@@ -87,7 +88,7 @@ class Workspace:
             function: A function of a module, so that processes can find it.
             tasks: Its arguments.
         """
-        count = _cores() if self.options.num_workers is None else self.options.num_workers
+        count = usable_cores() if self.options.num_workers is None else self.options.num_workers
         if count == 0:
             yield from map(function, tasks)
             return
@@ -114,11 +115,6 @@ class Preparation:
     build: Callable[[Workspace], None]
     find_problems: Callable[[Path], list[str]]
     summarize: Callable[[Path], str]
-
-
-def _cores() -> int:
-    # The affinity knows of containers and batch systems; not every platform has it.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

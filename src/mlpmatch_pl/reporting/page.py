@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlpmatch_pl.reporting.groups import Group
 from mlpmatch_pl.reporting.runs import Unreadable
+from mlpmatch_pl.spread import spread
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -83,7 +84,7 @@ def pictures(groups: Sequence[Group], count: int) -> tuple[str, list[Unreadable]
     for group in groups:
         shown = ""
         for run in group.runs:
-            for path in _spread(sorted((run.folder / "predictions").glob("*.png")), count):
+            for path in spread(sorted((run.folder / "predictions").glob("*.png")), count):
                 try:
                     shown += _figure(path, f"seed {run.seed}: {path.stem}")
                 except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken PNG files
@@ -98,12 +99,6 @@ def _figure(path: Path, caption: str) -> str:
     text = escape(caption)
     image = f'<img loading="lazy" alt="{text}" src="{_data_uri(path)}">'
     return f"<figure><figcaption>{text}</figcaption>{image}</figure>\n"
-
-
-def _spread(paths: Sequence[Path], count: int) -> list[Path]:
-    if count >= len(paths):
-        return list(paths)
-    return [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
 def _data_uri(path: Path) -> str:
