@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test quick lint format gpu clean
+.PHONY: help demo test quick lint format docs transcripts gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,12 @@ lint: .venv/installed  ## lint, format, types, import contracts, spelling
 format: .venv/installed  ## mend what can be mended automatically
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: .venv/installed  ## the documentation as a site without network: build/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+transcripts: .venv/installed  ## run the commands in docs/commands.md and write what they print
+	$(BIN)/python docs/transcripts.py
 
 gpu:  ## on a CUDA machine: GPU tests, step benchmark, a short training
 	benchmarks/gpu.sh

@@ -8,8 +8,9 @@ The same network, untrained, on the same files, in one process, in turns; the fi
 the ratio is the median of the rounds' own:
 
     plain           an image at a time: PIL, a pass, argmax, a copy to the CPU, numpy.bincount
-    mlpmatch_pl     `Evaluator`: threads that read ahead, batches of one size, counts on the device
-    with boundary   the same, with boundary IoU
+    mlpmatch_pl     `Evaluator`: threads that read ahead, batches of one size, counts on the device; BatchNorm folded
+    not folded      the same with the network as it was trained
+    with boundary   as mlpmatch_pl, with boundary IoU
 
 Before they are timed, the confusion matrices of both are compared.
 """
@@ -37,6 +38,7 @@ from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.shapes import Shapes
 from mlpmatch_pl.evaluating.loop import Evaluator
 from mlpmatch_pl.evaluation import predict_logits
+from mlpmatch_pl.evaluation.folding import for_inference
 
 CLASSES = 21
 TOLERANCE = 0.01  # share of pixels that may differ, since two decoders of JPEG and batches of other sizes round
@@ -75,13 +77,16 @@ def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
     segmentor = (
         Segmentor(CLASSES, arguments.backbone, decoder_channels=arguments.decoder_channels).to(arguments.device).eval()
     )
+    example = torch.zeros(1, 3, 65, 65, dtype=torch.uint8, device=arguments.device)
+    folded = for_inference(segmentor, example)
     files = [file_source.Pair(*map(str, pair)) for pair in pairs]
     images = WholeImages(file_source.FileSource(Path("/"), files, ImageReader(3, 8), MaskReader()), CLASSES, 255)
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     loops: dict[str, Callable[[], np.ndarray]] = {
         "plain": lambda: plain(segmentor, pairs, torch.device(arguments.device)),
-        "mlpmatch_pl": lambda: Evaluator(**options)(segmentor, images).confusion_CC.numpy(),
-        "with boundary": lambda: Evaluator(**options, boundary=0.02)(segmentor, images).confusion_CC.numpy(),
+        "mlpmatch_pl": lambda: Evaluator(**options)(folded, images).confusion_CC.numpy(),
+        "not folded": lambda: Evaluator(**options)(segmentor, images).confusion_CC.numpy(),
+        "with boundary": lambda: Evaluator(**options, boundary=0.02)(folded, images).confusion_CC.numpy(),
     }
     compare([loop() for loop in loops.values()])  # a warm-up, too
     seconds: dict[str, list[float]] = {name: [] for name in loops}

@@ -1,127 +1,247 @@
-"""Time of a training step by method and precision: forward, loss, backward and optimizer, with peak memory.
+"""Time and memory of a training step, beside the plain step of the method's authors, and what each perturbation costs.
 
-    python benchmarks/step.py                                   # on a GPU: resnet50s, 8 + 8 images of 321 px
-    python benchmarks/step.py --device cpu --backbone test_resnet --crop 65 --batch 2 --precisions float32
+    python benchmarks/step.py --out benchmarks/results/step_cpu.json         # about 5 minutes
+    python benchmarks/step.py --crop 801 --batch 2 --classes 19              # on a GPU
+    python benchmarks/step.py --backbone test_resnet --crop 65 --seconds 0   # to see that it runs
 
-All methods are timed in one process on the same images, which lie on the device. What each costs relative to
-the first method, `supervised`, is the last column.
+Two tables. **Against the reference**: `reference_step.py`, which repeats the authors' passes one by one in float32, and
+this package's step for the same method, at the same precision and (on a GPU) in bfloat16 and channels-last; `floor` is
+the forward and backward pass of the same images through encoder and decoder, and nothing else. First it is checked that
+reference and `mlpmatch_official` give the same loss from the same draws. **What each perturbation costs**: every
+method, and MLPMatch with every sampler, relative to supervised training on as many images.
+
+All run in turns in one process, with the same weights and batch, which lie on the device; a round is one step of each.
+A ratio is the median over the rounds. Peak memory is of one step with the draws that need most, see step_timing.py.
 """
 
 import argparse
+import copy
 import json
-import platform
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from reference_step import ReferenceStep, reference_batch
+from step_timing import Contestant, alternate, machine, peak_mib, row, shared_optimizer
+from torch import Tensor
 
-from mlpmatch_pl import MLPMatch
+from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.module import total_loss
+from mlpmatch_pl.objective import build_criterion
+from mlpmatch_pl.perturbation.network import SAMPLERS
+from mlpmatch_pl.segmentor import Features, Segmentor
+from mlpmatch_pl.steps import MultiLevelStep, build_step
 
-METHODS = ("supervised", "fixmatch", "unimatch", "mlpmatch", "mlpmatch_official")
+THRESHOLD, SEED, LAMBDA = 0.95, 0, 0.125
+COSTS = {
+    "supervised": "supervised",
+    "fixmatch": "fixmatch",
+    "unimatch": "unimatch",
+    **{
+        f"mlpmatch, {sampler}": {"name": "mlpmatch", "network_perturbation": {"sampler": sampler}}
+        for sampler in SAMPLERS
+    },
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backbone", default="resnet50s")
-    parser.add_argument("--crop", type=int, default=321)
-    parser.add_argument("--batch", type=int, default=8, help="labeled images, and as many unlabeled ones")
-    parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-
-    rows = []
-    for precision in arguments.precisions:
-        for method in arguments.methods:
-            rows.append(measure(method, precision, arguments))
-            base = next(
-                (row for row in rows if row["precision"] == precision and row["method"] == "supervised"), rows[-1]
-            )
-            rows[-1]["relative"] = rows[-1]["ms"] / base["ms"]
-            print("{method:18} {precision:9} {ms:9.1f} ms {images_per_second:8.1f} img/s {memory:>9} {relative:5.2f} x"
-                  .format(**rows[-1], memory=f"{rows[-1]['peak_mib']:.0f} MiB" if rows[-1]["peak_mib"] else "-"),
-                  flush=True)  # fmt: skip
+    arguments = parse()
+    device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    network = Network(arguments, device, channels_last=False)
+    same_loss = check_same_loss(network)
+    print(f"reference and mlpmatch_official: the same loss, {same_loss:.1e} apart (relative)", flush=True)
+    against, costs = against_reference(network, arguments, device), perturbations(network)
+    rounds = alternate([*against, *costs], device, arguments.seconds)
+    images = 2 * arguments.batch
+    result = {
+        "machine": machine(arguments.device),
+        "settings": {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")},
+        "rounds": rounds,
+        "same_loss_relative_difference": same_loss,
+        "against_reference": [figures(each, base_of(each, against), images, device) for each in against],
+        "perturbations": [figures(each, costs[0], images, device) for each in costs],
+    }
+    for table in ("against_reference", "perturbations"):
+        print(f"\n{table.replace('_', ' ')}, {rounds} rounds")
+        for line in result[table]:
+            print("{name:30} {precision:9} {ms:8.1f} ms (least {ms_min:8.1f}) {images_per_second:7.2f} img/s "
+                  "{peak_mib:7.0f} MiB {ratio:6.2f} x".format(**line), flush=True)  # fmt: skip
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
-        result = {"machine": machine(arguments.device), "settings": settings, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(method: str, precision: str, arguments: argparse.Namespace) -> dict:
-    """Return median time of a step and peak memory, after a warm-up."""
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    channels_last = precision == "bfloat16" and device.type == "cuda"
-    module = MLPMatch(arguments.classes, method=method, backbone=arguments.backbone, channels_last=channels_last)
-    module = module.to(device).train()
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
-    batch = random_batch(module, arguments, device)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--backbone", default="resnet50s", help="a ResNet")
+    parser.add_argument("--crop", type=int, default=321 if cuda else 97)
+    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="labeled images, and as many unlabeled")
+    parser.add_argument("--classes", type=int, default=21)
+    parser.add_argument("--decoder-channels", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=60 if cuda else 240, help="time for the rounds")
+    parser.add_argument("--threads", type=int, help="on the CPU; torch decides")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+class Network:
+    """A network with its optimizer and a batch, which contestants share."""
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device, channels_last: bool) -> None:
+        torch.manual_seed(0)
+        segmentor = Segmentor(arguments.classes, arguments.backbone, decoder_channels=arguments.decoder_channels).to(
+            device
+        )
+        self.segmentor = segmentor.to(memory_format=torch.channels_last) if channels_last else segmentor
+        self.optimizer = shared_optimizer(self.segmentor.train())
+        self.criterion = build_criterion("ce", arguments.classes)
+        self.labeled, self.unlabeled = random_batch(arguments, device, twice=False)
+        self.twice, _ = random_batch(arguments, device, twice=True)
+
+    def contestant(self, name: str, spec: str | dict, precision: str = "float32") -> Contestant:
+        """Return the package's own step for a method."""
+        method = resolve_method(spec)
+        step = build_step(self.segmentor, self.criterion, method, THRESHOLD, SEED)
+        labeled, unlabeled = (self.labeled, self.needed(method)) if method.uses_unlabeled else (self.twice, {})
+
+        def loss(number: int) -> Tensor:
+            return total_loss(step(labeled, unlabeled, number).terms, method, LAMBDA)
+
+        heaviest = heaviest_step(step)
+        return Contestant(name, loss, self.segmentor, self.optimizer, precision, heaviest, (labeled, unlabeled))
+
+    def needed(self, method: Method) -> dict:
+        """Return the unlabeled batch as the data module makes it for a method."""
+        views = len(method.strong_weights)
+        batch = {
+            **self.unlabeled,
+            "strong": self.unlabeled["strong"][:, :views],
+            "boxes": self.unlabeled["boxes"][:, :views],
+        }
+        return batch if method.partner == "same_image" else {key: batch[key] for key in batch if key != "partner"}
+
+    def reference(self, name: str, method: str) -> Contestant:
+        """Return the authors' step."""
+        step = ReferenceStep(self.segmentor, method, THRESHOLD)
+        heaviest = ReferenceStep(self.segmentor, method, THRESHOLD, draw_blocks=frozenset)
+        batch = reference_batch(self.labeled, self.unlabeled, self.segmentor)
+
+        def loss(number: int) -> Tensor:
+            chosen = heaviest if number < 0 else step
+            return chosen.total(chosen(batch), LAMBDA)
+
+        return Contestant(name, loss, self.segmentor, self.optimizer, heaviest=-1, batch=batch)
+
+    def floor(self, name: str, precision: str = "float32") -> Contestant:
+        """Return forward and backward of the images of MLPMatch's step, without anything else."""
+        method = resolve_method("mlpmatch")
+        step = build_step(self.segmentor, self.criterion, method, THRESHOLD, SEED)
+        images = torch.cat([self.labeled["image"], self.unlabeled["weak"]])
+        strong, own = self.unlabeled["strong"].transpose(0, 1).flatten(0, 1), len(self.labeled["image"])
+
+        def loss(number: int) -> Tensor:
+            plain, perturbed = step.encode_forked(images, number)
+            passes = [Features.cat([plain, plain[own:]]), *perturbed.values(), self.segmentor.encode(strong)]
+            return torch.stack([self.segmentor.decoder(features).mean() for features in passes]).sum()
+
+        return Contestant(name, loss, self.segmentor, None, precision, heaviest_step(step), (images, strong))
+
+
+def heaviest_step(step: Callable) -> int:
+    """Return the step, of the first 64, whose perturbed pass runs the most blocks of its own."""
+    perturbations = getattr(step, "network_perturbations", {})
+    if not perturbations:
+        return 0
+    stages = step.segmentor.encoder.stages
+
+    def own_blocks(number: int) -> int:
+        drawn = perturbations["np"].draw(stages, number)
+        return len(step.segmentor.encoder.blocks) - min(drawn) - len(drawn) if drawn else 0
+
+    return max(range(64), key=own_blocks)
+
+
+def against_reference(network: Network, arguments: argparse.Namespace, device: torch.device) -> list[Contestant]:
+    """Return references, own steps and floors; on a GPU also as training runs there (`trainer=gpu`)."""
+    contestants = []
+    for method in ("mlpmatch", "unimatch"):
+        contestants += [network.reference(f"reference {method}", method), network.contestant(method, method)]
+    contestants += [network.contestant("mlpmatch_official", "mlpmatch_official"), network.floor("floor mlpmatch")]
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for number in range(arguments.warmup + arguments.steps):
-        started = synchronized(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            result = module.step(batch["labeled"], batch["unlabeled"], number)
-            loss = total_loss(result.terms, module.method, module.method.lambda_max / 2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        times.append(synchronized(device) - started)
-    median = sorted(times[arguments.warmup :])[arguments.steps // 2]
-    return {
-        "method": method,
-        "precision": precision,
-        "ms": 1000 * median,
-        "images_per_second": 2 * arguments.batch / median,
-        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
-    }
+        fast = Network(arguments, device, channels_last=True)
+        for method in ("mlpmatch", "unimatch"):
+            contestants.append(fast.contestant(f"{method}, channels-last", method, "bfloat16"))
+        contestants.append(fast.floor("floor mlpmatch, channels-last", "bfloat16"))
+    return contestants
 
 
-def random_batch(module: MLPMatch, arguments: argparse.Namespace, device: torch.device) -> dict:
-    """Make a batch as the data module gives it; for `supervised` with twice the labeled images."""
+def perturbations(network: Network) -> list[Contestant]:
+    """Return every method, and MLPMatch with every sampler."""
+    return [network.contestant(name, spec) for name, spec in COSTS.items()]
+
+
+def base_of(contestant: Contestant, contestants: list[Contestant]) -> Contestant:
+    """Return the reference of a contestant's method."""
+    method = "unimatch" if "unimatch" in contestant.name else "mlpmatch"
+    return next(each for each in contestants if each.name == f"reference {method}")
+
+
+def figures(contestant: Contestant, base: Contestant, images: int, device: torch.device) -> dict:
+    """Return a row of the result."""
+    return {**row(contestant, base, images), "peak_mib": round(peak_mib(contestant, device), 1)}
+
+
+def check_same_loss(network: Network, steps: int = 3) -> float:
+    """Compare reference and `mlpmatch_official` with the same draws; returns the largest relative difference.
+
+    Raises:
+        SystemExit: If they differ by more than rounding.
+    """
+    method = resolve_method("mlpmatch_official")
+    step = build_step(network.segmentor, network.criterion, method, 0.0, SEED)
+    assert isinstance(step, MultiLevelStep)
+    worst = 0.0
+    for number in range(steps):
+        twin = copy.deepcopy(network.segmentor)  # the partners' labels depend on running statistics, which steps move
+        reference = reference_with_draws_of(step, twin, number)
+        batch = reference_batch(network.labeled, network.unlabeled, twin)
+        with torch.no_grad():
+            own = total_loss(step(network.labeled, network.unlabeled, number).terms, method, LAMBDA).item()
+            theirs = reference.total(reference(batch), LAMBDA).item()
+        worst = max(worst, abs(own - theirs) / abs(theirs))
+    if worst > 1e-4:
+        raise SystemExit(f"expected the same loss from the reference and mlpmatch_official, but they differ by {worst}")
+    return worst
+
+
+def reference_with_draws_of(step: MultiLevelStep, segmentor: Segmentor, number: int) -> ReferenceStep:
+    """Return the reference with the deactivated blocks and the dropped channels of a step of this package."""
+    blocks = step.network_perturbations["np"].draw(segmentor.encoder.stages, number)
+    drop = partial(step.feature_perturbations["fp"], step=number)
+    return ReferenceStep(segmentor, "mlpmatch", step.threshold, lambda: blocks, drop)
+
+
+def random_batch(arguments: argparse.Namespace, device: torch.device, twice: bool) -> tuple[dict, dict]:
+    """Make a batch of noise with two strong views; `twice` doubles the labeled images, as supervised training does."""
     size, crop, generator = arguments.batch, arguments.crop, torch.Generator().manual_seed(0)
 
-    def images(*shape: int) -> torch.Tensor:
+    def images(*shape: int) -> Tensor:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
 
     def views() -> dict:
         valid = torch.ones(size, crop, crop, dtype=torch.bool, device=device)
-        return {"weak": images(size, 3, crop, crop), "strong": images(size, num_strong, 3, crop, crop), "valid": valid}
+        return {"weak": images(size, 3, crop, crop), "strong": images(size, 2, 3, crop, crop), "valid": valid}
 
-    num_strong = len(module.method.strong_weights)
-    labeled = size if num_strong else 2 * size
-    mask = torch.randint(0, arguments.classes, (labeled, crop, crop), dtype=torch.uint8, generator=generator).to(device)
-    box = torch.tensor([crop // 4, crop // 4, crop // 2, crop // 2], device=device)
-    unlabeled = {**views(), "boxes": box.expand(size, num_strong, 4), "partner": views()} if num_strong else {}
-    return {"labeled": {"image": images(labeled, 3, crop, crop), "mask": mask}, "unlabeled": unlabeled}
-
-
-def synchronized(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def machine(device: str) -> dict:
-    """Describe the machine, so that figures can be compared."""
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    return {
-        "gpu": gpu,
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if gpu else None,
-        "cudnn": torch.backends.cudnn.version() if gpu else None,
-        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
-    }
+    labeled = size * (1 + twice)
+    mask = torch.randint(0, arguments.classes, (labeled, crop, crop), dtype=torch.uint8, generator=generator)
+    box = torch.tensor([crop // 4, crop // 4, crop // 2, crop // 2], device=device).expand(size, 2, 4)
+    unlabeled = {**views(), "boxes": box, "partner": views()}
+    return {"image": images(labeled, 3, crop, crop), "mask": mask.to(device)}, unlabeled
 
 
 if __name__ == "__main__":

@@ -87,4 +87,4 @@ def test_the_table_names_absent_classes_and_means():
 
 def test_two_checkpoints_with_fixed_names(tmp_path):
     best, last = best_and_last(str(tmp_path), "val/miou")
-    assert (best.filename, last.filename, best.monitor, best.mode) == ("best", "last", "val/miou", "max")
+    assert (best.filename, last.path.name, best.monitor, best.mode) == ("best", "last.ckpt", "val/miou", "max")

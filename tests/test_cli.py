@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 
 from mlpmatch_pl.cli import refuse_underscored_fractions
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.run_folder import find_checkpoint
 from mlpmatch_pl.train import train
 from mlpmatch_pl.trainer import length_of_training
 
@@ -135,7 +134,7 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
             ["trainer.accelerator=cpu", "trainer.devices=4"],
             "expected at least 4 validation and test images, one a proc",
         ),
-        (["resume=auto"], "last.ckpt does not exist; leave resume out to start anew"),
+        (["resume=nowhere.ckpt"], "nowhere.ckpt does not exist; leave resume out to start anew"),
         (["method.partner=other"], "expected method.partner of batch, same_image, but got 'other'"),
         (["method.network_perturbation.sampler=one"], "expected a network perturbation sampler of single_block"),
         (["objective.criterion.name=oem"], "expected a criterion of ce, ohem, dice, but got 'oem'. Did you mean ohem?"),
@@ -208,14 +207,6 @@ def test_the_labeled_list_of_a_run_can_be_given_to_another(finished, tmp_path):
     run, _ = finished
     metrics = train(compose_train(*TINY, f"dataset.labeled={run}/labeled.txt", output_dir=tmp_path))
     assert metrics["labeled"]["sha256"] == json.loads((run / "splits.json").read_text())["labeled"]["sha256"]
-
-
-def test_find_checkpoint_prefers_what_is_asked_for(tmp_path):
-    assert find_checkpoint(None, tmp_path) is None
-    (tmp_path / "checkpoints").mkdir()
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    last.touch()
-    assert find_checkpoint("auto", tmp_path) == find_checkpoint(str(last), tmp_path) == last
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 59, 1000])

@@ -8,9 +8,11 @@ from conftest import save_mask
 from helpers import TINY, compose_train
 from PIL import Image
 
+from mlpmatch_pl.bars import COLORS, bar_picture
 from mlpmatch_pl.callbacks.diagnostics import PseudoLabelDiagnostics
+from mlpmatch_pl.confusion_picture import confusion_picture
 from mlpmatch_pl.data.folder import folder
-from mlpmatch_pl.data.shapes import shapes
+from mlpmatch_pl.data.shapes import CLASS_NAMES, shapes
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import NetworkPerturbation
 from mlpmatch_pl.spread import spread
@@ -118,6 +120,24 @@ def test_every_draw_of_a_deactivated_block_is_counted(inspected):
     assert sum(report["stages"]) == 10
 
 
+def test_the_histogram_has_a_bar_for_every_block(inspected):
+    run, _ = inspected
+    blocks = json.loads((run / "deactivated.json").read_text())["blocks"]
+    with Image.open(run / "deactivated.png") as picture:
+        pixels = np.array(picture).reshape(-1, 3).tolist()
+    assert (list(COLORS[0]) in pixels) == any(list(blocks.values())[:2])
+    bars = bar_picture([[("a", 3), ("b", 1)], [("c", 0)]], "t")
+    heights = [sum(bars.getpixel((x, y)) == COLORS[0] for y in range(bars.height)) for x in (8, 8 + 30, 8 + 60)]
+    assert heights == [160, 53, 0]
+
+
+def test_the_confusion_of_validation_and_test_is_drawn(inspected):
+    run, _ = inspected
+    for part in ("val", "test"):
+        with Image.open(run / f"confusion_{part}.png") as picture:
+            assert picture.size == confusion_picture(np.eye(6), CLASS_NAMES).size
+
+
 def test_sheets_are_written_while_training_with_the_pseudo_labels(inspected):
     run, _ = inspected
     for step in ("step_000005", "step_000010"):
@@ -136,6 +156,9 @@ def test_wandb_has_the_pictures_with_masks_and_the_metrics(inspected):
         assert len(masks) == 2 * count  # truth and prediction
         with Image.open(masks[0]) as mask:
             assert np.array(mask).max() <= 5
+    for part, count in (("val", 2), ("test", 1)):
+        assert len(list(offline.glob(f"files/media/images/{part}/confusion_*.png"))) == count
+    assert len(list(offline.glob("files/media/images/train/deactivated_blocks_*.png"))) == 1
     (record,) = offline.glob("*.wandb")
     content = record.read_bytes()
     for name in (b"pseudo/fitting_gap", b"class_labels", b"triangle"):

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 from mlpmatch_pl import MLPMatch, UserError
+from mlpmatch_pl.confusion_picture import CELL, EMPTY, FULL, MARGIN, WHITE, confusion_picture
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.shapes import CLASS_NAMES, PALETTE, Shapes
 from mlpmatch_pl.evaluate import evaluate
-from mlpmatch_pl.evaluating.confusion_picture import CELL, EMPTY, FULL, MARGIN, WHITE, confusion_picture
 from mlpmatch_pl.evaluating.data import open_part, require_fit
 from mlpmatch_pl.evaluating.files import FILES, LONGEST_SIDE, WRONG_COLOR, worst_images
 from mlpmatch_pl.evaluating.loop import Counts, Evaluator, read_ahead, same_size_batches

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
-from mlpmatch_pl import MLPMatch
+from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule
+from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.module import total_loss
 
 pytestmark = [
@@ -39,9 +41,17 @@ def make(method: str, **options) -> MLPMatch:
     ).train()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_waits_for_the_device(method):
-    module = make(method).cuda()
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(method, {}) for method in METHODS]
+    + [
+        ("mlpmatch", {"criterion": {"name": "ohem", "min_kept": 100}}),
+        ("mlpmatch", {"criterion": {"name": "ce", "class_weights": [1.0] * 5, "dice_weight": 1.0}}),
+        ("mlpmatch", {"activation_checkpointing": True}),
+    ],
+)
+def test_a_step_never_waits_for_the_device(method, options):
+    module = make(method, **options).cuda()
     labeled, unlabeled = batch_on("cuda", max(len(module.method.strong_weights), 1))
     module.step(labeled, unlabeled, 0)  # cudnn chooses its algorithms
     torch.cuda.set_sync_debug_mode("error")
@@ -49,6 +59,40 @@ def test_a_step_never_waits_for_the_device(method):
         total_loss(module.step(labeled, unlabeled, 1).terms, module.method, 0.1).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class NeverWaits(MLPMatch):
+    """Forbids to wait for the device in a training step, logging included."""
+
+    def training_step(self, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_logging_never_waits_for_the_device():
+    data = shapes(labeled=4, train=16, val=2, test=2, size=48)
+    datamodule = SemiSupervisedDataModule(data, crop_size=48, batch_size=4, num_workers=0)
+    module = NeverWaits(num_classes=6, backbone="test_resnet", output_stride=8, decoder_channels=16)
+    trainer = Trainer(max_epochs=1, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip
+    trainer.fit(module, datamodule)
+    assert trainer.global_step > 1
+
+
+@pytest.mark.parametrize("option", ["compile_blocks", "activation_checkpointing"])
+def test_options_for_speed_and_memory_keep_the_loss(option):
+    losses = []
+    for options in ({}, {option: True}):
+        module = make("mlpmatch", channels_last=True, **options).cuda()
+        labeled, unlabeled = batch_on("cuda", 2)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = total_loss(module.step(labeled, unlabeled, 3).terms, module.method, 0.1)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # bfloat16 has three digits
 
 
 @pytest.mark.parametrize("method", ["unimatch", "supervised"])

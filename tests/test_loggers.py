@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 
@@ -91,3 +92,83 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("mlpmatch_pl.loggers.TensorBoardLogger", missing)
     with pytest.raises(UserError, match=r"pip install 'mlpmatch_pl\[tensorboard\]'"):
         build_loggers({"logger": {"wandb": None, "tensorboard": True}}, tmp_path, Split("list", ("a",)))
+
+
+def test_rows_after_the_checkpoint_and_a_cut_off_line_are_left_out_when_a_run_goes_on(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,step,train/loss,val/miou\r\n0,1,0.5,\r\n0,1,,0.25\r\n1,2,0.375,\r\n1,3,0.2"
+    )
+    MetricsCSV(str(tmp_path)).go_on(2, {"train/loss": 0.5}, log_every_n_steps=2)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "epoch,step,train/loss,val/miou",
+        "0,1,0.5,",
+        "0,1,,0.25",
+    ]
+
+
+@pytest.mark.parametrize(("every", "rows"), [(1, ["0,1,0.5", "1,2,0.375"]), (2, ["0,1,0.5"])])
+def test_a_row_that_a_kill_kept_from_being_written_comes_from_the_checkpoint(every, rows, tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\r\n0,1,0.5\r\n1,2,0.3")  # killed in the middle of it
+    metrics = {"train/loss": 0.375, "val/miou": 0.1, "epoch": 1}
+    MetricsCSV(str(tmp_path)).go_on(3, metrics, every)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,step,train/loss", *rows]
+
+
+def test_a_kill_while_the_header_grows_loses_no_row(tmp_path, monkeypatch):
+    first = MetricsCSV(str(tmp_path))
+    first.log_metrics({"loss": 1.0}, step=1)
+    first.save()
+    before = (tmp_path / "metrics.csv").read_bytes()
+
+    def die(*names):
+        raise SystemExit
+
+    monkeypatch.setattr("os.fsync", die)
+    first.log_metrics({"miou": 0.2}, step=2)
+    with pytest.raises(SystemExit):
+        first.save()
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_wandb_and_tensorboard_go_on_with_the_same_run(tmp_path):
+    run = [*TINY, "logger=wandb", "logger.tensorboard=true", "trainer.log_every_n_steps=1", "resume=auto"]
+    for epochs in (1, 2):
+        train(compose_train(*run, "schedule.steps=null", f"schedule.epochs={epochs}", output_dir=tmp_path))
+    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    offline = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert [path.name.rpartition("-")[2] for path in offline] == [run_id] * 2  # `wandb sync` joins them
+    assert [sorted(set(wandb_steps(path))) for path in offline] == [[*range(6)], [*range(5, 11)]]  # the test's is last
+    assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 2
+    assert tensorboard_steps(tmp_path / "tensorboard") == list(range(10))
+
+
+def wandb_steps(folder):
+    """Read the steps of the history from W&B's own file: protobuf records in LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("*.wandb")
+    content, place, data, found = path.read_bytes(), 7, b"", []
+    while place < len(content):
+        if (left := 32768 - place % 32768) < 7:  # a block's rest is padding
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = wandb_internal_pb2.Record.FromString(data)
+            items = record.history.item
+            found += [
+                json.loads(i.value_json) for i in items if "trainer/global_step" in (i.key, "/".join(i.nested_key))
+            ]
+            data = b""
+    return found
+
+
+def tensorboard_steps(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpmatch_pl import CutMix, FeaturePerturbation, NetworkPerturbation, UserError
+from mlpmatch_pl.perturbation import bypass, deactivate
 from mlpmatch_pl.perturbation.input import inside_boxes, partner_shift
 
 STAGES = [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [13, 14, 15]]  # ResNet-50
@@ -307,3 +308,44 @@ def test_every_partner_comes_up():
 def test_partner_of_a_single_image_is_refused():
     with pytest.raises(UserError, match="expected at least 2 unlabeled images in a batch"):
         partner_shift(1, 0, 0)
+
+
+class Doubling(torch.nn.Module):
+    """A residual block of a foreign library: x + x."""
+
+    def forward(self, x_BDHW):
+        return x_BDHW + x_BDHW
+
+
+@bypass.register
+def _(block: Doubling, x_BDHW: torch.Tensor) -> torch.Tensor:
+    return x_BDHW
+
+
+def test_a_foreign_model_is_deactivated_within_the_context_alone():
+    blocks = [Doubling() for _ in range(3)]
+    model, one = torch.nn.Sequential(*blocks), torch.ones(1, 1, 1, 1)
+    with deactivate(blocks[:1]):
+        assert model(one).item() == 4
+        with deactivate(blocks[:2]):
+            assert model(one).item() == 2
+        assert model(one).item() == 4  # the outer one goes on
+    assert model(one).item() == 8
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_a_foreign_model_is_whole_again_after_an_error():
+    model = torch.nn.Sequential(Doubling())
+    with pytest.raises(RuntimeError, match="inside"), deactivate(model):
+        raise RuntimeError("inside")
+    assert model(torch.ones(1)).item() == 2
+
+
+def test_what_has_no_bypass_is_not_deactivated():
+    block = Doubling()
+    with (
+        pytest.raises(TypeError, match="but got Conv2d; register a bypass"),
+        deactivate([block, torch.nn.Conv2d(1, 1, 1)]),
+    ):
+        pass
+    assert block(torch.ones(1)).item() == 2

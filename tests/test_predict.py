@@ -82,7 +82,7 @@ def test_files_equal_a_plain_loop(checkpoint, module, photos, tmp_path):
         np.testing.assert_allclose(confidence, probabilities.max(0) * 255, atol=0.51)
         with np.load(tmp_path / f"out/probabilities/{stem}.npz") as content:
             assert content["probabilities"].dtype == np.float32
-            np.testing.assert_allclose(content["probabilities"], probabilities, atol=1e-6)
+            np.testing.assert_allclose(content["probabilities"], probabilities, atol=1e-5)
         seen |= set(np.unique(label))
     assert len(seen) > 2
 
@@ -119,7 +119,7 @@ def test_inference_options_reach_the_network(checkpoint, module, photos, tmp_pat
     image = torch.from_numpy(np.array(Image.open(photos / NAMES[1]))).permute(2, 0, 1)[None]
     expected = Inference("slide", window=40, scales=(1.0, 1.5), flip=True)(module.segmentor, image)[0]
     with np.load(tmp_path / "out/probabilities/two words.npz") as content:
-        np.testing.assert_array_equal(content["probabilities"], expected.numpy())
+        np.testing.assert_allclose(content["probabilities"], expected, atol=1e-5)  # BatchNorm is folded
 
 
 def test_grey_images_of_16_bits(tmp_path):

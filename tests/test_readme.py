@@ -6,29 +6,42 @@ from pathlib import Path
 
 import pytest
 from helpers import compose_config
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+
+from mlpmatch_pl.evaluate import added_keys
+from mlpmatch_pl.report import read_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXT = PAGES[0].read_text(encoding="utf-8")
+LIKE_TRAIN = ("train", "check", "benchmark")  # the same overrides
+NOT_COMPOSED = {  # by their beginning
+    "pip install": "would change the environment; tests/test_packaging.py installs the wheel",
+    "export MLPMATCH_DATA=": "the environment of the commands below it; the tests set it",
+    "benchmarks/gpu.sh": "needs a CUDA device",
+    "python -m mlpmatch_pl.train schedule.step=": "shows the answer to a mistyped key; tests/test_docs.py runs it",
+}
 
 
-def blocks(language: str, text: str = TEXT) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+def blocks(language: str, page: Path) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
-def commands() -> list[tuple[str, str]]:
-    """All commands that compose a training configuration, with their primary config."""
-    lines = [line for page in PAGES for block in blocks("bash", page.read_text(encoding="utf-8"))
-             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
-    found = [re.search(r" -m mlpmatch_pl\.(train|check)\b(.*)", line) for line in lines]
-    return [(match[1], match[2]) for match in found if match]
+def lines_of(page: Path) -> list[str]:
+    """Command lines in the blocks of a page: all of bash, and after the prompt those of a transcript."""
+    bash = [line for block in blocks("bash", page) for line in block.replace("\\\n", " ").splitlines()]
+    shown = [block.replace("\\\n", " ").splitlines()[0] for block in blocks("console", page)]
+    return [line.removeprefix("$ ") for line in (*bash, *shown) if line.strip()]
+
+
+LINES = sorted({line for page in PAGES for line in lines_of(page) if not line.startswith(tuple(NOT_COMPOSED))})
+PYTHON = [(page.name, code) for page in PAGES for code in blocks("python", page)]
 
 
 def overrides_in_text() -> list[str]:
     """Overrides that docs/ mention in tables and prose, such as `dataset.in_chans=5`."""
     keys = r"(?:dataset|loader|method|backbone|objective|schedule|trainer|logger|callbacks|experiment)"
-    texts = [page.read_text(encoding="utf-8") for page in PAGES[1:]]
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
     spans = [span for text in texts for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
     parts = [part for span in spans for part in _split(span) if re.fullmatch(rf"{keys}(\.[\w.]+)?=[^.<][^<]*", part)]
     return sorted(set(parts))
@@ -41,22 +54,56 @@ def _split(span: str) -> list[str]:
         return []
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_every_python_block_runs(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, page, "exec"), {})
 
 
-def test_there_are_commands():
-    assert len(commands()) >= 7
+def test_there_are_blocks():
+    assert PYTHON
+    assert len(LINES) >= 25
 
 
-@pytest.mark.parametrize(("config", "command"), commands())
-def test_every_command_composes(config, command, monkeypatch):
+@pytest.mark.parametrize("beginning", NOT_COMPOSED)
+def test_the_list_of_what_is_not_composed_is_current(beginning):
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert beginning in text
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_composes(line, monkeypatch):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
-    arguments = [part for part in shlex.split(command, comments=True) if not part.startswith(("-", "hydra."))]
-    first_values = [re.sub(r"=([^\[,]+),.*", r"=\1", argument) for argument in arguments]  # of a sweep
-    cfg = compose_config(config, *first_values, output_dir=Path("out"))
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
+    elif program == "python" and arguments[0] == "-m":
+        compose_command(arguments[1].removeprefix("mlpmatch_pl."), arguments[2:])
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file()
+        scripts = "".join(path.read_text() for path in (ROOT / arguments[0]).parent.glob("*.py"))
+        assert all(f'"{flag}"' in scripts for flag in arguments if flag.startswith("--"))
+    else:
+        pytest.fail(f"{line}: run it here, or give the reason in NOT_COMPOSED")
+
+
+def compose_command(command: str, arguments: list[str]) -> None:
+    values = [part for part in arguments if not part.startswith(("-", "hydra."))]
+    values = [re.sub(r"=([^\[,]+),.*", r"=\1", value) for value in values]  # the first of a sweep
+    if command == "report":
+        read_arguments(values)
+        return
+    if command == "replay":
+        assert len(values) == 1  # a folder and nothing else
+        return
+    if command == "prepare":
+        with initialize_config_dir(str(ROOT / "conf/prepare"), version_base="1.3"):
+            cfg = compose("prepare", values)
+    elif command == "evaluate":
+        cfg = compose_config(command, *added_keys(values))
+    else:
+        cfg = compose_config(command, *values, output_dir=Path("out") if command in LIKE_TRAIN else None)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 

@@ -40,6 +40,7 @@ def sweep(tmp_path_factory) -> Path:
     axes = ("dataset.labeled=4,8", "method=supervised,mlpmatch", "seed=0,1", "schedule.steps=20")
     done = run_command("-m", *axes, *values, f"hydra.sweep.dir={folder / 'all'}", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"compare the runs: python -m mlpmatch_pl.report {folder / 'all'}\n")
     return folder / "all"
 
 

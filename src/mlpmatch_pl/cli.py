@@ -4,7 +4,7 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 
@@ -85,6 +85,21 @@ def run_command(config_name: str, hydra_main: Callable[[], None]) -> None:
         hydra_main()
 
 
+def sweep_folder(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Return the folder of a training sweep's jobs; None if the arguments are no sweep's.
+
+    Example:
+        >>> sweep_folder(["-m", "seed=0,1"], {"MLPMATCH_STAMP": "2026-01-31_12-00-00"})
+        'multirun/2026-01-31_12-00-00'
+        >>> sweep_folder(["-m", "hydra.sweep.dir=mine"], {})
+        'mine'
+    """
+    if not {"-m", "--multirun"} & set(arguments):
+        return None
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
+    return named[-1] if named else f"multirun/{environment['MLPMATCH_STAMP']}"
+
+
 def guarded_job(config_name: str) -> AbstractContextManager[None]:
     """Guard a single run; a job of a sweep fails on its own and leaves the others, and Hydra names it at the end."""
     from hydra.core.hydra_config import HydraConfig
@@ -104,6 +119,9 @@ def guarded(config_name: str) -> Iterator[None]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         yield
+    except BrokenPipeError:  # as in `... --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(1)
     except Exception as error:
         message = _message(error, config_name)
         if message is None:

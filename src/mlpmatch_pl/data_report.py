@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,7 +22,7 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.inspection import PARTS, Inspected, all_jobs, inspect
 from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.launch import build_datamodule, quiet
+from mlpmatch_pl.launch import build_datamodule, quiet, read_config
 from mlpmatch_pl.methods import resolve_method
 from mlpmatch_pl.run_folder import describe_splits, save_lists
 from mlpmatch_pl.view_sheet import view_sheet
@@ -34,7 +34,7 @@ MOST_PRINTED = 20  # findings; check.json has all
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Check the data of a training configuration. See `mlpmatch_pl.check.check`."""
     quiet()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    config = read_config(cfg)
     output_dir = Path(config["output_dir"]).resolve()
     config["loader"] |= {"num_workers": 0}  # one batch is drawn
     datamodule = build_datamodule(config, resolve_method(config["method"]))
@@ -126,7 +126,7 @@ def _print(report: dict[str, Any], findings: Sequence[Finding]) -> None:
         log.info(
             "%s: %d images%s, sha256 %s: %s%s",
             part, held["count"], f" ({held['split']})" if part == "labeled" else "", held["sha256"][:8],
-            ", ".join(sizes[:3]), more,
+            ", ".join(sizes[:3]) or "none can be read", more,
         )  # fmt: skip
     log.info("%s", _table(report))
     if channels := report["channels"]:

@@ -8,70 +8,141 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-import mlpmatch_pl
-from mlpmatch_pl.callbacks.progress import DataWait, duration
+from mlpmatch_pl.callbacks.resuming import Resuming
+from mlpmatch_pl.callbacks.signals import Stopped, StopSignals
+from mlpmatch_pl.config_types import checked
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.sources import SegmentationData
+from mlpmatch_pl.durable import full_disk_is_user_error, remove_unfinished, write_durably
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.faults import explained
 from mlpmatch_pl.loggers import build_loggers, finish_wandb
 from mlpmatch_pl.methods import Method, resolve_method
-from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.run_folder import check_checkpoint, describe_split, find_checkpoint, write_run_folder
+from mlpmatch_pl.module import MLPMatch, check_architecture
+from mlpmatch_pl.resume import Start, check_unfinished, find_start, move_place
+from mlpmatch_pl.run_folder import check_splits, write_run_folder
 from mlpmatch_pl.segmentor.weights import load_published
-from mlpmatch_pl.summary import class_table
-from mlpmatch_pl.trainer import build_trainer, images_per_update, uses_sync_batchnorm
+from mlpmatch_pl.trainer import MODULE_OPTIONS, build_trainer, images_per_update, uses_sync_batchnorm
+from mlpmatch_pl.training import train_and_test
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a configuration describes, checked, with nothing written yet."""
+
+    config: dict[str, Any]
+    output_dir: Path
+    datamodule: SemiSupervisedDataModule
+    trainer: Trainer
+    module: MLPMatch
+    start: Start
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Build everything, train, evaluate the best checkpoint, write the results. See `mlpmatch_pl.train.train`."""
     quiet()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    output_dir = Path(config["output_dir"]).resolve()
-    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    first = int(place) == 0  # the others are started by the first, once it has checked all
-    checkpoint = find_checkpoint(config["resume"], output_dir) if first or config["resume"] else None
-    if not isinstance(config["seed"], int):
-        raise UserError(f"expected seed as a whole number, but got {config['seed']!r}")
-    seed_everything(config["seed"], workers=True, verbose=False)
-    method = resolve_method(config["method"])
-    datamodule = build_datamodule(config, method)
-    trainer = build_trainer(config, output_dir, datamodule, _callbacks(config["callbacks"]))
-    _refuse_sweep_over_processes(trainer)
-    module = build_module(config, method, datamodule, trainer)
-    start_step = check_checkpoint(checkpoint, module) if checkpoint else 0
-    if first:
-        datamodule.prepare_data()
+    built = _build(read_config(cfg))
     exit_code = 1
     try:
-        trainer.loggers = build_loggers(config, output_dir, datamodule.data.labeled)
-        if trainer.is_global_zero:
-            write_run_folder(cfg, output_dir, datamodule.data)
-        _describe(module, datamodule, trainer, output_dir)
-        _describe_learning_rate(config["schedule"], module, images_per_update(datamodule, trainer), checkpoint)
-        metrics = _train_and_test(trainer, module, datamodule, checkpoint, start_step)
-        if trainer.is_global_zero:
-            (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            log.info("results in %s", output_dir)
+        with _stopped_by_signal(built), full_disk_is_user_error(built.output_dir), explained(built.datamodule):
+            _open(built, cfg)
+            metrics = train_and_test(built.trainer, built.module, built.datamodule, built.start)
+            if built.trainer.is_global_zero:
+                write_durably(built.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+                log.info("results in %s", built.output_dir)
         exit_code = 0
         return metrics
     finally:
         finish_wandb(exit_code)
+
+
+def _build(config: dict[str, Any]) -> _Built:
+    """Build everything, and refuse whatever can be refused."""
+    output_dir = Path(config["output_dir"]).resolve()
+    first = _is_zero("LOCAL_RANK", "SLURM_LOCALID")  # on a machine, the first checks all, then it starts the others
+    start = find_start(config["resume"], output_dir, first and _is_zero("RANK", "SLURM_PROCID", "NODE_RANK"))
+    seed_everything(config["seed"], workers=True, verbose=False)
+    method = resolve_method(config["method"])
+    datamodule = build_datamodule(config, method)
+    callbacks = [*_callbacks(config["callbacks"]), Resuming(), StopSignals()]
+    trainer = build_trainer(config, output_dir, datamodule, callbacks)
+    _refuse_sweep_over_processes(trainer)
+    module = build_module(config, method, datamodule, trainer)
+    built = _Built(config, output_dir, datamodule, trainer, module, start)
+    if start.checkpoint is not None:
+        _prepare_resume(built, start.checkpoint)
+    if first:
+        datamodule.prepare_data()
+    return built
+
+
+def _prepare_resume(built: _Built, checkpoint: Path) -> None:
+    """Refuse a checkpoint that the training cannot go on from, and fit its place to the present length of an epoch."""
+    trainer, datamodule = built.trainer, built.datamodule
+    check_architecture(built.start.hparams, built.module.hparams)
+    check_splits(checkpoint, built.output_dir, datamodule.data)
+    check_unfinished(built.start, built.output_dir, trainer.max_epochs or 0)
+    if trainer.limit_train_batches == 1.0:
+        batches = datamodule.steps_per_epoch(trainer.world_size)
+        move = partial(move_place, batches=batches, accumulate=trainer.accumulate_grad_batches)
+        trainer.strategy.checkpoint_io.adapt[str(checkpoint)] = move  # type: ignore[attr-defined]
+
+
+def _open(built: _Built, cfg: DictConfig) -> None:
+    """Open the loggers, write the run folder, and say what will be trained."""
+    config, trainer, start, data = built.config, built.trainer, built.start, built.datamodule.data
+    trainer.loggers = build_loggers(config, built.output_dir, data.labeled, start.step)
+    metrics_csv: Any = trainer.loggers[0]
+    metrics_csv.go_on(start.step, {**start.metrics, "epoch": start.epoch}, config["trainer"]["log_every_n_steps"])
+    if trainer.is_global_zero:
+        remove_unfinished(built.output_dir)
+        remove_unfinished(built.output_dir / "checkpoints")
+        write_run_folder(cfg, built.output_dir, data)
+    _describe(built)
+    _describe_learning_rate(config["schedule"], built.module, images_per_update(built.datamodule, trainer), start)
+
+
+@contextmanager
+def _stopped_by_signal(built: _Built) -> Iterator[None]:
+    """Say how to go on, and let the first process's exit code be the run's."""
+    try:
+        yield
+    except Stopped as stopped:
+        log.info(
+            "%s: stopped after step %d; go on with the same command and hydra.run.dir=%s resume=auto",
+            stopped.name, built.trainer.global_step, built.output_dir,
+        )  # fmt: skip
+        if built.trainer.is_global_zero:
+            raise
+        raise SystemExit(0) from stopped
+
+
+def read_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return a training's configuration as plain data, with its types checked.
+
+    Raises:
+        UserError: If a value is of another type than what reads it wants, or out of the range of a seed.
+    """
+    config = checked(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    if not 0 <= config["seed"] < 2**32:  # numpy's range
+        raise UserError(f"expected seed as a whole number from 0 to {2**32 - 1}, but got {config['seed']}")
+    return config
 
 
 def build_data(dataset: dict[str, Any]) -> SegmentationData:
@@ -115,12 +186,17 @@ def build_module(
         palette=[list(color) for color in data.colors],
         bit_depth=data.bit_depth,
         absent=config["evaluation"]["absent"],
-        channels_last=config["trainer"]["channels_last"],
+        **{option: config["trainer"][option] for option in MODULE_OPTIONS},
         seed=config["seed"],
     )
     if config["init_weights"]:
         load_published(module.segmentor, config["init_weights"])
     return module
+
+
+def _is_zero(*variables: str) -> bool:
+    """Tell whether the first of some environment variables that is set is 0, or none is."""
+    return int(next((os.environ[name] for name in variables if name in os.environ), 0)) == 0
 
 
 def _refuse_sweep_over_processes(trainer: Trainer) -> None:
@@ -141,18 +217,20 @@ def _callbacks(config: dict[str, Any]) -> list[Callback]:
     return callbacks
 
 
-def _describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: int, checkpoint: Path | None) -> None:
-    if checkpoint is not None:
-        log.info("going on from %s, with its learning rate and schedule", checkpoint)
-        return
+def _describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: int, start: Start) -> None:
+    if start.checkpoint is not None:
+        log.info(
+            "going on from %s: epoch %d, %d %% of it done; its learning rate was %.4g, now the configuration's holds",
+            start.checkpoint, start.epoch + 1, round(100 * start.fraction), start.hparams["lr"],
+        )  # fmt: skip
     log.info(
         "learning rate %.4g for %d images in an optimizer step (%g for %d); decoder x %g",
         module.hparams["lr"], images, schedule["lr"], schedule["reference_images"], schedule["lr_multi"],
     )  # fmt: skip
 
 
-def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path) -> None:
-    data = datamodule.data
+def _describe(built: _Built) -> None:
+    module, datamodule, trainer, data = built.module, built.datamodule, built.trainer, built.datamodule.data
     log.info(
         "%s: %d labeled images (%s, sha256 %s), %d unlabeled, %d validation, %d test; %d classes",
         module.method.name, len(data.labeled.names), data.labeled.label, data.labeled.sha256[:8], len(data.unlabeled),
@@ -164,65 +242,8 @@ def _describe(module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: T
     log.info(
         "%s, %.1f million parameters; %d epochs of %d steps; run folder %s",
         module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
-        output_dir,
+        built.output_dir,
     )  # fmt: skip
-
-
-def _train_and_test(
-    trainer: Trainer, module: MLPMatch, datamodule: SemiSupervisedDataModule, checkpoint: Path | None, start_step: int
-) -> dict[str, Any]:
-    """Train, evaluate the best checkpoint, print the table, and gather what metrics.json holds."""
-    started = time.monotonic()
-    trainer.fit(module, datamodule=datamodule, ckpt_path=None if checkpoint is None else str(checkpoint))
-    seconds, steps = time.monotonic() - started, trainer.global_step - start_step
-    if not steps:
-        raise UserError(
-            f"expected epochs left to train, but {checkpoint} has finished all {trainer.max_epochs}; "
-            "raise schedule.epochs"
-        )
-    last = _floats(trainer.callback_metrics)
-    best_path = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-    best_val = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    trainer.test(module, datamodule=datamodule, ckpt_path=best_path, verbose=False)
-    test = _floats(trainer.callback_metrics)
-    part = "test" if datamodule.data.test else "validation"
-    log.info("%s", class_table(module.last_counts_CC, module.class_names, module.absent, f"best checkpoint, {part}"))
-    log.info(
-        "%s mIoU %.4f (best checkpoint); best validation mIoU %s; trained %s",
-        part, test.get("test/miou", float("nan")), "none" if best_val is None else f"{float(best_val):.4f}",
-        duration(seconds),
-    )  # fmt: skip
-    return {
-        "method": module.method.name,
-        "seed": module.hparams["seed"],
-        "labeled": describe_split(datamodule.data.labeled),
-        "unlabeled": len(datamodule.data.unlabeled),
-        "steps": trainer.global_step,
-        "best": {"val/miou": None if best_val is None else float(best_val), "checkpoint": best_path},
-        "last": last,
-        "test": test,
-        "evaluated_on": part,
-        "seconds": round(seconds, 1),  # since this start, validation included
-        "images_per_second": round(steps * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2),
-        "data_wait": round(next(c.share for c in trainer.callbacks if isinstance(c, DataWait)), 4),  # type: ignore[attr-defined]
-        "device": _device(trainer),
-        "versions": {
-            "mlpmatch_pl": mlpmatch_pl.__version__,
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _device(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{trainer.world_size} x {name}"
-
-
-def _floats(metrics: Any) -> dict[str, float]:
-    return {key: float(value) for key, value in metrics.items()}
 
 
 def quiet() -> None:

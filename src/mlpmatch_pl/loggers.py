@@ -1,9 +1,11 @@
 """Loggers: metrics.csv always, Weights & Biases and TensorBoard when asked for."""
 
 import csv
+import io
 import logging
 import netrc
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
 from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.durable import write_durably
 from mlpmatch_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,14 +26,47 @@ WANDB_MODES = ("online", "offline", "disabled")
 class _AppendingWriter(ExperimentWriter):
     """Adds to an existing metrics.csv. Lightning's own writer deletes it, and a resumed run would lose its past."""
 
+    def rewind(self, step: int) -> list[dict[str, str]]:
+        """Leave out the rows from a step on, which will be done again, and return those that stay."""
+        path = Path(self.metrics_file_path)
+        rows = [row for row in _whole_rows(path) if int(row["step"]) < step]
+        if rows:
+            self._rewrite_with_new_header(list(rows[0]), rows)
+            self.metrics_keys = list(rows[0])
+        else:
+            path.unlink(missing_ok=True)
+        return rows
+
     def _check_log_dir_exists(self) -> None:
         if self._fs.isfile(self.metrics_file_path):
             with self._fs.open(self.metrics_file_path, "r", newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
+    def _rewrite_with_new_header(self, fieldnames: list[str], rows: list[dict[str, str]] | None = None) -> None:
+        path = Path(self.metrics_file_path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(_whole_rows(path) if rows is None else rows)
+        write_durably(path, text.getvalue())  # Lightning's own way would leave half of it when it is killed
+
+
+def _whole_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of metrics.csv but for a last one that a kill cut off."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole, newline="")))
+
 
 class MetricsCSV(CSVLogger):
-    """Writes metrics.csv into the run folder, and goes on with it when a run is resumed."""
+    """Writes metrics.csv into the run folder, and goes on with it when a run is resumed.
+
+    Every step stands in it once: rows after the checkpoint are left out, and written again as their steps are done
+    again.
+    """
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=20)
@@ -47,18 +84,41 @@ class MetricsCSV(CSVLogger):
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment
 
+    @rank_zero_only
+    def go_on(self, step: int, metrics: Mapping[str, float], log_every_n_steps: int) -> None:
+        """Go on at an optimizer step.
+
+        Args:
+            step: Optimizer steps done.
+            metrics: The metrics that the checkpoint holds. It is written before the row of its step: should the process
+                have been killed in between, the row is written now.
+            log_every_n_steps: Whether that step is logged.
+        """
+        rows = self.experiment.rewind(step)
+        logged = any(int(row["step"]) == step - 1 and row.get("train/loss") for row in rows)
+        trained: dict[str, Any] = {
+            key: value for key, value in metrics.items() if key.startswith("train/") or key == "epoch"
+        }
+        if step and step % log_every_n_steps == 0 and not logged and "train/loss" in trained:
+            self.log_metrics(trained, step - 1)
+            self.save()
+
     def log_hyperparams(self, params: Any = None) -> None:
         """Write nothing: config.yaml has them."""
 
 
-def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split) -> list[Logger]:
+def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split, step: int = 0) -> list[Logger]:
     """Build the loggers of a run.
+
+    A run that is resumed in its folder goes on with its id in W&B, and hides the steps that are done again in
+    TensorBoard.
 
     Args:
         config: The whole configuration; its node ``logger`` has options for ``wandb`` (None for off) and whether
             ``tensorboard`` is on.
         output_dir: The run folder.
         labeled: The labeled images; W&B's run configuration names their list.
+        step: Optimizer steps done before.
 
     Raises:
         UserError: If a logger's package is not installed, or the W&B mode is unknown.
@@ -72,7 +132,7 @@ def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split) -
         loggers.append(logger)
     if options["tensorboard"]:
         try:
-            loggers.append(TensorBoardLogger(str(output_dir), name="tensorboard", version=""))
+            loggers.append(TensorBoardLogger(str(output_dir), name="tensorboard", version="", purge_step=step or None))
         except ModuleNotFoundError as error:
             raise UserError(
                 "expected TensorBoard to be installed for logger=tensorboard; pip install 'mlpmatch_pl[tensorboard]'"
@@ -114,6 +174,15 @@ def _has_wandb_credentials() -> bool:
     return any(host in address for host in hosts)
 
 
+@rank_zero_only
+def _wandb_id(output_dir: Path) -> str:
+    """Return the run's id in W&B, which is kept in the run folder."""
+    path = output_dir / "wandb_id.txt"
+    if not path.exists():
+        write_durably(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
 def _wandb(options: dict[str, Any], output_dir: Path, run_name: str) -> Logger:
     mode = wandb_mode(options.pop("mode"))
     try:
@@ -125,6 +194,7 @@ def _wandb(options: dict[str, Any], output_dir: Path, run_name: str) -> Logger:
     if mode == "offline":
         log.info("W&B: offline, no credentials used; upload later with: wandb sync %s/wandb/offline-run-*", output_dir)
     options["name"] = options["name"] or run_name
+    options["id"] = _wandb_id(output_dir)
 
     def build(mode: str) -> WandbLogger:
         # Not WandbLogger(offline=True): it changes WANDB_MODE for the whole process, and so for the next job.

@@ -62,6 +62,10 @@ class MLPMatch(LightningModule):
         bit_depth: Bits a channel of the images that it was trained on, 8 or 16, which a checkpoint carries likewise.
         absent: Whether classes that are absent from truth and prediction are excluded from means, or count zero.
         channels_last: Keep weights and activations in channels-last memory format (faster on recent GPUs).
+        compile_blocks: Compile each block of the encoder for training.
+        activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass, and compute the
+            rest again: less memory, more time.
+        fused_optimizer: Update all weights in one kernel.
         seed: Seed of the draws inside the step.
 
     Raises:
@@ -99,6 +103,9 @@ class MLPMatch(LightningModule):
         bit_depth: int = 8,
         absent: str = "exclude",
         channels_last: bool = False,
+        compile_blocks: bool = False,
+        activation_checkpointing: bool = False,
+        fused_optimizer: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -107,13 +114,15 @@ class MLPMatch(LightningModule):
         self.class_names = _names(class_names, num_classes)
         self.absent = check_absent(absent)
         self.segmentor = Segmentor(
-            num_classes, backbone, pretrained, in_chans, output_stride, decoder_channels, atrous_rates, mean, std
-        )
+            num_classes, backbone, pretrained, in_chans, output_stride, decoder_channels, atrous_rates, mean, std,
+            compile_blocks, activation_checkpointing,
+        )  # fmt: skip
         if channels_last:
             self.segmentor.to(memory_format=torch.channels_last)
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed)
         self.confusion = ConfusionMatrix(num_classes)
+        self.last_terms: dict[str, Tensor] = {}  # of the last training step, and "loss"
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return logits at the images' size, (B, num_classes, H, W), for images with values 0..255."""
@@ -122,8 +131,9 @@ class MLPMatch(LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.steps`."""
         lambda_np = self.volatile_weight()
-        result = self.step(batch["labeled"], batch.get("unlabeled", {}), self._draw_step(batch_idx))
+        result = self.step(batch["labeled"], batch.get("unlabeled", {}), self.draw_step(batch_idx))
         loss = total_loss(result.terms, self.method, lambda_np)
+        self.last_terms = {name: term.detach() for name, term in {**result.terms, "loss": loss}.items()}
         self._log_step(loss, result.terms, lambda_np, batch, result.pseudo)
         return loss
 
@@ -160,7 +170,12 @@ class MLPMatch(LightningModule):
                 "name": "decoder",
             },
         ]
-        optimizer = torch.optim.SGD(groups, momentum=hparams["momentum"], weight_decay=hparams["weight_decay"])
+        optimizer = torch.optim.SGD(
+            groups,
+            momentum=hparams["momentum"],
+            weight_decay=hparams["weight_decay"],
+            fused=hparams["fused_optimizer"] or None,
+        )
         decay = partial(
             poly_decay,
             steps=int(self.trainer.estimated_stepping_batches),
@@ -193,10 +208,11 @@ class MLPMatch(LightningModule):
         """Return the encoder's blocks that a training step deactivates; none without network perturbation."""
         drawn: frozenset[int] = frozenset()
         for perturbation in getattr(self.step, "network_perturbations", {}).values():
-            drawn |= perturbation.draw(self.segmentor.encoder.stages, self._draw_step(batch_idx))
+            drawn |= perturbation.draw(self.segmentor.encoder.stages, self.draw_step(batch_idx))
         return drawn
 
-    def _draw_step(self, batch_idx: int) -> int:
+    def draw_step(self, batch_idx: int) -> int:
+        """Return the number that seeds the draws of a training step."""
         # Batches that are accumulated into one optimizer step still draw differently.
         accumulated = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         return self.global_step * accumulated + batch_idx % accumulated
@@ -212,9 +228,10 @@ class MLPMatch(LightningModule):
             values["loss_s"] = torch.stack(strong).mean()
             values["confident_ratio"] = pseudo.confident_ratio(self.hparams["confidence_threshold"])
             values["empty_unlabeled"] = (~pseudo.valid_BHW.any()).float()
-        values |= {"lambda_np": lambda_np, "empty_labeled": no_label.float()}
+        # Numbers are filled in on the device: Lightning would copy each there, and wait for it.
+        values |= {"lambda_np": loss.new_full((), lambda_np), "empty_labeled": no_label.float()}
         if self._trainer is not None:
-            values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+            values["lr"] = loss.new_full((), self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log_dict({f"train/{key}": value for key, value in values.items()}, batch_size=len(mask_BHW))
 
     def _log_scores(self, stage: str) -> None:

@@ -2,8 +2,8 @@
 
 Needs no Hydra::
 
-predictor = mlpmatch_pl.load("runs/x/checkpoints/best.ckpt")
-label_HW = predictor.predict("photo.jpg")
+    predictor = mlpmatch_pl.load("runs/x/checkpoints/best.ckpt")
+    label_HW = predictor.predict("photo.jpg")
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from mlpmatch_pl.data.image_reader import ImageReader
 from mlpmatch_pl.data.samples import image_tensor
 from mlpmatch_pl.data.sources import default_palette
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.evaluation.folding import for_inference
 from mlpmatch_pl.evaluation.windows import Inference
 from mlpmatch_pl.module import MLPMatch
 
 AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor
 MOST_CLASSES = 256  # that fit into uint8
+EXAMPLE_SIZE = 65
 
 
 class Predictor:
@@ -37,6 +39,8 @@ class Predictor:
 
     Attributes:
         module: The network.
+        segmentor: What infers: the module's segmentor in its fastest form, see `for_inference`. It does not follow
+            later changes of the module.
         inference: How images are inferred.
         class_names: A name for each class.
         colors: An RGB colour for each class.
@@ -65,6 +69,10 @@ class Predictor:
         self.colors: tuple[tuple[int, int, int], ...] = tuple((red, green, blue) for red, green, blue in palette)
         self.in_chans: int = module.hparams["in_chans"]
         self.bit_depth: int = module.hparams.get("bit_depth", 8)
+        example = torch.arange(self.in_chans * EXAMPLE_SIZE**2, device=module.device) % 256
+        self.segmentor = for_inference(
+            module.segmentor, example.reshape(1, self.in_chans, EXAMPLE_SIZE, EXAMPLE_SIZE).to(torch.uint8)
+        )
 
     def predict(self, image: AnyImage) -> NDArray[np.uint8]:
         """Return the class of every pixel.
@@ -113,7 +121,7 @@ class Predictor:
             UserError: If the image cannot be read, or is not of the kind that the network takes.
         """
         image_1CHW = self.image_tensor(image)[None].to(self.module.device)
-        return self.inference(self.module.segmentor, image_1CHW)[0]
+        return self.inference(self.segmentor, image_1CHW)[0]
 
     def image_tensor(self, image: AnyImage) -> Tensor:
         """Return an image as the network takes it: (in_chans, H, W), uint8, or int32 for 16 bits.

@@ -1,73 +1,69 @@
-"""The run folder: never written over, and resumed only by a run that fits."""
+"""The run folder: what is written when a run starts, and whether a run that goes on fits to it."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.durable import write_durably
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.module import MLPMatch, check_architecture
 
-
-def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """Return the checkpoint to go on from; refuse to write over a run.
-
-    Args:
-        resume: None, ``auto`` or a path.
-        output_dir: The run folder.
-
-    Raises:
-        UserError: If the run folder holds a run and nothing says to resume, or there is no checkpoint to resume.
-    """
-    if resume is None:
-        existing = [*sorted((output_dir / "checkpoints").glob("*.ckpt")), *output_dir.glob("metrics.csv")]
-        if existing:
-            raise UserError(
-                f"expected a new run folder, but {existing[0]} exists; go on with resume=auto, or choose another "
-                "hydra.run.dir"
-            )
-        return None
-    path = output_dir / "checkpoints" / "last.ckpt" if resume == "auto" else Path(resume)
-    if not path.is_file():
-        raise UserError(
-            f"expected a checkpoint to resume from, but {path} does not exist; leave resume out to start anew"
-        )
-    return path
-
-
-def check_checkpoint(path: Path, module: MLPMatch) -> int:
-    """Refuse a checkpoint that the module cannot go on from, before anything is written.
-
-    Returns:
-        The optimizer step at which it was written.
-
-    Raises:
-        UserError: If it is broken, no checkpoint of a training, or of another architecture.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, hparams = int(content["global_step"]), dict(content["hyper_parameters"])
-    except Exception as error:  # a broken file makes the reader raise nearly anything
-        raise UserError(
-            f"expected a checkpoint of a training, but {path} cannot be read as one ({type(error).__name__}); "
-            "published weights are loaded by init_weights"
-        ) from error
-    check_architecture(hparams, module.hparams)
-    return step
+log = logging.getLogger(__name__)
+SPLITS = "splits.json"
 
 
 def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) -> None:
-    """Write config.yaml, the lists labeled.txt and val.txt, and splits.json with the name, size and hash of each."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output_dir / "config.yaml")
+    """Write config.yaml, the lists labeled.txt and val.txt, and splits.json with the name, size and hash of each.
+
+    In a run that is resumed with another configuration, the one before stays as config-1.yaml, config-2.yaml ...
+    """
+    config, text = output_dir / "config.yaml", OmegaConf.to_yaml(cfg)
+    changed = config.exists() and _settings(config.read_text(encoding="utf-8")) != _settings(text)
+    numbers = range(1, 2 + len(list(output_dir.glob("config-*.yaml"))))
+    free = [name for number in numbers if not (output_dir / (name := f"config-{number}.yaml")).exists()]
+    write_durably(config, text, keep_as=free[0] if changed else None)
     save_lists(output_dir, data)
-    (output_dir / "splits.json").write_text(json.dumps(describe_splits(data), indent=2) + "\n", encoding="utf-8")
+    write_durably(output_dir / SPLITS, json.dumps(describe_splits(data), indent=2) + "\n")
+
+
+def _settings(config: str) -> list[str]:
+    return [line for line in config.splitlines() if not line.startswith("resume:")]
+
+
+def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> None:
+    """Refuse to go on with other images, in the same run folder; into a new one, go on and say so.
+
+    Args:
+        checkpoint: The file to go on from.
+        output_dir: The run folder.
+        data: The images now.
+
+    Raises:
+        UserError: If labeled, unlabeled or validation images differ from those in the run folder's splits.json.
+    """
+    path = checkpoint.parent.parent / SPLITS
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for name, now in describe_splits(data).items():
+        then = before.get(name, now)
+        if then["sha256"] == now["sha256"]:
+            continue
+        difference = f"{then['count']} {name} images ({then['split']}, sha256 {then['sha256'][:8]}) as in {path}"
+        found = f"{now['count']} ({now['split']}, sha256 {now['sha256'][:8]})"
+        if path.parent.resolve() == output_dir:
+            raise UserError(
+                f"expected {difference}, but got {found}; use the dataset options of config.yaml there, or go on in a "
+                f"new folder with resume={checkpoint} hydra.run.dir=..."
+            )
+        log.warning("the checkpoint has been trained with %s; now with %s", difference, found)
 
 
 def save_lists(folder: Path, data: SegmentationData) -> None:
@@ -78,7 +74,7 @@ def save_lists(folder: Path, data: SegmentationData) -> None:
     ):
         line = getattr(source, "listing", source.name)  # a source without files has names only
         lines = "".join(f"{line(index)}\n" for index in indices)
-        (folder / f"{name}.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
+        write_durably(folder / f"{name}.txt", lines)
 
 
 def describe_splits(data: SegmentationData) -> dict[str, dict[str, Any]]:

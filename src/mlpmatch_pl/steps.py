@@ -4,10 +4,10 @@ Letters: B images, V strong views, C classes, H and W pixels, D feature channels
 unlabeled, ``fp`` feature-perturbed, ``np`` network-perturbed (as in method and metric names).
 
 Images have three channels or as many as the data have, here 3, and are uint8, or int32 where files have 16 bits. A
-labeled batch holds ``image`` (B, 3, H, W) and ``mask`` (B, H, W) uint8 or int64. An unlabeled batch holds
-``weak`` (B, 3, H, W), ``strong`` (B, V, 3, H, W), ``valid`` (B, H, W) bool (False on padding),
-``boxes`` (B, V, 4) int64 (CutMix y0, x0, y1, x1; empty: all 0) and ``index`` (B,); with
-``partner: same_image`` also ``partner`` with ``weak``, ``strong`` and ``valid`` of a second view.
+labeled batch holds ``image`` (B, 3, H, W), ``mask`` (B, H, W) uint8 or int64 and ``index`` (B,). An unlabeled batch
+holds ``weak`` (B, 3, H, W), ``strong`` (B, V, 3, H, W), ``valid`` (B, H, W) bool (False on padding), ``boxes``
+(B, V, 4) int64 (CutMix y0, x0, y1, x1; empty: all 0) and ``index`` (B,); with ``partner: same_image`` also ``partner``
+with ``weak``, ``strong`` and ``valid`` of a second view. No step reads ``index``: it names the images for people.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -9,12 +9,14 @@
 Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer at once.
 """
 
+import os
+import sys
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
-from mlpmatch_pl.cli import guarded_job, run_command
+from mlpmatch_pl.cli import guarded_job, run_command, sweep_folder
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1."""
     run_command("train", _hydra_main)
+    if folder := sweep_folder(sys.argv[1:], os.environ):
+        print(f"compare the runs: python -m mlpmatch_pl.report {folder}")
 
 
 if __name__ == "__main__":

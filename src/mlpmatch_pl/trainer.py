@@ -11,14 +11,18 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from mlpmatch_pl.callbacks.checkpoint_io import DurableCheckpointIO
 from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
 
 _SET_HERE = {
     "callbacks", "default_root_dir", "enable_model_summary", "logger", "max_epochs", "max_steps",
-    "num_sanity_val_steps", "strategy", "use_distributed_sampler",
+    "num_sanity_val_steps", "plugins", "strategy", "use_distributed_sampler",
 }  # fmt: skip
+
+MODULE_OPTIONS = ("channels_last", "compile_blocks", "activation_checkpointing", "fused_optimizer")
+"""What stands in the group trainer, because it is about speed and memory, but is for the module."""
 
 
 def build_trainer(
@@ -35,18 +39,20 @@ def build_trainer(
             f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
             "the groups logger and callbacks, or hydra.run.dir"
         )
-    options.pop("channels_last")
+    for option in MODULE_OPTIONS:
+        options.pop(option)
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
     # Buffers differ between ranks only without SyncBatchNorm; sending rank 0's in every step gains nothing.
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if _several(options) else "auto"
     data_wait = DataWait()
-    trainer = Trainer(
-        **options,
+    trainer = _trainer(
+        options,
         strategy=ddp,
         max_epochs=1,  # set below, once the number of processes is known
         default_root_dir=str(output_dir),
         logger=False,  # set once everything is checked: a refused run leaves no trace
         callbacks=[data_wait, *callbacks],
+        plugins=[DurableCheckpointIO()],
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -63,6 +69,14 @@ def build_trainer(
         trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
     return trainer
+
+
+def _trainer(options: dict[str, Any], **set_here: Any) -> Trainer:
+    try:
+        return Trainer(**options, **set_here)
+    except Exception as error:  # Lightning has many kinds of refusal
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise UserError(f"expected options that Lightning's Trainer takes, but it refuses trainer's: {reason}") from error
 
 
 def uses_sync_batchnorm(options: dict[str, Any]) -> bool:

@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mlpmatch_pl.bars import bar_picture
+from mlpmatch_pl.callbacks.showing import show
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, has_mask
 from mlpmatch_pl.errors import UserError
@@ -73,7 +75,7 @@ class PseudoLabelDiagnostics(Callback):
 
 
 class DeactivatedBlocks(Callback):
-    """Counts how often each block was deactivated, and writes deactivated.json at the end of the training.
+    """Counts how often each block was deactivated: deactivated.json and a histogram at the end of the training.
 
     Args:
         dirpath: Folder to write to, that of the run.
@@ -90,7 +92,7 @@ class DeactivatedBlocks(Callback):
         self.counts.update(map(str, sorted(pl_module.deactivated_blocks(batch_idx))))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the counts by block, in the encoder's order, and by stage."""
+        """Write the counts by block, in the encoder's order, and by stage; draw them, and show them in the loggers."""
         stages = pl_module.segmentor.encoder.stages
         if not trainer.is_global_zero or not self.counts:
             return
@@ -98,6 +100,10 @@ class DeactivatedBlocks(Callback):
         by_stage = [sum(self.counts[str(block)] for block in stage) for stage in stages]
         report = {"steps": self.steps, "blocks": by_block, "stages": by_stage}
         (self.dirpath / "deactivated.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        groups = [[(str(block), self.counts[str(block)]) for block in stage] for stage in stages]
+        picture = bar_picture(groups, f"steps, of {self.steps}, that deactivated a block; stages by color")
+        picture.save(self.dirpath / "deactivated.png")
+        show(trainer, "train/deactivated_blocks", picture)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts so far, for a resumed run."""

@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 log = logging.getLogger(__name__)
+MOST_WAIT = 0.05  # share of the time that waiting for data may take
+SECONDS_THAT_MATTER = 10.0
 
 
 class DataWait(Callback):
@@ -45,6 +47,15 @@ class DataWait(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out the time of a validation between two batches."""
         self._lap()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once that loading was too slow; in a short training, starting the workers weighs too much to tell."""
+        if trainer.is_global_zero and self.share > MOST_WAIT and self._waited > SECONDS_THAT_MATTER:
+            log.warning(
+                "%.0f %% of the training time was waiting for data: python -m mlpmatch_pl.benchmark with the same "
+                "overrides says how many workers it would take",
+                100 * self.share,
+            )
 
     def _lap(self) -> float:
         now = time.monotonic()

@@ -34,12 +34,13 @@ class Finding:
     message: str
 
 
-def check_data(data: SegmentationData, crop_size: int) -> set[tuple[int, int]]:
+def check_data(data: SegmentationData, crop_size: int, skip_bad: bool = False) -> set[tuple[int, int]]:
     """Read the files that will be used, or 2,000 of them spread over all sets, and refuse what is an error.
 
     Args:
         data: The data set.
         crop_size: Height and width of the training views.
+        skip_bad: Whether training images that cannot be read are named only, as training will leave them out.
 
     Returns:
         The sizes of the evaluation images that were read, (height, width).
@@ -54,9 +55,12 @@ def check_data(data: SegmentationData, crop_size: int) -> set[tuple[int, int]]:
         log.info("read %d of %d files; python -m mlpmatch_pl.check reads all", len(chosen), len(jobs))
     inspected = []
     for item in inspect(data, chosen, thorough=False):
-        if item.problem:
+        if item.problem is None:
+            inspected.append(item)
+        elif skip_bad and item.part in ("labeled", "unlabeled"):
+            log.warning("note: %s; it will be left out", item.problem)
+        else:
             raise UserError(item.problem)
-        inspected.append(item)
     whole = {part for part in PARTS if _number(jobs, part) == _number(chosen, part)}
     for finding in find(data, inspected, crop_size, whole):
         if finding.is_error:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
 from mlpmatch_pl.cores import usable_cores
+from mlpmatch_pl.data.bad_images import SkippedImages, bad_image_policy, collate
 from mlpmatch_pl.data.cache import with_cache
 from mlpmatch_pl.data.checks import check_data
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler
@@ -19,6 +20,7 @@ from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews, WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.data.strong import StrongView
 from mlpmatch_pl.data.weak import WeakView
+from mlpmatch_pl.data.worker_signals import outlive_signals
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.perturbation import CutMix
 
@@ -46,6 +48,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         num_workers: Worker processes in all; as many as there are free cores if left out.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
         cache: Folder for decoded images, see `mlpmatch_pl.data.cache.with_cache`; none if left out.
+        on_bad_image: ``raise`` or ``skip``: whether a training image or mask that cannot be read ends the training, or
+            is replaced by another draw and counted in ``skipped``. Evaluation never skips: scores are of whole sets.
         seed: Seed of the streams and the views.
 
     Raises:
@@ -68,13 +72,14 @@ class SemiSupervisedDataModule(LightningDataModule):
         unlabeled_batch_size: int | None = None,
         num_strong: int = 2,
         partner: str = "batch",
-        scale: Sequence[float] = (0.5, 2.0),
+        scale: tuple[float, float] = (0.5, 2.0),
         strong: Mapping[str, Any] | None = None,
         cutmix: Mapping[str, Any] | None = None,
         eval_batch_size: int = 1,
         num_workers: int | None = None,
         multiprocessing_context: str | None = None,
         cache: str | None = None,
+        on_bad_image: str = "raise",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -83,6 +88,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
+        self.skipped, policy = SkippedImages(), bad_image_policy(on_bad_image)
+        self._skips = on_bad_image == "skip"
         if min(self.batch_size, self.unlabeled_batch_size, eval_batch_size) < 1 or (num_workers or 0) < 0:
             raise UserError(
                 f"expected batch sizes of at least 1 and workers of at least 0, but got {batch_size} labeled, "
@@ -94,7 +101,8 @@ class SemiSupervisedDataModule(LightningDataModule):
                 "label fewer (dataset.labeled), add images without mask, or use method=supervised"
             )
         weak = WeakView(crop_size, (scale[0], scale[1]), ignore_index=data.ignore_index)
-        self._labeled = LabeledViews(data.train, data.labeled_indices, len(data.class_names), weak, seed)
+        num_classes = len(data.class_names)
+        self._labeled = LabeledViews(data.train, data.labeled_indices, num_classes, weak, seed, policy)
         self._unlabeled = UnlabeledViews(
             data.train,
             data.unlabeled,
@@ -104,6 +112,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             num_strong,
             partner == "same_image",
             seed,
+            policy,
         )
         self._checked = self._cached = False
         self.cache = cache
@@ -124,7 +133,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Check the files, see `mlpmatch_pl.data.checks.check_data`, and build the cache, once on a machine."""
         if self._checked:
             return
-        sizes = check_data(self.data, self.crop_size)
+        sizes = check_data(self.data, self.crop_size, self._skips)
         if self.eval_batch_size > 1 and len(sizes) > 1:
             raise UserError(
                 f"expected evaluation images of one size for loader.eval_batch_size={self.eval_batch_size}, "
@@ -167,6 +176,10 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Return whole test images, or the validation images where there are no others."""
         return self._whole(self.data.test or self.data.val)
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Take note of the images that were left out on the way to a training batch."""
+        return {name: self.skipped.take(part) if isinstance(part, dict) else part for name, part in batch.items()}
+
     def state_dict(self) -> dict[str, int]:
         """Return how far the training stream has been read (saved in every checkpoint)."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
@@ -190,7 +203,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         sampler = StreamSampler(len(dataset), num_samples, rank, world_size, seed=_stream_seed(self.seed, name))
         sampler.set_epoch(epoch)
         sampler.start = batch * batch_size
-        return self._loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, drop_last=True)
+        options: dict[str, Any] = {"drop_last": True, "collate_fn": collate}
+        return self._loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, **options)
 
     def _whole(self, source: Source) -> DataLoader[Any]:
         sampler = ShardSampler(len(source), *self._place())
@@ -206,6 +220,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             persistent_workers=num_workers > 0,
             multiprocessing_context=self.multiprocessing_context if num_workers else None,
             pin_memory=on_gpu,
+            worker_init_fn=outlive_signals,
             **options,
         )
 
@@ -213,14 +228,24 @@ class SemiSupervisedDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _workers(self, loaders: int) -> dict[str, int]:
-        """Share the workers out: an unlabeled sample costs about three times a labeled one."""
+        """Return how many workers each loader gets."""
         processes = 1 if self.trainer is None else self.trainer.num_devices  # on this machine
         free = min(max(usable_cores() // processes - 1, 0), MOST_WORKERS)
         total = free if self.num_workers is None else self.num_workers
-        if loaders == 1:
-            return {"labeled": total}
-        labeled = max(total // 4, 1) if total > 1 else 0
-        return {"labeled": labeled, "unlabeled": total - labeled}
+        return share_workers(total, loaders)
+
+
+def share_workers(total: int, loaders: int) -> dict[str, int]:
+    """Share workers out to one or two loaders: an unlabeled sample costs about three times a labeled one.
+
+    Example:
+        >>> share_workers(8, 2), share_workers(1, 2), share_workers(8, 1)
+        ({'labeled': 2, 'unlabeled': 6}, {'labeled': 0, 'unlabeled': 1}, {'labeled': 8})
+    """
+    if loaders == 1:
+        return {"labeled": total}
+    labeled = max(total // 4, 1) if total > 1 else 0
+    return {"labeled": labeled, "unlabeled": total - labeled}
 
 
 def _stream_seed(seed: int, name: str) -> int:

@@ -1,7 +1,8 @@
 """Map-style datasets: a source and its views, as samples of tensors.
 
 The training datasets are indexed by ``(index, draw)``, as `mlpmatch_pl.data.sampler.StreamSampler` yields it: the
-image, and the number of the draw that seeds its views. The tensors' contract is in `mlpmatch_pl.steps`.
+image, and the number of the draw that seeds its views. The tensors' contract is in `mlpmatch_pl.steps`. What becomes
+of an image that cannot be read is said by `mlpmatch_pl.data.bad_images`.
 """
 
 import random
@@ -14,38 +15,75 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mlpmatch_pl.data.bad_images import Draw, Policy, raise_bad
 from mlpmatch_pl.data.sources import Image, Source, require_classes, require_same_size
 from mlpmatch_pl.data.strong import StrongView
 from mlpmatch_pl.data.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.seeding import mix
 
-Draw = tuple[int, int]
 
+class Views(Dataset[dict[str, Any]]):
+    """Some images of a source, a sample for each draw.
 
-class LabeledViews(Dataset[dict[str, Tensor]]):
-    """Weak views of labeled images: ``image`` (channels, S, S) and ``mask`` (S, S) uint8."""
+    Args:
+        source: Images.
+        indices: Which of them.
+        seed: Seed of all draws.
+        on_bad_image: What is done about an image that cannot be read.
+    """
 
-    def __init__(self, source: Source, indices: Sequence[int], num_classes: int, weak: WeakView, seed: int) -> None:
-        self.source, self.indices, self.num_classes = source, np.asarray(indices), num_classes
-        self.weak, self.seed = weak, seed
+    stream: str  # names the draws
+
+    def __init__(self, source: Source, indices: Sequence[int], seed: int, on_bad_image: Policy) -> None:
+        self.source, self.indices, self.seed, self.on_bad_image = source, np.asarray(indices), seed, on_bad_image
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        index = int(self.indices[draw[0]])
-        rng = random.Random(mix(self.seed, "labeled", draw[1]))
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        return self.on_bad_image(self, draw)
+
+    def name(self, place: int) -> str:
+        """Return the name of an image."""
+        return self.source.name(int(self.indices[place]))
+
+    def sample(self, place: int, number: int) -> dict[str, Any]:
+        """Read an image and make the views of a draw."""
+        raise NotImplementedError
+
+
+class LabeledViews(Views):
+    """Weak views of labeled images: ``image`` (channels, S, S), ``mask`` (S, S) uint8, and ``index``."""
+
+    stream = "labeled"
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int],
+        num_classes: int,
+        weak: WeakView,
+        seed: int,
+        on_bad_image: Policy = raise_bad,
+    ) -> None:
+        super().__init__(source, indices, seed, on_bad_image)
+        self.num_classes, self.weak = num_classes, weak
+
+    def sample(self, place: int, number: int) -> dict[str, Any]:
+        """Read an image and its mask, and make the view of a draw."""
+        index = int(self.indices[place])
+        rng = random.Random(mix(self.seed, self.stream, number))
         image, truth = self.source.image(index), self.source.mask(index)
         # Only a part of a large data set has been checked before; the device would fail without a name.
         name = self.source.name(index)
         require_same_size(image, truth, name)
         view, mask, _ = self.weak(image, truth, rng)
         require_classes(mask, name, self.num_classes, self.weak.ignore_index)
-        return {"image": image_tensor(view), "mask": torch.from_numpy(mask)}
+        return {"image": image_tensor(view), "mask": torch.from_numpy(mask), "index": index}
 
 
-class UnlabeledViews(Dataset[dict[str, Any]]):
+class UnlabeledViews(Views):
     """Weak and strong views of unlabeled images; masks are never read.
 
     Args:
@@ -57,7 +95,10 @@ class UnlabeledViews(Dataset[dict[str, Any]]):
         num_strong: Number of strong views.
         second_view: Whether a sample brings a second view of its image, as CutMix partner.
         seed: Seed of all draws.
+        on_bad_image: What is done about an image that cannot be read.
     """
+
+    stream = "unlabeled"
 
     def __init__(
         self,
@@ -69,16 +110,16 @@ class UnlabeledViews(Dataset[dict[str, Any]]):
         num_strong: int,
         second_view: bool,
         seed: int,
+        on_bad_image: Policy = raise_bad,
     ) -> None:
-        self.source, self.indices, self.weak, self.strong = source, np.asarray(indices), weak, strong
-        self.cutmix, self.num_strong, self.second_view, self.seed = cutmix, num_strong, second_view, seed
+        super().__init__(source, indices, seed, on_bad_image)
+        self.weak, self.strong, self.cutmix = weak, strong, cutmix
+        self.num_strong, self.second_view = num_strong, second_view
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        index = int(self.indices[draw[0]])
-        rng = random.Random(mix(self.seed, "unlabeled", draw[1]))
+    def sample(self, place: int, number: int) -> dict[str, Any]:
+        """Read an image, and make the views of a draw."""
+        index = int(self.indices[place])
+        rng = random.Random(mix(self.seed, self.stream, number))
         image = self.source.image(index)
         sample: dict[str, Any] = self._views(image, rng)
         size = self.weak.crop_size

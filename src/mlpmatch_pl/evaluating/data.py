@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mlpmatch_pl.config_types import checked_target
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.launch import build_data
@@ -56,7 +57,7 @@ def open_part(checkpoint: Path, dataset: dict[str, Any] | None, part: str | None
     """
     if part not in (None, *PARTS):
         raise UserError(f"expected part as val or test, but got {part!r}." + suggest(str(part), PARTS))
-    data = build_data(_dataset_config(checkpoint, dataset))
+    data = build_data(checked_target("dataset", _dataset_config(checkpoint, dataset)))
     if part == "test" and not data.test:
         raise UserError("expected test images for part=test, but the data have none; use part=val")
     part = part or ("test" if data.test else "val")

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from mlpmatch_pl.confusion_picture import confusion_picture
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.evaluating.confusion_picture import confusion_picture
 from mlpmatch_pl.evaluating.loop import Counts, Evaluator
-from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.pictures import IGNORED_COLOR, Array, colorize, sheet_of, to_rgb
+from mlpmatch_pl.predictor import Predictor
 
 METRICS, WORST = "metrics.json", "worst.png"
 FILES = (METRICS, "classes.csv", "confusion.csv", "confusion.png", "images.csv", WORST)
@@ -74,7 +74,7 @@ def worst_images(counts: Counts, number: int) -> list[int]:
 
 
 def draw_worst(
-    module: MLPMatch,
+    predictor: Predictor,
     evaluator: Evaluator,
     images: WholeImages,
     data: SegmentationData,
@@ -84,7 +84,7 @@ def draw_worst(
     """Draw images with truth, prediction and what is wrong in it, a row each.
 
     Args:
-        module: The network, which predicts them once more.
+        predictor: Has the network, which predicts them once more.
         evaluator: How it does.
         images: The data set's part.
         data: Where classes and colours come from.
@@ -94,7 +94,9 @@ def draw_worst(
     rows = []
     for index in indices:
         sample = images[index]
-        label_HW = evaluator.label(module.segmentor, sample["image"][None].to(module.device))[0].cpu().numpy()
+        label_HW = (
+            evaluator.label(predictor.segmentor, sample["image"][None].to(predictor.module.device))[0].cpu().numpy()
+        )
         truth_HW, name = sample["mask"].numpy(), images.source.name(index)
         shown = name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
         panels = {

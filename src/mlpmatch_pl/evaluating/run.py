@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 import mlpmatch_pl
 from mlpmatch_pl.callbacks.progress import duration
@@ -28,7 +28,6 @@ from mlpmatch_pl.evaluation.boundary import boundary_iou
 from mlpmatch_pl.evaluation.confusion import Absent, check_absent, class_mean
 from mlpmatch_pl.evaluation.windows import Inference
 from mlpmatch_pl.launch import quiet
-from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.predictor import load
 from mlpmatch_pl.summary import class_table
 
@@ -45,14 +44,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     evaluator = _evaluator(config)
     if not isinstance(config["worst"], int) or config["worst"] < 0:
         raise UserError(f"expected worst as a number of images from 0, but got {config['worst']!r}")
-    module = load(checkpoint, config["device"]).module
+    predictor = load(checkpoint, config["device"])
+    module = predictor.module
     absent = check_absent(config["evaluation"]["absent"] or module.absent)
     part = open_part(checkpoint, config["dataset"], config["part"])
     require_fit(module, part.data, checkpoint)
     _describe(part)
     images = WholeImages(part.source, len(part.data.class_names), part.data.ignore_index)
     started = time.monotonic()
-    counts = _evaluate(evaluator, module, images)
+    counts = _evaluate(evaluator, predictor.segmentor, images)
     seconds = time.monotonic() - started
     worst = worst_images(counts, config["worst"])
     result = {
@@ -71,7 +71,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     _print(result, counts, absent, f"{checkpoint}, {PART_NAMES[part.part]}")
     write_tables(output, result, counts, [images.source.name(index) for index in range(len(images))])
     if worst:
-        draw_worst(module, evaluator, images, part.data, worst, counts).save(output / WORST)
+        draw_worst(predictor, evaluator, images, part.data, worst, counts).save(output / WORST)
     log.info("results in %s", output)
     return result
 
@@ -96,11 +96,11 @@ def _describe(part: EvaluatedPart) -> None:
         )
 
 
-def _evaluate(evaluator: Evaluator, module: MLPMatch, images: WholeImages) -> Counts:
+def _evaluate(evaluator: Evaluator, segmentor: nn.Module, images: WholeImages) -> Counts:
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("evaluating", total=len(images))
-        return evaluator(module.segmentor, images, lambda count: progress.advance(task, count))
+        return evaluator(segmentor, images, lambda count: progress.advance(task, count))
 
 
 def _scores(counts: Counts, class_names: Sequence[str], absent: Absent) -> dict[str, Any]:

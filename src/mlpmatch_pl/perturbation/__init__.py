@@ -2,6 +2,6 @@
 
 from mlpmatch_pl.perturbation.feature import FeaturePerturbation
 from mlpmatch_pl.perturbation.input import CutMix
-from mlpmatch_pl.perturbation.network import NetworkPerturbation, bypass, has_shortcut
+from mlpmatch_pl.perturbation.network import NetworkPerturbation, bypass, deactivate, has_shortcut
 
-__all__ = ["CutMix", "FeaturePerturbation", "NetworkPerturbation", "bypass", "has_shortcut"]
+__all__ = ["CutMix", "FeaturePerturbation", "NetworkPerturbation", "bypass", "deactivate", "has_shortcut"]

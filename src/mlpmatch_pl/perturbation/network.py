@@ -8,10 +8,13 @@ Your own residual block takes part after three lines::
     @bypass.register
     def _(block: MyBlock, x):
         return x
+
+and in a model of your own, whose forward pass nothing here knows, `deactivate` bypasses it.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, singledispatch
 from typing import Any
 
@@ -84,6 +87,46 @@ def _(block: nn.Module, x_BDHW: Tensor) -> Tensor:
 @has_shortcut.register(InvertedResidual)
 def _(block: Any) -> bool:
     return bool(block.has_skip)
+
+
+@contextmanager
+def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Bypass residual blocks of any model, wherever it calls them, as long as the context lasts.
+
+    The encoders here do not need it: they take the deactivated blocks as an argument, and share what comes before them.
+
+    Args:
+        blocks: Some of the model's blocks, with one input each.
+
+    Raises:
+        TypeError: If a block has no shortcut, or no `bypass` is registered for its type.
+
+    Example:
+        >>> import torch
+        >>> model, x = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)), torch.rand(1, 8, 4, 4)
+        >>> with deactivate(model):
+        ...     same = torch.equal(model(x), x)
+        >>> same, torch.equal(model(x), x)
+        (True, False)
+    """
+    chosen = list(dict.fromkeys(blocks))
+    for block in chosen:
+        if not has_shortcut(block):
+            raise TypeError(
+                f"expected blocks with a shortcut and a registered bypass, but got {type(block).__name__}; register a "
+                "bypass with @bypass.register, or leave it out"
+            )
+    own = [vars(block).get("forward") for block in chosen]  # of a model that is patched already
+    try:
+        for block in chosen:
+            block.forward = partial(bypass, block)
+        yield
+    finally:
+        for block, forward in zip(chosen, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _single_block(stages: Stages, rng: random.Random) -> frozenset[int]:

@@ -169,9 +169,10 @@ def _scale(values: tuple[float, float], first: float, last: float, log: bool = F
 
 def _line(line: Line, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:
     places = "L".join(f"{to_x(x):.1f} {to_y(y):.1f}" for x, y in line.points)
-    dot = "h0" if len(line.points) == 1 else ""  # a line of no length with round ends is a dot
+    # A line of no length with round ends is a dot.
+    dot, width = ("h0", 4 * line.width) if len(line.points) == 1 else ("", line.width)
     return (
-        f'<path d="M{places}{dot}" fill="none" stroke="{line.color}" stroke-width="{line.width:g}" '
+        f'<path d="M{places}{dot}" fill="none" stroke="{line.color}" stroke-width="{width:g}" '
         f'stroke-opacity="{line.opacity:g}" stroke-linecap="round" stroke-linejoin="round"/>'
     )
 

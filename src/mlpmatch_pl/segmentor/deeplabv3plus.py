@@ -15,10 +15,41 @@ from mlpmatch_pl.segmentor.features import Features
 LOW_LEVEL_CHANNELS = 48
 
 
+class AtrousConv2d(nn.Conv2d):
+    """A dilated 3x3 convolution that leaves out taps which see nothing but padding while training on small crops.
+
+    With a dilation of at least the map's height (or width), only the middle row (or column) of the kernel ever meets
+    the map: the others multiply zeros. The result and the gradients are the same.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        dilation: Distance of the taps; the output has the input's size.
+
+    Example:
+        >>> convolution, x = AtrousConv2d(3, 4, dilation=12), torch.rand(2, 3, 9, 9)
+        >>> torch.allclose(convolution.train()(x), convolution.eval()(x), atol=1e-6)
+        True
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        if not self.training:  # whole images are larger, and exported graphs take any size
+            return super().forward(x_BDHW)
+        reached = [rate < size for rate, size in zip(self.dilation, x_BDHW.shape[2:], strict=True)]
+        rows, columns = (slice(None) if reach else slice(1, 2) for reach in reached)
+        padding = [rate * reach for rate, reach in zip(self.dilation, reached, strict=True)]
+        return F.conv2d(x_BDHW, self.weight[:, :, rows, columns], padding=padding, dilation=self.dilation)
+
+
 def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
-    padding = dilation * (kernel_size // 2)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        AtrousConv2d(in_channels, out_channels, dilation)
+        if dilation > 1
+        else nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )

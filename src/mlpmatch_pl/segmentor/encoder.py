@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.perturbation.network import bypass, has_shortcut
 from mlpmatch_pl.segmentor.features import Features
+from mlpmatch_pl.segmentor.runners import BlockRunner, block_runner, run_block
 from mlpmatch_pl.segmentor.weights import load_pretrained
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -57,6 +58,8 @@ class Encoder(nn.Module):
         pretrained: True downloads timm's weights; a path reads a state dict from a local file.
         in_chans: Number of image channels; a pretrained first convolution is adapted to it.
         output_stride: 8, 16 or 32.
+        compile_blocks: Compile each block for training, see `block_runner`.
+        activation_checkpointing: Keep only the blocks' inputs for the backward pass, see `block_runner`.
 
     Raises:
         UserError: If the backbone is unknown or of another family, or cannot have the output stride.
@@ -69,7 +72,13 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, backbone: str, pretrained: bool | str = False, in_chans: int = 3, output_stride: int = 16
+        self,
+        backbone: str,
+        pretrained: bool | str = False,
+        in_chans: int = 3,
+        output_stride: int = 16,
+        compile_blocks: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = _create(backbone, in_chans, output_stride)
@@ -83,6 +92,7 @@ class Encoder(nn.Module):
             load_pretrained(self.model, backbone, pretrained, in_chans, skip=self._family.unused)
         for name in self._family.unused:
             delattr(self.model, name)
+        self._run_in_training = block_runner(compile_blocks, activation_checkpointing)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -133,8 +143,9 @@ class Encoder(nn.Module):
         fork = min(deactivated, default=len(self.blocks))
         x = self._family.stem(self.model, image_BCHW)
         levels: tuple[Tensor, ...] = ()
+        run = self._runner()
         for index, block in enumerate(self.blocks[:fork]):
-            x = block(x)
+            x = run(block, x)
             levels = (*levels, x) if index + 1 == self._low_tap else levels
         plain = self._run(x, fork, levels, NOTHING)
         if not deactivated:
@@ -143,10 +154,15 @@ class Encoder(nn.Module):
             return plain, self._run(x, fork, levels, deactivated)
 
     def _run(self, x: Tensor, start: int, levels: tuple[Tensor, ...], deactivated: frozenset[int]) -> Features:
+        run = self._runner()
         for index, block in enumerate(self.blocks[start:], start):
-            x = bypass(block, x) if index in deactivated else block(x)
+            x = bypass(block, x) if index in deactivated else run(block, x)
             levels = (*levels, x) if index + 1 == self._low_tap else levels
         return Features((*levels, x))
+
+    def _runner(self) -> BlockRunner:
+        # Evaluation sees images of many sizes, and keeps nothing for a backward pass.
+        return self._run_in_training if self.training else run_block
 
     def _stage(self, name: str) -> nn.Sequential:
         stage: nn.Sequential = self.model.get_submodule(name)

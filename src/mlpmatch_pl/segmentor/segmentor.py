@@ -32,6 +32,8 @@ class Segmentor(nn.Module):
         atrous_rates: Dilations of the ASPP branches.
         mean: Mean of each channel, for values as they are stored.
         std: Standard deviation of each channel, for values as they are stored.
+        compile_blocks: Compile each block of the encoder for training.
+        activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass.
 
     Raises:
         UserError: If an argument is out of range, or mean and std do not match in_chans.
@@ -56,6 +58,8 @@ class Segmentor(nn.Module):
         atrous_rates: Sequence[int] = (6, 12, 18),
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        compile_blocks: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -66,7 +70,7 @@ class Segmentor(nn.Module):
                 f"but got {len(mean)} and {len(std)} values; set backbone.mean and backbone.std, which "
                 "'python -m mlpmatch_pl.check' prints"
             )
-        self.encoder = Encoder(backbone, pretrained, in_chans, output_stride)
+        self.encoder = Encoder(backbone, pretrained, in_chans, output_stride, compile_blocks, activation_checkpointing)
         self.decoder = DeepLabV3Plus(self.encoder.channels, num_classes, decoder_channels, atrous_rates)
         self.register_buffer("mean_C11", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std_C11", torch.tensor(std).reshape(-1, 1, 1), persistent=False)

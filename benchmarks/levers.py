@@ -1,0 +1,135 @@
+"""What each lever on the training step is worth, by itself: `mlpmatch` with and without it, in turns, in one process.
+
+    python benchmarks/levers.py --seconds 200 --out benchmarks/results/levers_cpu.json
+    python benchmarks/levers.py --levers compile_blocks     # on a CPU only when asked for: minutes to compile
+
+Levers that the step always uses are taken away (`without ...`: a ratio under 1 is what they gain), options are switched
+on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, the median over the
+rounds; on a CPU that others use too, `cpu` (the ratio of processor time) is the one to read.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from step import SEED, THRESHOLD, Network, heaviest_step
+from step_timing import Contestant, alternate, machine, peak_mib, row, shared_optimizer
+from torch import Tensor, nn
+
+from mlpmatch_pl.methods import resolve_method
+from mlpmatch_pl.module import total_loss
+from mlpmatch_pl.segmentor import Features
+from mlpmatch_pl.segmentor.deeplabv3plus import AtrousConv2d
+from mlpmatch_pl.segmentor.runners import block_runner
+from mlpmatch_pl.steps import MultiLevelStep, OfficialStep, WeakPass
+
+
+class WithoutFork(MultiLevelStep):
+    """The deactivated network runs in full."""
+
+    network_pass = OfficialStep.network_pass
+
+    def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
+        return self.segmentor.encode(images_B3HW), {}
+
+
+class WithThrownAway(MultiLevelStep):
+    """Feature-perturbed predictions of the labeled images too."""
+
+    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
+        features, perturbed = self.encode_forked(images_B3HW, step)
+        dropped = Features(self.feature_perturbations["fp"](features.levels, step))
+        logits = self.segmentor.decode(Features.cat([features, dropped]), images_B3HW.shape[2:])
+        x, u, _, fp = torch.split(logits, sizes * 2)
+        return WeakPass(x, u, {"fp": fp}, perturbed)
+
+
+def contestant(
+    network: Network, name: str, step_class: type[MultiLevelStep] = MultiLevelStep, *, partner: str = "batch",
+    precision: str = "float32", change: Callable[[nn.Module], object] = lambda segmentor: None, fused: bool = False,
+) -> Contestant:  # fmt: skip
+    """Return a variant of the plain step, with a network of its own where that is changed."""
+    method = resolve_method({"name": "mlpmatch", "partner": partner})
+    segmentor = copy.deepcopy(network.segmentor)
+    change(segmentor)
+    step = step_class(segmentor, network.criterion, method, THRESHOLD, SEED)
+    unlabeled = network.needed(method)
+
+    def loss(number: int) -> Tensor:
+        return total_loss(step(network.labeled, unlabeled, number).terms, method, 0.125)
+
+    optimizer = shared_optimizer(segmentor, fused=fused or None)
+    batch = (network.labeled, unlabeled)
+    return Contestant(name, loss, segmentor, optimizer, precision, heaviest_step(step), batch)
+
+
+def whole_kernels(segmentor: nn.Module) -> None:
+    for layer in segmentor.modules():
+        if isinstance(layer, AtrousConv2d):
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+
+
+def runs(**options: bool) -> Callable[[nn.Module], None]:
+    def change(segmentor: nn.Module) -> None:
+        segmentor.encoder._run_in_training = block_runner(**{"compiled": False, "checkpointed": False, **options})
+
+    return change
+
+
+LEVERS: dict[str, Callable[[Network, str], Contestant]] = {
+    "without forked forward": lambda network, name: contestant(network, name, WithoutFork),
+    "without in-batch partner": lambda network, name: contestant(network, name, partner="same_image"),
+    "with thrown-away predictions": lambda network, name: contestant(network, name, WithThrownAway),
+    "without cropped kernels": lambda network, name: contestant(network, name, change=whole_kernels),
+    "channels_last": lambda network, name: contestant(
+        network, name, change=lambda segmentor: segmentor.to(memory_format=torch.channels_last)
+    ),
+    "fused_optimizer": lambda network, name: contestant(network, name, fused=True),
+    "bfloat16": lambda network, name: contestant(network, name, precision="bfloat16"),
+    "activation_checkpointing": lambda network, name: contestant(network, name, change=runs(checkpointed=True)),
+    "compile_blocks": lambda network, name: contestant(network, name, change=runs(compiled=True)),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    network = Network(arguments, device, channels_last=False)
+    contestants = [contestant(network, "plain"), *(LEVERS[name](network, name) for name in arguments.levers)]
+    rounds = alternate(contestants, device, arguments.seconds)
+    lines = [{**row(each, contestants[0], 2 * arguments.batch), "peak_mib": round(peak_mib(each, device), 1)}
+             for each in contestants]  # fmt: skip
+    print(f"{rounds} rounds")
+    for line in lines:
+        print("{name:30} {ms:8.1f} ms {peak_mib:7.0f} MiB {ratio:6.2f} x   cpu {cpu_ratio:6.2f} x".format(**line))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")}
+        result = {"machine": machine(arguments.device), "settings": settings, "rounds": rounds, "levers": lines}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--backbone", default="resnet50s")
+    parser.add_argument("--crop", type=int, default=321 if cuda else 97)
+    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="labeled images, and as many unlabeled")
+    parser.add_argument("--classes", type=int, default=21)
+    parser.add_argument("--decoder-channels", type=int, default=256)
+    quick = [name for name in LEVERS if cuda or name != "compile_blocks"]  # on a CPU that takes minutes to compile
+    parser.add_argument("--levers", nargs="+", default=quick, choices=LEVERS)
+    parser.add_argument("--seconds", type=float, default=60 if cuda else 200, help="time for the rounds")
+    parser.add_argument("--threads", type=int, help="on the CPU; torch decides")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Writes the tables of step times into pages, from the results of benchmarks/step.py and benchmarks/levers.py.
+
+    python benchmarks/step_table.py README.md docs/speed.md
+
+A page marks a table by `<!-- step_table: KIND RESULT.json -->` before it and `<!-- end -->` after it, where KIND is
+reference, perturbations or levers, and RESULT.json lies below the repository's root.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- step_table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def main() -> None:
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """Return a page with its marked tables made anew."""
+
+    def table(match: re.Match) -> str:
+        result = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
+        return f"{match[1]}\n{TABLES[match[2]](result)}\n\n{match[4]}"
+
+    return MARKED.sub(table, text)
+
+
+def reference_table(result: dict) -> str:
+    """Every step beside the reference of its method."""
+    lines = ["| step | precision | ms | images/s | peak memory, MiB | times as fast |", "|---|---|---|---|---|---|"]
+    for row in result["against_reference"]:
+        lines.append(
+            f"| {row['name']} | {row['precision']} | {row['ms']:.0f} | {row['images_per_second']:.1f} | "
+            f"{row['peak_mib']:.0f} | {row['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def perturbations_table(result: dict) -> str:
+    """Time and memory of every method, relative to supervised training."""
+    rows = result["perturbations"]
+    lines = ["| method | ms | time | peak memory, MiB | memory |", "|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['name']} | {row['ms']:.0f} | {1 / row['ratio']:.2f} | {row['peak_mib']:.0f} | "
+            f"{row['peak_mib'] / rows[0]['peak_mib']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def levers_table(result: dict) -> str:
+    """Each change to the step, beside the plain step."""
+    lines = ["| change | ms | times as fast | processor time | peak memory, MiB |", "|---|---|---|---|---|"]
+    for row in result["levers"]:
+        lines.append(
+            f"| {row['name']} | {row['ms']:.0f} | {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {row['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"reference": reference_table, "perturbations": perturbations_table, "levers": levers_table}
+
+
+if __name__ == "__main__":
+    main()

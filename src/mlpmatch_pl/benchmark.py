@@ -1,0 +1,47 @@
+"""How fast will a training be here, and what slows it down?
+
+    python -m mlpmatch_pl.benchmark dataset=folder dataset.root=my_images 'dataset.classes=[road,sky]'
+    python -m mlpmatch_pl.benchmark experiment=voc_92_r50 trainer=gpu loader.num_workers=8
+
+Takes the overrides that ``mlpmatch_pl.train`` takes. Runs some steps of that training and throws them away; prints and
+writes (benchmark.json) what the parts of a step take, the time of the whole schedule, and what to change first.
+"""
+
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from mlpmatch_pl.cli import guarded_job, run_command
+
+
+def benchmark(cfg: DictConfig) -> dict[str, Any]:
+    """Measure the training of a composed configuration.
+
+    Args:
+        cfg: As composed from ``conf/benchmark.yaml``; outside of Hydra's command line, ``output_dir`` must be set.
+
+    Returns:
+        What benchmark.json holds: the parts of a batch, memory, loading, validation, schedule, learning rate, advice.
+
+    Raises:
+        UserError: If the configuration or the data is wrong, or a batch does not fit on the device.
+    """
+    from mlpmatch_pl.benchmarking.run import run
+
+    return run(cfg)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="benchmark")  # type: ignore[untyped-decorator]
+def _hydra_main(cfg: DictConfig) -> None:
+    with guarded_job("benchmark"):
+        benchmark(cfg)
+
+
+def main() -> None:
+    """Run the command; wrong input ends with one line and exit code 1."""
+    run_command("benchmark", _hydra_main)
+
+
+if __name__ == "__main__":
+    main()

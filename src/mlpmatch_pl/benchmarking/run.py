@@ -1,0 +1,161 @@
+"""Measure a training, and say what its parts take and what to change first."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from omegaconf import DictConfig
+
+import mlpmatch_pl
+from mlpmatch_pl.benchmarking.advice import Hardware, Loading, first_to_fix, sentence, shares
+from mlpmatch_pl.benchmarking.clock import PARTS
+from mlpmatch_pl.benchmarking.figures import (
+    Schedule,
+    Spread,
+    reaching_accumulation,
+    spread_of_parts,
+    whole_schedule,
+)
+from mlpmatch_pl.benchmarking.fitting import Training
+from mlpmatch_pl.benchmarking.loading import predicted_wait, present_workers, time_loading, workers_needed
+from mlpmatch_pl.benchmarking.memory import device_bytes
+from mlpmatch_pl.benchmarking.report import show
+from mlpmatch_pl.cores import usable_cores
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.launch import build_datamodule, build_module, quiet, read_config
+from mlpmatch_pl.methods import resolve_method
+from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.trainer import images_per_update
+from mlpmatch_pl.training import describe_device
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Measure the training of a configuration. See `mlpmatch_pl.benchmark.benchmark`."""
+    quiet()
+    config = read_config(cfg)
+    output_dir, options = Path(config["output_dir"]).resolve(), _checked(config["benchmark"])
+    seed_everything(config["seed"], workers=True, verbose=False)
+    method = resolve_method(config["method"])
+    datamodule = build_datamodule(config, method)
+    training = Training(config, output_dir, datamodule)
+    trainer = training.trainer()
+    module = build_module(config, method, datamodule, trainer)
+    datamodule.prepare_data()
+    accumulated = trainer.accumulate_grad_batches
+    log.info("measuring %d steps of %s on %s", options["steps"], method.name, describe_device(trainer))
+    measured = training.fit(module, (options["warmup"] + options["steps"]) * accumulated)
+    if measured is None:
+        raise training.refuse_batch(module)
+    clock, used = measured
+    parts = spread_of_parts(clock.seconds(options["warmup"] * accumulated))
+    validation_batch = training.validate(module, options["validation"])
+    loading, report_of_loading = _loading(training, parts, options["loading"])
+    schedule = _schedule(training, trainer, parts["batch"].mean, loading, parts["data wait"].mean, validation_batch)
+    report = {
+        "method": method.name,
+        "device": describe_device(trainer),
+        "precision": str(trainer.precision),
+        "batch": _batch(training, trainer, module),
+        "parts": {name: asdict(part) for name, part in parts.items()},
+        "images_per_second": datamodule.images_per_step / parts["batch"].mean,
+        "memory": _memory(training, trainer, module, used),
+        "loading": report_of_loading,
+        "validation": {"images": len(datamodule.data.val), "seconds_a_batch": validation_batch},
+        "schedule": schedule.as_dict(),
+        "learning_rate": _learning_rate(config["schedule"], module, trainer, training),
+        "advice": _advice(config, trainer, parts, loading, schedule),
+        "versions": {"mlpmatch_pl": mlpmatch_pl.__version__, "torch": torch.__version__},
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(report)
+    log.info("all figures in %s", output_dir / "benchmark.json")
+    return report
+
+
+def _checked(options: dict[str, Any]) -> dict[str, int]:
+    for key, value in options.items():
+        least = 0 if key == "warmup" else 1
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"expected benchmark.{key} as a whole number from {least} on, but got {value!r}")
+    return options
+
+
+def _loading(training: Training, parts: dict[str, Spread], batches: int) -> tuple[Loading, dict[str, Any]]:
+    """Compare what a process loads with what the step takes."""
+    step = sum(parts[name].mean for name in PARTS[1:])
+    seconds, present = time_loading(training.datamodule, batches), present_workers(training.datamodule)
+    predicted = predicted_wait(seconds, present, step)
+    needed = workers_needed(seconds, step)
+    # Batches that workers had ready hide in a short measurement that they fall behind in a long one.
+    wait = max(predicted, parts["data wait"].mean)
+    report = {
+        "seconds_a_batch": seconds, "workers": present, "predicted_wait": predicted, "wait": wait,
+        "workers_needed": needed, "cores": usable_cores(),
+    }  # fmt: skip
+    return Loading(wait, sum(present.values()), needed, usable_cores()), report
+
+
+def _schedule(
+    training: Training, trainer: Trainer, batch: float, loading: Loading, waited: float, validation_batch: float
+) -> Schedule:
+    datamodule = training.datamodule
+    return whole_schedule(
+        trainer.max_epochs or 1,
+        datamodule.steps_per_epoch(),
+        trainer.check_val_every_n_epoch or 1,
+        batch - waited + loading.wait,
+        math.ceil(len(datamodule.data.val) / datamodule.eval_batch_size),
+        validation_batch,
+    )
+
+
+def _batch(training: Training, trainer: Trainer, module: MLPMatch) -> dict[str, Any]:
+    datamodule, unlabeled = training.datamodule, training.datamodule.unlabeled_batch_size
+    semi = module.method.uses_unlabeled
+    return {
+        "labeled": datamodule.batch_size if semi else datamodule.images_per_step,
+        "unlabeled": unlabeled if semi else 0,
+        "crop_size": datamodule.crop_size,
+        "accumulated": trainer.accumulate_grad_batches,
+    }
+
+
+def _memory(training: Training, trainer: Trainer, module: MLPMatch, used: int) -> dict[str, Any]:
+    device, batch = trainer.strategy.root_device, training.datamodule.batch_size
+    if device.type != "cuda":
+        return {"peak_bytes": used}
+    total, line = device_bytes(device), training.memory_line(module, batch, used)
+    largest = None if line is None else line.largest_batch(total)
+    return {"peak_bytes": used, "device_bytes": total, "share": used / total, "largest_batch": largest}
+
+
+def _learning_rate(schedule: dict[str, Any], module: MLPMatch, trainer: Trainer, training: Training) -> dict[str, Any]:
+    images = images_per_update(training.datamodule, trainer)
+    reference = schedule["reference_images"]
+    return {
+        "scaled": module.hparams["lr"],
+        "images": images,
+        "configured": schedule["lr"],
+        "reference_images": reference,
+        "reaching_accumulation": reaching_accumulation(training.datamodule.images_per_step, reference),
+    }
+
+
+def _advice(
+    config: dict[str, Any], trainer: Trainer, parts: dict[str, Spread], loading: Loading, schedule: Schedule
+) -> str:
+    part_shares = shares({name: parts[name].mean for name in PARTS}, loading, schedule)
+    hardware = Hardware(
+        trainer.strategy.root_device.type, str(trainer.precision), bool(config["trainer"]["channels_last"])
+    )
+    return sentence(first_to_fix(part_shares), part_shares, loading, schedule, hardware)

@@ -1,0 +1,114 @@
+"""Files that a kill, a power cut or a full disk cannot leave half written."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlpmatch_pl.errors import UserError
+
+_UNFINISHED = ".unfinished"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_durably(path: Path, content: bytes | memoryview | str, keep_as: str | None = None) -> None:
+    """Write a file under another name, force it to the disk, and only then give it its name.
+
+    At any moment there is either the old file or the new one under ``path``, whole.
+
+    Args:
+        path: The file to write.
+        content: Its bytes, or its text.
+        keep_as: Name in the same folder under which the old file stays; none if left out.
+
+    Raises:
+        UserError: If the disk is full; the file that was there before is untouched.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "numbers.txt"
+        ...     write_durably(path, "1")
+        ...     write_durably(path, "2", keep_as="before.txt")
+        ...     path.read_text(), path.with_name("before.txt").read_text()
+        ('2', '1')
+    """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        if _is_full_disk(error):
+            raise UserError(_full_disk(path, memoryview(data).nbytes)) from error
+        raise
+    if keep_as is not None and path.exists():
+        _keep(path, path.with_name(keep_as))
+    unfinished.replace(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_is_user_error(folder: Path) -> Iterator[None]:
+    """Turn a full disk, wherever in a run something is written, into one sentence.
+
+    Args:
+        folder: What to name if the error does not name a file.
+
+    Raises:
+        UserError: If the disk or a quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"expected free space to write {error.filename or 'into ' + str(folder)}, but the disk is full; make room "
+            "and go on with resume=auto"
+        ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers that were killed left behind in a folder."""
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, so that it survives under it; where there are no hard links, move it there."""
+    unfinished = previous.with_name(previous.name + _UNFINISHED)
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(path, unfinished)
+    except OSError:
+        path.replace(previous)
+    else:
+        unfinished.replace(previous)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_full_disk(error: OSError) -> bool:
+    return error.errno in _NO_SPACE
+
+
+def _full_disk(path: Path, size: int) -> str:
+    kept = "what it held before is untouched" if path.exists() else "nothing was written over"
+    return (
+        f"expected {max(size / 2**20, 0.1):.1f} MiB of free space for {path}, but the disk is full ({kept}); make room "
+        "and go on with resume=auto"
+    )

@@ -1,0 +1,68 @@
+"""Repeat the training step at which a loss was not finite.
+
+    python -m mlpmatch_pl.replay runs/mine/nonfinite/step_13
+
+The folder, which the training wrote, holds the batch and the weights before the step; the data are not needed.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlpmatch_pl.cli import guarded
+
+if TYPE_CHECKING:
+    from mlpmatch_pl.kept_step import KeptStep
+
+
+def replay(folder: Path) -> dict[str, float]:
+    """Repeat the step in a folder, print its terms beside those that were recorded, and return them.
+
+    Args:
+        folder: As `mlpmatch_pl.callbacks.finite.FiniteLoss` wrote it.
+
+    Raises:
+        UserError: If the folder holds no step.
+    """
+    from mlpmatch_pl.kept_step import KeptStep
+
+    step, module, report = KeptStep.load(folder)
+    repeated, layer = step.repeat(module)
+    print("\n".join([*_described(step, report), f"first layer whose output is not finite: {layer or 'none'}", ""]))
+    print("\n".join(_table(step.terms, repeated)))
+    return repeated
+
+
+def _described(step: "KeptStep", report: Mapping[str, Any]) -> list[str]:
+    """Say what the step was."""
+    weights = report["weights_not_finite"]
+    return [
+        f"step {report['step']} of epoch {report['epoch']}, on {step.device} in {step.precision}",
+        *(f"{half}: {', '.join(names)}" for half, names in report["images"].items()),
+        f"weights before the step: {'not finite in ' + ', '.join(weights) if weights else 'all finite'}",
+    ]
+
+
+def _table(recorded: Mapping[str, float], repeated: Mapping[str, float]) -> list[str]:
+    from mlpmatch_pl.kept_step import same
+
+    rows = [f"{name:<6} {value:>13.7g} {repeated[name]:>13.7g}" for name, value in recorded.items()]
+    different = [name for name, value in recorded.items() if not same(value, repeated[name])]
+    verdict = f"different: {', '.join(different)}" if different else "all terms are the same, to the last bit"
+    return [f"{'term':<6} {'recorded':>13} {'repeated':>13}", *rows, verdict]
+
+
+def main() -> None:
+    """Run the command; a folder without a step ends with one line and exit code 1."""
+    parser = argparse.ArgumentParser(
+        "python -m mlpmatch_pl.replay", description="Repeat the training step at which a loss was not finite."
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="as in runs/mine/nonfinite/step_13", type=Path)
+    folder = parser.parse_args().folder
+    with guarded("train"):
+        replay(folder)
+
+
+if __name__ == "__main__":
+    main()
