@@ -73,3 +73,9 @@ def test_what_cannot_be_folded_is_left_alone(network):
 def test_a_batchnorm_without_running_statistics_stays():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     assert len(norms(for_inference(network, torch.rand(1, 3, 5, 5)))) == 1
+
+
+def test_weights_that_are_no_numbers_are_no_error():
+    network = trained_looking(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    network[0].weight.data[0] = torch.nan
+    assert for_inference(network, torch.rand(1, 3, 5, 5))(torch.rand(1, 3, 5, 5)).isnan().any()

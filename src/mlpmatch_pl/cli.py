@@ -6,11 +6,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import datetime
 
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.errors import UserError, suggest
+from mlpmatch_pl.processes import time_stamp
 
 _PATHS = ("checkpoint", "input", "output")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
@@ -78,8 +78,8 @@ def run_command(config_name: str, hydra_main: Callable[[], None]) -> None:
         config_name: The command's primary config.
         hydra_main: The function that `hydra.main` wraps.
     """
-    # One stamp for all processes of a run: every rank computes the same folder.
-    os.environ.setdefault("MLPMATCH_STAMP", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    if "MLPMATCH_STAMP" not in os.environ:  # the processes that Lightning starts have it from the first
+        os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
     with guarded(config_name):
         refuse_underscored_fractions(sys.argv[1:])
         hydra_main()

@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from mlpmatch_pl.callbacks.one_run import OneRun
 from mlpmatch_pl.callbacks.resuming import Resuming
 from mlpmatch_pl.callbacks.signals import Stopped, StopSignals
 from mlpmatch_pl.config_types import checked
@@ -33,10 +34,17 @@ from mlpmatch_pl.faults import explained
 from mlpmatch_pl.loggers import build_loggers, finish_wandb
 from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.module import MLPMatch, check_architecture
+from mlpmatch_pl.processes import Launch, loss_of_a_process_explained
 from mlpmatch_pl.resume import Start, check_unfinished, find_start, move_place
-from mlpmatch_pl.run_folder import check_splits, write_run_folder
+from mlpmatch_pl.run_folder import check_splits, describe_splits, write_run_folder
 from mlpmatch_pl.segmentor.weights import load_published
-from mlpmatch_pl.trainer import MODULE_OPTIONS, build_trainer, images_per_update, uses_sync_batchnorm
+from mlpmatch_pl.trainer import (
+    MODULE_OPTIONS,
+    build_trainer,
+    describe_processes,
+    images_per_update,
+    uses_sync_batchnorm,
+)
 from mlpmatch_pl.training import train_and_test
 
 log = logging.getLogger(__name__)
@@ -60,7 +68,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     built = _build(read_config(cfg))
     exit_code = 1
     try:
-        with _stopped_by_signal(built), full_disk_is_user_error(built.output_dir), explained(built.datamodule):
+        with (
+            _stopped_by_signal(built),
+            full_disk_is_user_error(built.output_dir),
+            loss_of_a_process_explained(built.trainer.world_size),
+            explained(built.datamodule),
+        ):
             _open(built, cfg)
             metrics = train_and_test(built.trainer, built.module, built.datamodule, built.start)
             if built.trainer.is_global_zero:
@@ -75,19 +88,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _build(config: dict[str, Any]) -> _Built:
     """Build everything, and refuse whatever can be refused."""
     output_dir = Path(config["output_dir"]).resolve()
-    first = _is_zero("LOCAL_RANK", "SLURM_LOCALID")  # on a machine, the first checks all, then it starts the others
-    start = find_start(config["resume"], output_dir, first and _is_zero("RANK", "SLURM_PROCID", "NODE_RANK"))
+    launch = Launch.of(os.environ)
+    start = find_start(config["resume"], output_dir, launch.first)
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
-    callbacks = [*_callbacks(config["callbacks"]), Resuming(), StopSignals()]
+    one_run = OneRun(_facts(output_dir, start, datamodule.data))
+    callbacks = [*_callbacks(config["callbacks"]), one_run, Resuming(), StopSignals()]
     trainer = build_trainer(config, output_dir, datamodule, callbacks)
     _refuse_sweep_over_processes(trainer)
     module = build_module(config, method, datamodule, trainer)
     built = _Built(config, output_dir, datamodule, trainer, module, start)
     if start.checkpoint is not None:
         _prepare_resume(built, start.checkpoint)
-    if first:
+    if launch.first_here:  # it checks all; without torchrun and srun, the others are started after that
         datamodule.prepare_data()
     return built
 
@@ -194,17 +208,18 @@ def build_module(
     return module
 
 
-def _is_zero(*variables: str) -> bool:
-    """Tell whether the first of some environment variables that is set is 0, or none is."""
-    return int(next((os.environ[name] for name in variables if name in os.environ), 0)) == 0
+def _facts(output_dir: Path, start: Start, data: SegmentationData) -> dict[str, str]:
+    """Return what all processes must agree in."""
+    images = {f"{name} images": split["sha256"] for name, split in describe_splits(data).items()}
+    return {"run folder": str(output_dir), "checkpoint to go on from": str(start.checkpoint), **images}
 
 
 def _refuse_sweep_over_processes(trainer: Trainer) -> None:
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep and trainer.world_size > 1:
         raise UserError(
-            f"expected one device a job in a sweep, but got {trainer.world_size} processes; leave out -m, or start one "
-            "command a job"
+            f"expected one device a job in a sweep, but got {trainer.world_size} processes; set trainer.devices=1 (with "
+            "hydra/launcher=submitit_slurm or joblib the jobs run beside each other), or start one command without -m a job"
         )
 
 
@@ -244,12 +259,14 @@ def _describe(built: _Built) -> None:
         module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
         built.output_dir,
     )  # fmt: skip
+    if trainer.world_size > 1:
+        log.info("%s", describe_processes(trainer.world_size, uses_sync_batchnorm(built.config["trainer"])))
 
 
 def quiet() -> None:
     """Keep the log to what this package says; warnings of substance still come through."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if not Launch.of(os.environ).first:
         logging.getLogger("mlpmatch_pl").setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",  # the number is chosen by measurement or by the user

@@ -24,6 +24,7 @@ from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
 from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.objective import build_criterion, volatile_weight
+from mlpmatch_pl.processes import share_buffers
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from mlpmatch_pl.steps import build_step
@@ -140,6 +141,10 @@ class MLPMatch(LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the pixels of whole images."""
         self.confusion.update(self(batch["image"]).argmax(dim=1), batch["mask"])
+
+    def on_validation_start(self) -> None:
+        """Validate what a checkpoint will hold, where processes have BatchNorm statistics of their own."""
+        share_buffers(self)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""

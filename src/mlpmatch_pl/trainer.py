@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from mlpmatch_pl.callbacks.checkpoint_io import DurableCheckpointIO
 from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.processes import Launch
 
 _SET_HERE = {
     "callbacks", "default_root_dir", "enable_model_summary", "logger", "max_epochs", "max_steps",
@@ -42,8 +45,13 @@ def build_trainer(
     for option in MODULE_OPTIONS:
         options.pop(option)
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
-    # Buffers differ between ranks only without SyncBatchNorm; sending rank 0's in every step gains nothing.
-    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if _several(options) else "auto"
+    # Without SyncBatchNorm every step begins with the first process's statistics, which are those that are saved: a
+    # resumed training could not repeat others. With it they are equal.
+    shared = not options["sync_batchnorm"]
+    ddp = DDPStrategy(broadcast_buffers=shared, gradient_as_bucket_view=True) if _several(options) else "auto"
+    launch = Launch.of(os.environ)
+    # It saves and exits when a signal comes; whether the job is queued again is for its script to say.
+    cluster = [SLURMEnvironment(auto_requeue=False)] if launch.by == "srun" else []
     data_wait = DataWait()
     trainer = _trainer(
         options,
@@ -52,11 +60,12 @@ def build_trainer(
         default_root_dir=str(output_dir),
         logger=False,  # set once everything is checked: a refused run leaves no trace
         callbacks=[data_wait, *callbacks],
-        plugins=[DurableCheckpointIO()],
+        plugins=[DurableCheckpointIO(), *cluster],
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    launch.check(trainer.num_devices, trainer.num_nodes)
     _check_processes(trainer, datamodule)
     steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
     epochs, every = length_of_training(config["schedule"], steps)
@@ -89,6 +98,21 @@ def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
     if options["sync_batchnorm"] and on_cpu:
         raise UserError("expected a GPU for trainer.sync_batchnorm=true, but torch has none; leave it null")
     return _several(options) and not on_cpu if options["sync_batchnorm"] is None else bool(options["sync_batchnorm"])
+
+
+def describe_processes(processes: int, synchronized: bool) -> str:
+    """Say in a line how several processes train together.
+
+    Example:
+        >>> describe_processes(4, synchronized=True)
+        '4 processes; BatchNorm over the images of all of them'
+    """
+    if synchronized:
+        return f"{processes} processes; BatchNorm over the images of all of them"
+    return (
+        f"{processes} processes; BatchNorm over each one's own images, as SyncBatchNorm needs GPUs and "
+        "trainer.sync_batchnorm; the first one's statistics are shared and saved"
+    )
 
 
 def _several(options: dict[str, Any]) -> bool:

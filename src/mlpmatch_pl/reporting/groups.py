@@ -13,6 +13,7 @@ _WITHOUT_EFFECT = re.compile(
     r"seed|output_dir|resume|logger\..*|callbacks\.predictions\..*|.*\.dirpath"
     r"|loader\.(num_workers|multiprocessing_context|cache|eval_batch_size)"
     r"|trainer\.(accelerator|enable_progress_bar|log_every_n_steps|deterministic|benchmark|channels_last)"
+    r"|trainer\.(compile_blocks|activation_checkpointing|fused_optimizer)"
 )
 # Keys that choose images; the hashes of the lists say what was chosen.
 _CHOOSES_IMAGES = re.compile(
