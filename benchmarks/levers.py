@@ -5,7 +5,8 @@
 
 Levers that the step always uses are taken away (`without ...`: a ratio under 1 is what they gain), options are switched
 on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, the median over the
-rounds; on a CPU that others use too, `cpu` (the ratio of processor time) is the one to read.
+rounds; on a CPU that others use too, `cpu` (the ratio of processor time) is the one to read. `predicted` is the ratio of
+the operations of the convolutions, counted.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from step import SEED, THRESHOLD, Network, heaviest_step
-from step_timing import Contestant, alternate, machine, peak_mib, row, shared_optimizer
+from step_timing import Contestant, alternate, gigaflop, machine, peak_mib, row, shared_optimizer
 from torch import Tensor, nn
 
 from mlpmatch_pl.methods import resolve_method
@@ -102,11 +103,20 @@ def main() -> None:
     network = Network(arguments, device, channels_last=False)
     contestants = [contestant(network, "plain"), *(LEVERS[name](network, name) for name in arguments.levers)]
     rounds = alternate(contestants, device, arguments.seconds)
-    lines = [{**row(each, contestants[0], 2 * arguments.batch), "peak_mib": round(peak_mib(each, device), 1)}
-             for each in contestants]  # fmt: skip
+    plain = gigaflop(contestants[0], device)
+    lines = [
+        {
+            **row(each, contestants[0], 2 * arguments.batch),
+            "peak_mib": round(peak_mib(each, device), 1),
+            # A compiled block cannot be counted, and does the same operations.
+            "predicted": 1.0 if each.name == "compile_blocks" else round(plain / gigaflop(each, device), 3),
+        }
+        for each in contestants
+    ]
     print(f"{rounds} rounds")
     for line in lines:
-        print("{name:30} {ms:8.1f} ms {peak_mib:7.0f} MiB {ratio:6.2f} x   cpu {cpu_ratio:6.2f} x".format(**line))
+        print("{name:30} {ms:8.1f} ms {peak_mib:7.0f} MiB {ratio:6.2f} x   cpu {cpu_ratio:6.2f} x   predicted "
+              "{predicted:6.2f} x".format(**line))  # fmt: skip
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")}

@@ -55,10 +55,10 @@ def perturbations_table(result: dict) -> str:
 
 def levers_table(result: dict) -> str:
     """Each change to the step, beside the plain step."""
-    lines = ["| change | ms | times as fast | processor time | peak memory, MiB |", "|---|---|---|---|---|"]
+    lines = ["| change | predicted | measured | ms | peak memory, MiB |", "|---|---|---|---|---|"]
     for row in result["levers"]:
         lines.append(
-            f"| {row['name']} | {row['ms']:.0f} | {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {row['peak_mib']:.0f} |"
+            f"| {row['name']} | {row['predicted']:.2f} | {row['ratio']:.2f} | {row['ms']:.0f} | {row['peak_mib']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -112,6 +113,14 @@ def peak_mib(contestant: Contestant, device: torch.device) -> float:
     with LivingTensors() as living:
         contestant.step(contestant.heaviest, device)
     return (own + living.peak) / 2**20
+
+
+def gigaflop(contestant: Contestant, device: torch.device, steps: int = 6) -> float:
+    """Return the operations of a step's convolutions, forward and backward, in 10^9: the mean of the first steps."""
+    with FlopCounterMode(display=False) as counter:
+        for number in range(steps):
+            contestant.step(number, device)
+    return counter.get_total_flops() / steps / 1e9
 
 
 class LivingTensors(TorchDispatchMode):

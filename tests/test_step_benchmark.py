@@ -24,7 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 import step_table  # noqa: E402
 from reference_step import ReferenceStep, reference_batch  # noqa: E402
 from step_table import TABLES, filled  # noqa: E402
-from step_timing import Contestant, LivingTensors, alternate, row  # noqa: E402
+from step_timing import Contestant, LivingTensors, alternate, gigaflop, row  # noqa: E402
 
 CLASSES, SIZE, SEED, TAU = 4, (33, 41), 3, 0.5
 METHODS = {
@@ -212,13 +212,22 @@ def test_pages_show_the_committed_figures(page):
     assert filled(text) == text
 
 
+def test_operations_are_those_of_the_convolutions():
+    convolution = nn.Conv2d(
+        3, 4, 3, padding=1
+    )  # 2 operations a weight and place, forward and for the weights' gradient
+    image_BCHW = torch.rand(2, 3, 8, 8)
+    contestant = Contestant("", lambda number: convolution(image_BCHW).sum(), convolution, None)
+    assert gigaflop(contestant, torch.device("cpu"), steps=2) == pytest.approx(2 * 2 * (3 * 4 * 9) * (2 * 8 * 8) / 1e9)
+
+
 def test_tables_are_filled_between_their_marks(tmp_path, monkeypatch):
     monkeypatch.setattr(step_table, "ROOT", tmp_path)
-    lever = {"name": "plain", "ms": 10.4, "ratio": 1.0, "cpu_ratio": 1.0, "peak_mib": 3.2}
+    lever = {"name": "plain", "ms": 10.4, "ratio": 1.0, "predicted": 0.9, "peak_mib": 3.2}
     (tmp_path / "a.json").write_text(json.dumps({"levers": [lever]}))
     text = "before\n<!-- step_table: levers a.json -->\nold\n<!-- end -->\nafter"
     lines = filled(text).splitlines()
     assert lines[:2] == text.splitlines()[:2]
-    assert lines[5] == "| plain | 10 | 1.00 | 1.00 | 3 |"
+    assert lines[5] == "| plain | 0.90 | 1.00 | 10 | 3 |"
     assert lines[-2:] == ["<!-- end -->", "after"]
     assert filled(filled(text)) == filled(text)
