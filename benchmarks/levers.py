@@ -5,8 +5,8 @@
 
 Levers that the step always uses are taken away (`without ...`: a ratio under 1 is what they gain), options are switched
 on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, the median over the
-rounds; on a CPU that others use too, `cpu` (the ratio of processor time) is the one to read. `predicted` is the ratio of
-the operations of the convolutions, counted.
+rounds; on a CPU that others use too, `cpu` (the ratio of processor time) is the one to read. `predicted` is the ratio
+of the convolutions' operations, counted.
 """
 
 import argparse
