@@ -4,20 +4,30 @@
     python benchmarks/levers.py --levers compile_blocks     # on a CPU only when asked for: minutes to compile
 
 Levers that the step always uses are taken away (`without ...`: a ratio under 1 is what they gain), options are switched
-on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, the median over the
-rounds; on a CPU that others use too, `cpu` (the ratio of processor time) is the one to read. `predicted` is the ratio
-of the convolutions' operations, counted.
+on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, of all rounds; on a
+CPU that others use too, `cpu` (the ratio of processor time) is the one to read. `predicted` is the ratio of the
+convolutions' operations, counted.
 """
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
-from step import SEED, THRESHOLD, Network, heaviest_step
-from step_timing import Contestant, alternate, gigaflop, machine, peak_mib, row, shared_optimizer
+from step import LAMBDA, SEED, THRESHOLD, Network, heaviest_step, own_blocks
+from step_timing import (
+    Contestant,
+    alternate,
+    gigaflop,
+    parser,
+    peak_mib,
+    representative,
+    row,
+    shared_optimizer,
+    start,
+    write,
+)
 from torch import Tensor, nn
 
 from mlpmatch_pl.methods import resolve_method
@@ -60,11 +70,11 @@ def contestant(
     unlabeled = network.needed(method)
 
     def loss(number: int) -> Tensor:
-        return total_loss(step(network.labeled, unlabeled, number).terms, method, 0.125)
+        return total_loss(step(network.labeled, unlabeled, number).terms, method, LAMBDA)
 
     optimizer = shared_optimizer(segmentor, fused=fused or None)
-    batch = (network.labeled, unlabeled)
-    return Contestant(name, loss, segmentor, optimizer, precision, heaviest_step(step), batch)
+    batch, numbers = (network.labeled, unlabeled), representative(partial(own_blocks, step))
+    return Contestant(name, loss, segmentor, optimizer, precision, heaviest_step(step), batch, numbers)
 
 
 def whole_kernels(segmentor: nn.Module) -> None:
@@ -97,13 +107,10 @@ LEVERS: dict[str, Callable[[Network, str], Contestant]] = {
 
 def main() -> None:
     arguments = parse()
-    device = torch.device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    device = start(arguments)
     network = Network(arguments, device, channels_last=False)
     contestants = [contestant(network, "plain"), *(LEVERS[name](network, name) for name in arguments.levers)]
-    rounds = alternate(contestants, device, arguments.seconds)
-    plain = gigaflop(contestants[0], device)
+    rounds, plain = alternate(contestants, device, arguments.seconds), gigaflop(contestants[0], device)
     lines = [
         {
             **row(each, contestants[0], 2 * arguments.batch),
@@ -117,28 +124,15 @@ def main() -> None:
     for line in lines:
         print("{name:30} {ms:8.1f} ms {peak_mib:7.0f} MiB {ratio:6.2f} x   cpu {cpu_ratio:6.2f} x   predicted "
               "{predicted:6.2f} x".format(**line))  # fmt: skip
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")}
-        result = {"machine": machine(arguments.device), "settings": settings, "rounds": rounds, "levers": lines}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(arguments, {"rounds": rounds, "levers": lines})
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--backbone", default="resnet50s")
-    parser.add_argument("--crop", type=int, default=321 if cuda else 97)
-    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="labeled images, and as many unlabeled")
-    parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--decoder-channels", type=int, default=256)
-    quick = [name for name in LEVERS if cuda or name != "compile_blocks"]  # on a CPU that takes minutes to compile
-    parser.add_argument("--levers", nargs="+", default=quick, choices=LEVERS)
-    parser.add_argument("--seconds", type=float, default=60 if cuda else 200, help="time for the rounds")
-    parser.add_argument("--threads", type=int, help="on the CPU; torch decides")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    return parser.parse_args()
+    arguments = parser(__doc__, seconds=200)
+    # Compiling takes minutes on a CPU.
+    quick = [name for name in LEVERS if torch.cuda.is_available() or name != "compile_blocks"]
+    arguments.add_argument("--levers", nargs="+", default=quick, choices=LEVERS)
+    return arguments.parse_args()
 
 
 if __name__ == "__main__":

@@ -122,12 +122,12 @@ class ReferenceStep:
         logits = decoder.classifier(decoder.fuse(torch.cat([decoder.reduce(low), high], dim=1)))
         return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=True)
 
-    def draw_stages(self) -> frozenset[int]:
+    def draw_stages(self, rng: Any = random) -> frozenset[int]:
         """Deactivate each of the four stages with probability 0.25."""
         drawn, first = set(), 0
         for stage in STAGES:
             blocks = len(self.segmentor.encoder.model.get_submodule(stage))
-            if random.random() < 0.25:
+            if rng.random() < 0.25:
                 drawn |= set(range(first, first + blocks))
             first += blocks
         return frozenset(drawn)

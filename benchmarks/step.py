@@ -10,20 +10,31 @@ the forward and backward pass of the same images through encoder and decoder, an
 reference and `mlpmatch_official` give the same loss from the same draws. **What each perturbation costs**: every
 method, and MLPMatch with every sampler, relative to supervised training on as many images.
 
-All run in turns in one process, with the same weights and batch, which lie on the device; a round is one step of each.
-A ratio is the median over the rounds. Peak memory is of one step with the draws that need most, see step_timing.py.
+All run in turns in one process, with the same weights and batch, which lie on the device; a round is one step of each,
+and sixteen rounds are steps whose draws stand for all (how much of the encoder is shared depends on the deactivated
+block). A ratio is of the sums over all rounds. Peak memory is of one step with the draws that need most.
 """
 
 import argparse
 import copy
-import json
+import random
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from reference_step import ReferenceStep, reference_batch
-from step_timing import Contestant, alternate, machine, peak_mib, row, shared_optimizer
+from step_timing import (
+    STEPS,
+    Contestant,
+    alternate,
+    parser,
+    peak_mib,
+    representative,
+    row,
+    shared_optimizer,
+    start,
+    write,
+)
 from torch import Tensor
 
 from mlpmatch_pl.methods import Method, resolve_method
@@ -31,7 +42,7 @@ from mlpmatch_pl.module import total_loss
 from mlpmatch_pl.objective import build_criterion
 from mlpmatch_pl.perturbation.network import SAMPLERS
 from mlpmatch_pl.segmentor import Features, Segmentor
-from mlpmatch_pl.steps import MultiLevelStep, build_step
+from mlpmatch_pl.steps import MultiLevelStep, OfficialStep, build_step
 
 THRESHOLD, SEED, LAMBDA = 0.95, 0, 0.125
 COSTS = {
@@ -46,19 +57,14 @@ COSTS = {
 
 
 def main() -> None:
-    arguments = parse()
-    device = torch.device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parser(__doc__, seconds=240).parse_args()
+    device = start(arguments)
     network = Network(arguments, device, channels_last=False)
     same_loss = check_same_loss(network)
     print(f"reference and mlpmatch_official: the same loss, {same_loss:.1e} apart (relative)", flush=True)
     against, costs = against_reference(network, arguments, device), perturbations(network)
-    rounds = alternate([*against, *costs], device, arguments.seconds)
-    images = 2 * arguments.batch
+    rounds, images = alternate([*against, *costs], device, arguments.seconds), 2 * arguments.batch
     result = {
-        "machine": machine(arguments.device),
-        "settings": {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")},
         "rounds": rounds,
         "same_loss_relative_difference": same_loss,
         "against_reference": [figures(each, base_of(each, against), images, device) for each in against],
@@ -69,24 +75,7 @@ def main() -> None:
         for line in result[table]:
             print("{name:30} {precision:9} {ms:8.1f} ms (least {ms_min:8.1f}) {images_per_second:7.2f} img/s "
                   "{peak_mib:7.0f} MiB {ratio:6.2f} x".format(**line), flush=True)  # fmt: skip
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--backbone", default="resnet50s", help="a ResNet")
-    parser.add_argument("--crop", type=int, default=321 if cuda else 97)
-    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="labeled images, and as many unlabeled")
-    parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--decoder-channels", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=60 if cuda else 240, help="time for the rounds")
-    parser.add_argument("--threads", type=int, help="on the CPU; torch decides")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    return parser.parse_args()
+    write(arguments, result)
 
 
 class Network:
@@ -112,8 +101,8 @@ class Network:
         def loss(number: int) -> Tensor:
             return total_loss(step(labeled, unlabeled, number).terms, method, LAMBDA)
 
-        heaviest = heaviest_step(step)
-        return Contestant(name, loss, self.segmentor, self.optimizer, precision, heaviest, (labeled, unlabeled))
+        batch, heaviest, numbers = (labeled, unlabeled), heaviest_step(step), representative(partial(own_blocks, step))
+        return Contestant(name, loss, self.segmentor, self.optimizer, precision, heaviest, batch, numbers)
 
     def needed(self, method: Method) -> dict:
         """Return the unlabeled batch as the data module makes it for a method."""
@@ -128,14 +117,16 @@ class Network:
     def reference(self, name: str, method: str) -> Contestant:
         """Return the authors' step."""
         step = ReferenceStep(self.segmentor, method, THRESHOLD)
-        heaviest = ReferenceStep(self.segmentor, method, THRESHOLD, draw_blocks=frozenset)
+        rng = random.Random(SEED)
+        drawn = [step.draw_stages(rng) for _ in range(64 * STEPS)]
         batch = reference_batch(self.labeled, self.unlabeled, self.segmentor)
 
         def loss(number: int) -> Tensor:
-            chosen = heaviest if number < 0 else step
-            return chosen.total(chosen(batch), LAMBDA)
+            step.draw_blocks = lambda: drawn[number] if number >= 0 else frozenset()
+            return step.total(step(batch), LAMBDA)
 
-        return Contestant(name, loss, self.segmentor, self.optimizer, heaviest=-1, batch=batch)
+        numbers = representative(lambda number: -len(drawn[number]))
+        return Contestant(name, loss, self.segmentor, self.optimizer, heaviest=-1, batch=batch, numbers=numbers)
 
     def floor(self, name: str, precision: str = "float32") -> Contestant:
         """Return forward and backward of the images of MLPMatch's step, without anything else."""
@@ -149,21 +140,23 @@ class Network:
             passes = [Features.cat([plain, plain[own:]]), *perturbed.values(), self.segmentor.encode(strong)]
             return torch.stack([self.segmentor.decoder(features).mean() for features in passes]).sum()
 
-        return Contestant(name, loss, self.segmentor, None, precision, heaviest_step(step), (images, strong))
+        numbers = representative(partial(own_blocks, step))
+        return Contestant(name, loss, self.segmentor, None, precision, heaviest_step(step), (images, strong), numbers)
+
+
+def own_blocks(step: Callable, number: int) -> int:
+    """Return how many blocks the perturbed pass of a step runs for itself."""
+    perturbations = getattr(step, "network_perturbations", {})
+    if not perturbations:
+        return 0
+    drawn, blocks = perturbations["np"].draw(step.segmentor.encoder.stages, number), len(step.segmentor.encoder.blocks)
+    shared = 0 if isinstance(step, OfficialStep) else min(drawn, default=blocks)
+    return max(blocks - shared - len(drawn), 0)
 
 
 def heaviest_step(step: Callable) -> int:
     """Return the step, of the first 64, whose perturbed pass runs the most blocks of its own."""
-    perturbations = getattr(step, "network_perturbations", {})
-    if not perturbations:
-        return 0
-    stages = step.segmentor.encoder.stages
-
-    def own_blocks(number: int) -> int:
-        drawn = perturbations["np"].draw(stages, number)
-        return len(step.segmentor.encoder.blocks) - min(drawn) - len(drawn) if drawn else 0
-
-    return max(range(64), key=own_blocks)
+    return max(range(64), key=partial(own_blocks, step))
 
 
 def against_reference(network: Network, arguments: argparse.Namespace, device: torch.device) -> list[Contestant]:

@@ -1,11 +1,15 @@
 """Times training steps in turns, in one process: what benchmarks/step.py and benchmarks/levers.py share."""
 
+import argparse
+import json
 import platform
+import random
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+STEPS = 16  # that stand for all
 
 
 @dataclass
@@ -27,6 +33,7 @@ class Contestant:
         precision: ``float32`` or ``bfloat16`` (autocast).
         heaviest: Number of the step whose draws take the most memory.
         batch: Tensors of the batch, as the device holds them.
+        numbers: Numbers of the steps to time, whose draws stand for all draws, see `representative`.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Contestant:
     precision: str = "float32"
     heaviest: int = 0
     batch: Any = None
+    numbers: Sequence[int] = range(1, STEPS + 1)
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -54,20 +62,30 @@ def shared_optimizer(module: nn.Module, **options: Any) -> torch.optim.Optimizer
     return torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4, **options)
 
 
-def alternate(contestants: Sequence[Contestant], device: torch.device, seconds: float, warmup: int = 1) -> int:
-    """Run one step of each in turns until the time is up, 3 rounds at least; returns the number of rounds.
+def representative(cost: Callable[[int], float], seed: int = 0) -> list[int]:
+    """Return steps whose costs are spread as those of many: one of each sixteenth, from cheap to dear, shuffled.
 
-    All take a step of the same number in a round, and so the same draws; each round begins with another one.
+    Which block is deactivated decides how much the perturbed pass shares, so a few steps at random say little.
     """
-    for number in range(warmup):
-        for contestant in contestants:
-            contestant.step(number, device)
+    ordered = sorted(range(64 * STEPS), key=cost)
+    numbers = ordered[32::64]
+    random.Random(seed).shuffle(numbers)
+    return numbers
+
+
+def alternate(contestants: Sequence[Contestant], device: torch.device, seconds: float) -> int:
+    """Run one step of each in turns, in whole cycles over their numbers until the time is up; returns the rounds.
+
+    Each round begins with another contestant. Without any time it is three rounds, to see that all run.
+    """
+    for contestant in contestants:
+        contestant.step(0, device)  # a warm-up
     rounds, end = 0, time.monotonic() + seconds
-    while rounds < 3 or time.monotonic() < end:
+    while rounds < 3 or (seconds and (time.monotonic() < end or rounds % STEPS)):
         shift = rounds % len(contestants)
         for contestant in [*contestants[shift:], *contestants[:shift]]:
             started, cpu_started = synchronized(device), time.process_time()
-            contestant.step(warmup + rounds, device)
+            contestant.step(contestant.numbers[rounds % STEPS], device)
             contestant.seconds.append(synchronized(device) - started)
             contestant.cpu_seconds.append(time.process_time() - cpu_started)
         rounds += 1
@@ -75,21 +93,17 @@ def alternate(contestants: Sequence[Contestant], device: torch.device, seconds: 
 
 
 def row(contestant: Contestant, base: Contestant, images: int) -> dict[str, Any]:
-    """Return the figures of a contestant; ``ratio`` is the base's time over its own, the median over the rounds."""
-    seconds = contestant.seconds
-    pairs = list(zip(base.seconds, seconds, strict=True))
-    cpu_pairs = list(zip(base.cpu_seconds, contestant.cpu_seconds, strict=True))
+    """Return the figures of a contestant; ``ratio`` is the base's time over its own, of all rounds together."""
+    seconds, cpu_seconds = contestant.seconds, contestant.cpu_seconds
     return {
         "name": contestant.name,
         "precision": contestant.precision,
-        "ms": round(1000 * statistics.median(seconds), 1),
+        "ms": round(1000 * statistics.fmean(seconds), 1),
         "ms_min": round(1000 * min(seconds), 1),
-        "ms_mean": round(1000 * statistics.fmean(seconds), 1),
-        "cpu_ms": round(1000 * statistics.median(contestant.cpu_seconds), 1),
+        "cpu_ms": round(1000 * statistics.fmean(cpu_seconds), 1),
         "images_per_second": round(images / statistics.fmean(seconds), 2),
-        "ratio": round(statistics.median(first / own for first, own in pairs), 3),
-        "ratio_of_means": round(sum(first for first, _ in pairs) / sum(own for _, own in pairs), 3),
-        "cpu_ratio": round(statistics.median(first / own for first, own in cpu_pairs), 3),
+        "ratio": round(sum(base.seconds) / sum(seconds), 3),
+        "cpu_ratio": round(sum(base.cpu_seconds) / max(sum(cpu_seconds), 1e-9), 3),
     }
 
 
@@ -115,12 +129,12 @@ def peak_mib(contestant: Contestant, device: torch.device) -> float:
     return (own + living.peak) / 2**20
 
 
-def gigaflop(contestant: Contestant, device: torch.device, steps: int = 6) -> float:
-    """Return the operations of a step's convolutions, forward and backward, in 10^9: the mean of the first steps."""
+def gigaflop(contestant: Contestant, device: torch.device) -> float:
+    """Return the operations of a step's convolutions, forward and backward, in 10^9: the mean of the timed steps."""
     with FlopCounterMode(display=False) as counter:
-        for number in range(steps):
+        for number in contestant.numbers:
             contestant.step(number, device)
-    return counter.get_total_flops() / steps / 1e9
+    return counter.get_total_flops() / len(contestant.numbers) / 1e9
 
 
 class LivingTensors(TorchDispatchMode):
@@ -149,6 +163,39 @@ class LivingTensors(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.now -= size
+
+
+def parser(description: str | None, seconds: int) -> argparse.ArgumentParser:
+    """Return the arguments that both benchmarks take; ``seconds`` is the time of the rounds on a CPU."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    arguments.add_argument("--device", default="cuda" if cuda else "cpu")
+    arguments.add_argument("--backbone", default="resnet50s", help="a ResNet")
+    arguments.add_argument("--crop", type=int, default=321 if cuda else 97)
+    arguments.add_argument("--batch", type=int, default=8 if cuda else 2, help="labeled images, and as many unlabeled")
+    arguments.add_argument("--classes", type=int, default=21)
+    arguments.add_argument("--decoder-channels", type=int, default=256)
+    arguments.add_argument("--seconds", type=float, default=60 if cuda else seconds, help="time for the rounds")
+    arguments.add_argument("--threads", type=int, help="on the CPU; torch decides")
+    arguments.add_argument("--out", type=Path, help="JSON file to write")
+    return arguments
+
+
+def start(arguments: argparse.Namespace) -> torch.device:
+    """Set threads and cuDNN's choice of algorithms, which `trainer=gpu` and the authors' code both leave to cuDNN."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.benchmark = True
+    return torch.device(arguments.device)
+
+
+def write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write a result with the machine and the settings, if a file is named."""
+    if arguments.out:
+        settings = {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")}
+        described = {"machine": machine(arguments.device), "settings": settings, **result}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def synchronized(device: torch.device) -> float:

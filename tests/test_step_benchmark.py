@@ -23,8 +23,9 @@ sys.path.insert(0, str(BENCHMARKS))  # scripts, not a package
 
 import step_table  # noqa: E402
 from reference_step import ReferenceStep, reference_batch  # noqa: E402
+from step import own_blocks  # noqa: E402
 from step_table import TABLES, filled  # noqa: E402
-from step_timing import Contestant, LivingTensors, alternate, gigaflop, row  # noqa: E402
+from step_timing import STEPS, Contestant, LivingTensors, alternate, gigaflop, representative, row  # noqa: E402
 
 CLASSES, SIZE, SEED, TAU = 4, (33, 41), 3, 0.5
 METHODS = {
@@ -163,9 +164,34 @@ def test_rounds_alternate_and_ratios_are_paired():
     assert calls == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "b"), (2, "a"), (3, "a"), (3, "b")]
     pair[0].seconds, pair[1].seconds = [1.0, 2.0, 9.0], [0.5, 1.0, 3.0]
     figures = row(pair[1], pair[0], images=4)
-    assert (figures["ms"], figures["ms_min"], figures["ratio"]) == (1000, 500, 2)
-    assert figures["ratio_of_means"] == pytest.approx(12 / 4.5, abs=1e-3)
+    assert (figures["ms"], figures["ms_min"]) == (1500, 500)
+    assert figures["ratio"] == pytest.approx(12 / 4.5, abs=1e-3)
     assert figures["images_per_second"] == pytest.approx(4 / 1.5, abs=0.01)
+
+
+@pytest.mark.parametrize("sampler", ["single_block", "single_stage", "stage_bernoulli"])
+def test_the_timed_steps_share_as_much_of_the_encoder_as_all_steps_do(sampler):
+    method = resolve_method({"name": "mlpmatch", "network_perturbation": {"sampler": sampler}})
+    step = build_step(Segmentor(CLASSES, "resnet50s", decoder_channels=8), None, method, TAU, SEED)
+    cost = partial(own_blocks, step)
+    numbers = representative(cost)
+    assert len(set(numbers)) == STEPS
+    everything = [cost(number) for number in range(5000)]
+    mean = sum(map(cost, numbers)) / STEPS
+    assert mean == pytest.approx(sum(everything) / 5000, abs=0.4)  # of 16 blocks
+
+
+def test_rounds_are_whole_cycles_over_a_contestants_own_steps():
+    calls = []
+    network = nn.Linear(1, 1)
+
+    def loss(number):
+        calls.append(number)
+        return network(torch.ones(1, 1)).sum()
+
+    rounds = alternate([Contestant("a", loss, network, None, numbers=range(100, 116))], torch.device("cpu"), 1e-9)
+    assert rounds == STEPS
+    assert calls == [0, *range(100, 116)]
 
 
 def test_living_tensors_are_counted_as_long_as_they_live():
@@ -203,12 +229,16 @@ def test_the_benchmark_runs_and_writes_what_the_tables_need(tmp_path):
     lines = TABLES["reference"](result).splitlines()
     assert len(lines) == 2 + len(names)
     assert lines[2].startswith("| reference mlpmatch | float32 |")
-    assert lines[2].endswith("| 1.00 |")
+    assert lines[2].endswith("| 1.00 |  |")
+    step, floor = (next(row["ms"] for row in result["against_reference"] if row["name"] == name) for name in
+                   ("mlpmatch", "floor mlpmatch"))  # fmt: skip
+    assert lines[3].endswith(f"| {step / floor:.2f} |")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
 def test_pages_show_the_committed_figures(page):
     text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- step_table: " in text
     assert filled(text) == text
 
 
@@ -217,8 +247,8 @@ def test_operations_are_those_of_the_convolutions():
         3, 4, 3, padding=1
     )  # 2 operations a weight and place, forward and for the weights' gradient
     image_BCHW = torch.rand(2, 3, 8, 8)
-    contestant = Contestant("", lambda number: convolution(image_BCHW).sum(), convolution, None)
-    assert gigaflop(contestant, torch.device("cpu"), steps=2) == pytest.approx(2 * 2 * (3 * 4 * 9) * (2 * 8 * 8) / 1e9)
+    contestant = Contestant("", lambda number: convolution(image_BCHW).sum(), convolution, None, numbers=[0, 1])
+    assert gigaflop(contestant, torch.device("cpu")) == pytest.approx(2 * 2 * (3 * 4 * 9) * (2 * 8 * 8) / 1e9)
 
 
 def test_tables_are_filled_between_their_marks(tmp_path, monkeypatch):
