@@ -11,12 +11,14 @@ from helpers import TINY, compose_config, run_command
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mlpmatch_pl.benchmark import benchmark
-from mlpmatch_pl.benchmarking import clock, fitting, loading
+from mlpmatch_pl.benchmarking import clock, fitting, loading, run
+from mlpmatch_pl.benchmarking import report as wording
 from mlpmatch_pl.benchmarking.advice import (
     Hardware,
     Loading,
     compute_sentence,
     first_to_fix,
+    optimizer_sentence,
     rarer_validation,
     sentence,
     shares,
@@ -26,7 +28,6 @@ from mlpmatch_pl.benchmarking.clock import PARTS
 from mlpmatch_pl.benchmarking.figures import Schedule, spread_of_parts, whole_schedule
 from mlpmatch_pl.benchmarking.loading import predicted_wait, workers_needed
 from mlpmatch_pl.benchmarking.memory import MemoryLine
-from mlpmatch_pl.benchmarking.report import lines
 from mlpmatch_pl.callbacks import progress
 from mlpmatch_pl.data.samples import UnlabeledViews
 from mlpmatch_pl.errors import UserError
@@ -142,7 +143,7 @@ def test_the_part_that_costs_most_is_named_with_what_to_try(seconds, wait, valid
     found, schedule = Loading(wait, 2, 6, 8), plan(validation=validation)
     part_shares = shares(dict(zip(PARTS, seconds, strict=True)), found, schedule)
     assert first_to_fix(part_shares) == part
-    said = sentence(part, part_shares, found, schedule, Hardware("cuda", "32-true", False))
+    said = sentence(part, part_shares, found, schedule, hardware(precision="32-true"))
     assert words in said
 
 
@@ -151,13 +152,68 @@ def test_advice_on_workers_knows_the_cores():
     assert "more than the 4 cores here, so try loader.cache=FOLDER" in workers_sentence(Loading(1.0, 2, 6, 4))
     assert "2 workers would do on cores of their own" in workers_sentence(Loading(1.0, 2, 1, 2))
     assert workers_sentence(Loading(1.0, 2, None, 4)).startswith("not even 64 workers keep up")
+    assert workers_sentence(Loading(1.0, 0, 0, 2)) == "try loader.num_workers=1 (now 0)"
 
 
 def test_advice_on_computing_knows_what_is_used_already():
-    assert "trainer=gpu" in compute_sentence(Hardware("cuda", "32-true", False))
-    assert "trainer.channels_last=true" in compute_sentence(Hardware("cuda", "bf16-mixed", False))
-    assert "loader.crop_size" in compute_sentence(Hardware("cuda", "bf16-mixed", True))
-    assert "a GPU" in compute_sentence(Hardware("cpu", "32-true", False))
+    assert "trainer=gpu" in compute_sentence(hardware(precision="32-true"))
+    assert compute_sentence(hardware(compile_blocks=True)) == "try trainer.channels_last=true"
+    assert compute_sentence(hardware(channels_last=True)) == "try trainer.compile_blocks=true"
+    everything = compute_sentence(hardware(channels_last=True, compile_blocks=True))
+    assert everything.startswith("a smaller loader.crop_size")
+    assert "trainer." not in everything
+    assert "a GPU" in compute_sentence(hardware("cpu", "32-true"))
+
+
+def test_a_fused_optimizer_is_advised_first_where_it_can_be_turned_on():
+    assert optimizer_sentence(hardware()).startswith("try trainer.fused_optimizer=true first; a larger")
+    assert optimizer_sentence(hardware(precision="32-true", clipping=True)).startswith("try trainer.fused_optimizer")
+    for without in (hardware(fused_optimizer=True), hardware("cpu", "32-true"), hardware(clipping=True)):
+        assert optimizer_sentence(without).startswith("a larger loader.batch_size")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "override", "words"),
+    [
+        ((0, 0, 0.5, 0.5, 0), "trainer.channels_last=true", "try trainer.compile_blocks=true"),
+        ((0, 0, 0.5, 0.5, 0), "trainer.compile_blocks=true", "try trainer.channels_last=true"),
+        ((0, 0, 0.3, 0.4, 0.3), "trainer.compile_blocks=true", "try trainer.fused_optimizer=true first; a larger"),
+        ((0, 0, 0.3, 0.4, 0.3), "trainer.fused_optimizer=true", "a larger loader.batch_size"),
+        ((0, 0, 0.3, 0.4, 0.3), "trainer.gradient_clip_val=1", "a larger loader.batch_size"),
+    ],
+)
+def test_advice_looks_at_the_configured_trainer(seconds, override, words, tmp_path):
+    options = ("trainer=gpu", "trainer.channels_last=false", override)
+    config = config_of(compose_config("benchmark", *options, output_dir=tmp_path))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), precision="bf16-mixed")
+    parts = spread_of_parts([seconds])
+    said = run._advice(config, trainer, parts, Loading(0.0, 2, 2, 8), plan(validation=10.0))
+    assert said.split(": ", 1)[1].startswith(words)
+
+
+def hardware(device="cuda", precision="bf16-mixed", **used):
+    off = dict.fromkeys(("channels_last", "compile_blocks", "fused_optimizer", "clipping"), False)
+    return Hardware(device, precision, **(off | used))
+
+
+@pytest.mark.parametrize(
+    ("second", "line", "words"),
+    [
+        (4, MemoryLine(1e9, 1.5e9), "16 % of 80.0 GB; up to loader.batch_size=47 fits with a tenth to spare"),
+        (4, MemoryLine(13e9, 0), "it does not rise with the batch (loader.batch_size=4 was tried)"),
+        (6, None, "16 % of 80.0 GB; loader.batch_size=6 did not fit"),
+    ],
+)
+def test_what_is_known_about_the_largest_batch_is_said(second, line, words, monkeypatch):
+    """The figures of a GPU of 80 GB, of which the configured batch takes 13."""
+    monkeypatch.setattr(run, "device_bytes", lambda device: 80_000_000_000)
+    training = SimpleNamespace(
+        datamodule=SimpleNamespace(batch_size=8 if second == 4 else 3), memory_line=lambda *measured: line
+    )
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    memory = run._memory(training, trainer, None, 13_000_000_000)
+    assert memory["second_batch"] == second
+    assert words in wording._memory({"memory": json.loads(json.dumps(memory))})
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -230,7 +286,7 @@ def test_workers_that_had_batches_ready_do_not_hide_that_they_fall_behind(tmp_pa
     assert report["schedule"]["training"] == pytest.approx(5 * 0.8)
 
 
-def test_on_real_time_a_sleeping_loader_is_waited_for(tmp_path, monkeypatch):
+def test_on_real_time_a_sleeping_loader_is_waited_for(tmp_path, monkeypatch, caplog):
     getitem = UnlabeledViews.__getitem__
 
     def slow(self, draw):
@@ -238,10 +294,12 @@ def test_on_real_time_a_sleeping_loader_is_waited_for(tmp_path, monkeypatch):
         return getitem(self, draw)
 
     monkeypatch.setattr(UnlabeledViews, "__getitem__", slow)
+    monkeypatch.setattr(progress, "SECONDS_THAT_MATTER", 0)
     report = measure(tmp_path)
     assert report["parts"]["data wait"]["low"] >= 4 * 0.05
     assert report["loading"]["seconds_a_batch"]["unlabeled"] >= 4 * 0.05
     assert min(part["low"] for name, part in report["parts"].items() if name != "transfer") > 0
+    assert "waiting for data" not in caplog.text  # train says it, and names this command
 
 
 def test_the_figures_agree_with_each_other(tmp_path):
@@ -266,7 +324,7 @@ def test_the_figures_agree_with_each_other(tmp_path):
 def test_supervised_batches_hold_as_many_images_and_it_is_said(tmp_path):
     report = measure(tmp_path, "method=supervised")
     assert report["batch"]["labeled"] == 8
-    said = "\n".join(lines(report))
+    said = "\n".join(wording.lines(report))
     assert "batches of 8 labeled" in said
     assert "batches hold as many more labeled ones" in said
     assert "trainer.accumulate_grad_batches=2 reaches the reference" in said
@@ -313,6 +371,8 @@ def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(tmp_path, monk
         "expected batches of loader.batch_size=8 to fit in the memory, but they do not; "
         "use loader.batch_size=2 trainer.accumulate_grad_batches=4"
     )
+    with pytest.raises(UserError, match=r"use loader\.batch_size=2 trainer\.accumulate_grad_batches=12$"):
+        measure(tmp_path, "loader.batch_size=8", "trainer.accumulate_grad_batches=3")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,6 +391,24 @@ def test_the_second_batch_size_for_the_memory_is_really_used(tmp_path, monkeypat
     line = training_of(cfg, tmp_path).memory_line(module_of(cfg), 4, int(6e9))
     assert images == [2, 2]
     assert line == MemoryLine(2e9, 1e9)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_the_memory_of_momentum_is_measured(accumulated, tmp_path, monkeypatch):
+    steps = []
+    step = torch.optim.SGD.step
+
+    def noted(self, closure=None):
+        loss = step(self, closure)
+        steps.append(all("momentum_buffer" in state for state in self.state.values()) and len(self.state) > 0)
+        return loss
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    cfg = compose_config(
+        "benchmark", *TINY, *FEW, f"trainer.accumulate_grad_batches={accumulated}", output_dir=tmp_path
+    )
+    training_of(cfg, tmp_path).memory_line(module_of(cfg), 4, 0)
+    assert steps == [True, True]
 
 
 def training_of(cfg, tmp_path):
@@ -389,6 +467,18 @@ def test_the_command_prints_the_table_and_leaves_only_its_own_files(tmp_path):
     assert done.stderr == ""
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.log"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_figures_are_not_written_over(tmp_path, monkeypatch):
+    figures = tmp_path / "benchmark.json"
+    figures.write_text("{}")
+    monkeypatch.setattr(fitting.Training, "fit", None)  # measuring would fail
+    with pytest.raises(UserError) as caught:
+        measure(tmp_path)
+    assert str(caught.value) == (
+        f"expected a folder without figures, but found {figures}; choose another one with hydra.run.dir, or move it"
+    )
+    assert figures.read_text() == "{}"
 
 
 @pytest.mark.parametrize(

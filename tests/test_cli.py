@@ -122,7 +122,7 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
         ),
         (["loader.unlabeled_batch_size=1"], "so that CutMix finds a different partner, but got 1"),
         (["loader.batch_size=0"], "expected batch sizes of at least 1"),
-        (["loader.crop_size=20"], "expected loader.crop_size of at least 33 pixels, but got 20"),
+        (["loader.crop_size=20"], "expected loader.crop_size from 33 to 8192 pixels, but got 20"),
         (
             ["schedule.epochs=2"],
             "expected a positive whole schedule.epochs or schedule.steps, but got epochs=2, steps=5",

@@ -1,8 +1,14 @@
 import json
+import os
 import subprocess
 import sys
 
+import ddp_job
 import pytest
+
+from mlpmatch_pl import MLPMatch
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.processes import loss_of_a_process_explained
 
 LABELED, TRAIN, VAL = 5, 17, 5
 BATCH, EPOCHS = 4, 3  # a global batch; an epoch has three steps
@@ -157,3 +163,84 @@ def test_metrics_equal_those_of_a_single_process(ranks, single):
 
 def test_samplers_are_left_alone(ranks):
     assert [rank["samplers"] for rank in ranks] == [["StreamSampler", "StreamSampler"]] * 2
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def job(request, tmp_path_factory):
+    """The trainings and validations of `ddp_job`, on two and on three processes."""
+    devices, folder = request.param, tmp_path_factory.mktemp(f"job{request.param}")
+    done = subprocess.run(
+        [sys.executable, ddp_job.__file__, str(folder), str(devices)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+
+
+def curves(job, run):
+    _, ranks = job
+    assert all(rank["runs"][run] == ranks[0]["runs"][run] for rank in ranks)
+    return ranks[0]["runs"][run]
+
+
+@pytest.mark.parametrize("run", ["mlpmatch", "supervised"])
+def test_processes_together_have_the_losses_and_weights_of_one(job, run):
+    """With BatchNorm frozen, as its statistics are of another batch, and no padding."""
+    several, one = curves(job, run), ddp_job.train(run, devices=1)
+    assert len(one["losses"]) == ddp_job.STEPS
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-12)
+    assert several["weights"] == pytest.approx(one["weights"], rel=1e-12)
+
+
+@pytest.mark.parametrize("run", ["mlpmatch, padded", "supervised, padded"])
+def test_pixels_that_do_not_count_are_left_out_of_each_process_s_mean(job, run):
+    """As documented: the mean of the processes' losses, not the mean over the pixels of all of them."""
+    several, shares = curves(job, run), ddp_job.train(run, devices=1, shares=len(job[1]))
+    assert several["losses"] == pytest.approx(shares["losses"], rel=1e-12)
+    assert several["weights"] == pytest.approx(shares["weights"], rel=1e-12)
+    over_all_pixels = ddp_job.train(run, devices=1)["losses"]
+    assert several["losses"] != pytest.approx(over_all_pixels, rel=1e-4)
+    assert several["losses"] == pytest.approx(over_all_pixels, rel=0.1)
+
+
+def test_metrics_are_those_of_one_process_for_any_number_of_images(job):
+    _, ranks = job
+    for count in (count for count in ddp_job.COUNTS if count >= len(ranks)):
+        one = ddp_job.evaluate(count, devices=1)
+        for rank in ranks:
+            assert rank["evaluations"][str(count)] == one
+        assert sum(map(sum, one["val"])) == sum(map(sum, one["test"])) == count * 48 * 48
+
+
+def test_channel_dropout_differs_between_processes_and_steps(job):
+    """Each process draws twice a step: for the low and the high features, from one generator."""
+    _, ranks = job
+    seeds = {seed for rank in ranks for seed in rank["validated"]["seeds"]}
+    steps = len(ranks[0]["validated"]["seeds"]) // 2
+    assert len(seeds) == len(ranks) * steps == len(ranks) * ddp_job.STEPS
+
+
+def test_processes_validate_what_the_checkpoint_holds(job):
+    folder, ranks = job
+    assert all(rank["validated"]["buffers"] == ranks[0]["validated"]["buffers"] for rank in ranks)
+    module = MLPMatch.load_from_checkpoint(folder / "last.ckpt", weights_only=True)
+    ddp_job.trainer_of(1).validate(module, datamodule=ddp_job.datamodule_of(1, count=7), verbose=False)
+    assert module.last_counts_CC.tolist() == ranks[0]["validated"]["counts"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234",
+        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_lost_process_is_said_in_a_sentence(message):
+    lost = "expected all 2 processes to go on, but another one has ended or does not answer .* resume=auto"
+    with pytest.raises(UserError, match=lost), loss_of_a_process_explained(2):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match=r"gloo|NCCL"), loss_of_a_process_explained(1):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="shapes"), loss_of_a_process_explained(2):
+        raise RuntimeError("shapes do not match")

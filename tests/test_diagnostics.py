@@ -1,5 +1,6 @@
 import csv
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -7,12 +8,15 @@ import torch
 from conftest import save_mask
 from helpers import TINY, compose_train
 from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
 
 from mlpmatch_pl.bars import COLORS, bar_picture
 from mlpmatch_pl.callbacks.diagnostics import PseudoLabelDiagnostics
+from mlpmatch_pl.callbacks.predictions import PredictionSheets
 from mlpmatch_pl.confusion_picture import confusion_picture
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.shapes import CLASS_NAMES, shapes
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import NetworkPerturbation
 from mlpmatch_pl.spread import spread
@@ -82,6 +86,22 @@ def test_hidden_masks_are_used_where_there_are_some_and_broken_ones_left_out(fol
     assert rest["pseudo/unlabeled_acc"] != whole["pseudo/unlabeled_acc"]
 
 
+def test_an_image_that_a_source_of_ones_own_cannot_read_is_left_out(caplog):
+    data, module = shapes(labeled=3, train=9, val=1, test=1, size=48), untrained()
+    lost, read = data.unlabeled[2], data.train.mask
+
+    def mask(index):
+        if index == lost:
+            raise OSError("the disk is gone")
+        return read(index)
+
+    data.train.mask = mask
+    measured = PseudoLabelDiagnostics().measure(module, data)
+    assert f"{data.train.name(lost)} is left out of the diagnostics: the disk is gone" in caplog.text
+    truth, label, _ = plainly(module, data, [index for index in data.unlabeled if index != lost])
+    assert measured["pseudo/unlabeled_acc"] == pytest.approx((truth == label).mean(), abs=1e-4)
+
+
 @pytest.mark.parametrize(("length", "count"), [(1, 4), (5, 5), (100, 7)])
 def test_images_are_spread_evenly_and_come_once(length, count):
     taken = spread(range(length), count)
@@ -95,7 +115,8 @@ def inspected(tmp_path_factory):
     """A short run with all that looks inside, logged to W&B offline."""
     run = tmp_path_factory.mktemp("inspected")
     overrides = ("callbacks=inspect", "callbacks.predictions.every_n_validations=1", "logger=wandb",
-                 "logger.wandb.mode=offline", "schedule.steps=10", "schedule.lr=0.01")  # fmt: skip
+                 "logger.wandb.mode=offline", "schedule.steps=10", "schedule.lr=0.01",
+                 "objective.confidence_threshold=0.25")  # fmt: skip
     metrics = train(compose_train(*TINY, *overrides, output_dir=run))
     return run, metrics
 
@@ -147,19 +168,102 @@ def test_sheets_are_written_while_training_with_the_pseudo_labels(inspected):
             assert sheet.width == 5 * (320 + 8) + 8
 
 
-def test_wandb_has_the_pictures_with_masks_and_the_metrics(inspected):
-    run, _ = inspected
+def offline_records(content):
+    """Yield the records of a .wandb file: a head of 7 bytes, then pieces that end where a block of 32 KiB does."""
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        if (rest := 32768 - place % 32768) < 7:
+            place += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or a last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def logged_to_wandb(run):
+    """Return what was logged to W&B, step by step, and the folder of the run's files."""
     (offline,) = (run / "wandb").glob("offline-run-*")
-    for part, count in (("val", 2 * 2), ("test", 2)):
-        assert len(list(offline.glob(f"files/media/images/{part}/predictions_*.png"))) == count
-        masks = list(offline.glob(f"files/media/images/mask/{part}/predictions_*.png"))
-        assert len(masks) == 2 * count  # truth and prediction
-        with Image.open(masks[0]) as mask:
-            assert np.array(mask).max() <= 5
+    (path,) = offline.glob("*.wandb")
+    rows = []
+    for record in offline_records(path.read_bytes()):
+        row = {}
+        for item in record.history.item:
+            key, *rest = [item.key] if item.key else item.nested_key
+            value = json.loads(item.value_json)
+            row[key] = {**row.get(key, {}), rest[0]: value} if rest else value
+        rows.append(row)
+    return rows, offline / "files"
+
+
+def test_wandb_has_the_metrics_and_every_picture_once(inspected):
+    rows, files = logged_to_wandb(inspected[0])
     for part, count in (("val", 2), ("test", 1)):
-        assert len(list(offline.glob(f"files/media/images/{part}/confusion_*.png"))) == count
-    assert len(list(offline.glob("files/media/images/train/deactivated_blocks_*.png"))) == 1
-    (record,) = offline.glob("*.wandb")
-    content = record.read_bytes()
-    for name in (b"pseudo/fitting_gap", b"class_labels", b"triangle"):
-        assert name in content
+        for kind in ("predictions", "confidence"):
+            logged = [row[f"{part}/{kind}"] for row in rows if f"{part}/{kind}" in row]
+            assert len(logged) == count
+            assert all(len(entry["filenames"]) == 2 for entry in logged)
+            assert len(list(files.glob(f"media/images/{part}/{kind}_*.png"))) == 2 * count
+        assert len(list(files.glob(f"media/images/{part}/confusion_*.png"))) == count
+    assert len([row for row in rows if "pseudo/fitting_gap" in row]) == 2
+
+
+def test_the_histogram_is_in_wandb_after_every_validation(inspected):
+    run, _ = inspected
+    rows, files = logged_to_wandb(run)
+    shown = [row for row in rows if "train/deactivated_blocks" in row]
+    assert len(shown) == 2  # and not once more at the end, where nothing has changed
+    pictures = [Image.open(files / row["train/deactivated_blocks"]["filenames"][0]).convert("RGB") for row in shown]
+    with Image.open(run / "deactivated.png") as last:
+        assert np.array_equal(pictures[1], last)
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_wandb_has_truth_prediction_pseudo_label_and_confidence(inspected):
+    run, _ = inspected
+    rows, files = logged_to_wandb(run)
+    data = shapes(labeled=4, train=24, val=5, test=3, size=48)
+    module = MLPMatch.load_from_checkpoint(run / "checkpoints" / "last.ckpt").eval()
+    threshold = module.hparams["confidence_threshold"]
+    last = [row for row in rows if "val/predictions" in row][-1]["val/predictions"]
+    grays = [row for row in rows if "val/confidence" in row][-1]["val/confidence"]["filenames"]
+    for place, index in enumerate((0, 4)):
+        image = torch.from_numpy(data.val.image(index)).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            probabilities = torch.softmax(module(image)[0], 0).numpy()
+        confidence, label = probabilities.max(0), probabilities.argmax(0)
+        expected = {"truth": data.val.mask(index), "prediction": label}
+        expected["pseudo_label"] = np.where(confidence >= threshold, label, 255)
+        assert 0.01 < (confidence >= threshold).mean() < 0.99
+        masks = last["all_masks"][place]
+        assert masks.keys() == expected.keys()
+        for name, values in expected.items():
+            with Image.open(files / masks[name]["path"]) as mask:
+                assert (np.array(mask) == values).mean() > 0.999, name
+        with Image.open(files / grays[place]) as gray:
+            assert gray.mode == "L"
+            assert np.abs(np.array(gray) - confidence * 255).max() < 1.01
+
+
+def test_a_resumed_run_writes_the_pictures_of_one_that_was_never_stopped(tmp_path):
+    overrides = ("callbacks.predictions.every_n_validations=2", "resume=auto", "callbacks.predictions.num_images=1")
+
+    def pictures(folder, *stop):
+        train(compose_train(*TINY, "schedule.steps=20", *overrides, *stop, output_dir=folder))
+        found = folder.glob("predictions/step_*/*.png")
+        return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+    straight = pictures(tmp_path / "straight")
+    assert sorted(name.split("/")[1] for name in straight) == ["step_000010", "step_000020"]
+    stop = "+callbacks.stop._target_=helpers.StopAfterFirstEpoch"
+    with_stop = tmp_path / "stopped"
+    assert pictures(with_stop, stop) == {}
+    (with_stop / "metrics.json").unlink()
+    assert pictures(with_stop) == straight
+
+
+def test_no_interval_between_pictures_is_refused():
+    with pytest.raises(UserError, match="every_n_validations of at least 1, but got 0; null switches it off"):
+        PredictionSheets("predictions", every_n_validations=0)

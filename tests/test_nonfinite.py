@@ -152,6 +152,34 @@ def test_the_replay_says_which_layer_was_first_and_that_the_weights_were_bad(tmp
     assert output.endswith("all terms are the same, to the last bit\n")
 
 
+ON_A_MAC = pytest.mark.skipif(torch.backends.mps.is_available(), reason="this device is here")
+
+
+@pytest.mark.parametrize("device", [pytest.param("mps", marks=ON_A_MAC), "xpu"])  # the latter Lightning does not know
+def test_a_step_of_a_device_that_is_not_here_is_repeated_on_the_cpu_in_float32(tmp_path, capsys, recwarn, device):
+    caught_by(tmp_path, spoil_strong_views(math.nan))
+    folder = tmp_path / "step_4"
+    kept = torch.load(folder / "batch.pt", weights_only=True)
+    torch.save({**kept, "device": device, "precision": "16-mixed"}, folder / "batch.pt")
+    recwarn.clear()
+    repeated = replay(folder)
+    output = capsys.readouterr().out
+    place = f"on {device} in 16-mixed; repeated on cpu in 32-true: there is no {device} here"
+    assert output.startswith(f"step 4 of epoch 1, {place}\n")
+    assert output.endswith(f"not compared to the last bit: 16-mixed on {device} rounds, and overflows, elsewhere\n")
+    assert "are the same" not in output
+    assert [warning for warning in recwarn if "precision" in str(warning.message)] == []
+    assert repeated["x"] == kept["terms"]["x"]  # which was computed here, in float32
+
+
+def test_a_step_in_bfloat16_is_repeated_in_bfloat16(tmp_path, capsys):
+    caught_by(tmp_path, spoil_weight, precision="bf16-mixed")
+    replay(tmp_path / "step_4")
+    output = capsys.readouterr().out
+    assert output.startswith("step 4 of epoch 1, on cpu in bf16-mixed; repeated on cpu in bf16-mixed\n")
+    assert output.endswith("all terms are the same, to the last bit\n")
+
+
 def test_the_weights_that_are_kept_are_those_before_the_step(tmp_path):
     module, datamodule = build("mlpmatch_official")
     spoiler = Spoil(3, spoil_strong_views(math.nan))

@@ -250,7 +250,7 @@ def test_weak_view_leaves_its_input_and_the_global_generators_alone():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"crop_size": 32}, "expected loader.crop_size of at least 33 pixels, but got 32"),
+        ({"crop_size": 32}, "expected loader.crop_size from 33 to 8192 pixels, but got 32"),
         (
             {"crop_size": 64, "scale": (0.0, 1.0)},
             "expected loader.scale as 0 < low <= high and flip from 0 to 1, but got (0.0, 1.0) and 0.5",

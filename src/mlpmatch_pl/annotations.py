@@ -75,7 +75,8 @@ def fit(key: str, value: Any, annotation: Any) -> Any:
         return value
     if _fits(texts := _texts(value), annotation):
         return texts
-    shown = repr(value) if len(repr(value)) <= LONGEST else repr(value)[:LONGEST] + " ..."
+    shown = {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | NoneType) else repr(value)
+    shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} ..."
     choices = [*map(str, _choices(annotation))]
     raise UserError(f"expected {key} as {describe(annotation)}, but got {shown}" + _advice(str(value), choices))
 

@@ -25,7 +25,8 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         What benchmark.json holds: the parts of a batch, memory, loading, validation, schedule, learning rate, advice.
 
     Raises:
-        UserError: If the configuration or the data is wrong, or a batch does not fit on the device.
+        UserError: If the configuration or the data is wrong, ``output_dir`` holds a benchmark.json already, or a batch
+            does not fit on the device.
     """
     from mlpmatch_pl.benchmarking.run import run
 

@@ -30,6 +30,22 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     write_durably(path, buffer.getbuffer(), keep_as=PREVIOUS if path.name == LAST else None)
 
 
+def refuse_inflated(path: Path) -> None:
+    """Refuse a file of `torch.save` that would become larger in memory than it is; torch never writes such files.
+
+    Raises:
+        ValueError: If something in it is compressed, or there several times.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its parts overlap")
+
+
 def is_whole(path: Path) -> bool:
     """Tell whether a checkpoint file is as it was written, by the checksums inside it; `torch.load` ignores them.
 
@@ -44,6 +60,7 @@ def is_whole(path: Path) -> bool:
         (True, False)
     """
     try:
+        refuse_inflated(path)
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except Exception:  # a broken file makes the reader raise nearly anything
@@ -61,6 +78,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("its checksums do not fit")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         int(content["global_step"]), dict(content["hyper_parameters"])
+        if sum(tensor.nbytes for tensor in content["state_dict"].values()) > path.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
     except Exception as error:  # likewise
         raise UserError(
             f"expected a checkpoint of a training, but {path} cannot be read as one ({type(error).__name__}); "

@@ -6,9 +6,9 @@ One place for all of them, before anything is built: constructors may then trust
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pydoc import locate
 from typing import Any
 
-from hydra.utils import get_object
 from lightning.pytorch import Trainer
 
 from mlpmatch_pl.annotations import fit, parameters
@@ -45,7 +45,16 @@ _CRITERION: Types = {
 _SAMPLER: Types = {"sampler": str, "p": float, "k": int}
 _EVALUATION: Types = {"absent": _MODULE["absent"]}
 _LOGGER: Types = {"wandb": Mapping[str, Any] | None, "tensorboard": bool}
-_WANDB: Types = {"project": str | None, "name": str | None, "group": str | None, "mode": str | None}
+_WANDB: Types = {
+    "project": str | None,
+    "name": str | None,
+    "group": str | None,
+    "mode": str | None,
+    "entity": str | None,
+    "tags": Sequence[str] | None,
+    "notes": str | None,
+    "job_type": str | None,
+}
 _TRAINER: Types = (
     parameters(Trainer)[0]
     | {key: _MODULE[key] for key in MODULE_OPTIONS}
@@ -83,7 +92,7 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
         "loader": loader,
         "method": method,
         "objective": _inner(objective, "objective", "criterion", _CRITERION),
-        "logger": _inner(logger, "logger", "wandb", _WANDB, ["name", "mode"], is_open=True),
+        "logger": _inner(logger, "logger", "wandb", _WANDB, ["name", "mode"]),
         "backbone": _fitted("backbone", nodes["backbone"], _BACKBONE, ["name"]),
         "schedule": _fitted("schedule", nodes["schedule"], _SCHEDULE, _SCHEDULE),
         "trainer": _fitted("trainer", nodes["trainer"], _TRAINER, _TRAINER_READ),
@@ -156,13 +165,12 @@ def checked_target(key: str, node: dict[str, Any]) -> dict[str, Any]:
 
 def _target(key: str, path: str) -> Callable[..., Any]:
     try:
-        target = get_object(path)
+        target = locate(path)
     except Exception as error:  # importing runs a user's module, which may raise anything
-        reason = str(error).strip().splitlines()
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"expected {key}._target_ as the path of a function or class, but {path} cannot be imported "
-            f"({reason[-1] if reason else type(error).__name__})"
+            f"expected {key}._target_ as the path of a function or class, but {path} cannot be imported ({reason})"
         ) from error
     if not callable(target):
         raise UserError(f"expected {key}._target_ as the path of a function or class, but {path} is none")
-    return target  # type: ignore[no-any-return]
+    return target

@@ -12,17 +12,45 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
 from torch import Tensor, nn
 
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.module import MLPMatch, total_loss
+from mlpmatch_pl.restoring import restore
 
 _BATCH, _MODULE, _REPORT = "batch.pt", "module.ckpt", "report.json"
+
+
+class Place(NamedTuple):
+    """What a step is computed on, and how precisely.
+
+    Attributes:
+        device: Type of the device.
+        precision: As in Lightning.
+    """
+
+    device: str
+    precision: str
+
+    def here(self) -> Place:
+        """Return the same place if there is such a device here, else the CPU, in float32.
+
+        Example:
+            >>> Place("cpu", "bf16-mixed").here(), Place("xpu", "16-mixed").here()
+            (Place(device='cpu', precision='bf16-mixed'), Place(device='cpu', precision='32-true'))
+        """
+        known = self.device in ACCELERATOR_REGISTRY
+        return self if known and ACCELERATOR_REGISTRY.get(self.device).is_available() else Place("cpu", "32-true")
+
+    def __str__(self) -> str:
+        """Say it."""
+        return f"on {self.device} in {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,7 @@ class KeptStep:
         partial.mkdir(parents=True, exist_ok=True)
         checkpoint = {
             "pytorch-lightning_version": lightning.__version__,
+            "global_step": self.draw_step,
             "hyper_parameters": dict(module.hparams),
             "state_dict": module.state_dict(),
         }
@@ -80,7 +109,7 @@ class KeptStep:
         """
         try:
             step = cls(**torch.load(folder / _BATCH, map_location="cpu", weights_only=True))
-            module = MLPMatch.load_from_checkpoint(folder / _MODULE, map_location="cpu", weights_only=True)
+            module = restore(folder / _MODULE)
             report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         except Exception as error:  # a broken file makes the readers raise nearly anything
             raise UserError(
@@ -89,15 +118,20 @@ class KeptStep:
             ) from error
         return step, module, report
 
+    @property
+    def place(self) -> Place:
+        """What it was computed on."""
+        return Place(self.device, self.precision)
+
     def repeat(self, module: MLPMatch) -> tuple[dict[str, float], str | None]:
-        """Compute the step again, on a device of its kind if there is one.
+        """Compute the step again, where ``place.here()`` says.
 
         Returns:
             Its terms and its loss, and the first layer whose output is not finite, if there is one.
         """
         torch.set_num_threads(self.threads)
-        accelerator = self.device if self.device != "cuda" or torch.cuda.is_available() else "cpu"
-        fabric = Fabric(accelerator=accelerator, devices=1, precision=self.precision)  # type: ignore[arg-type]
+        device, precision = self.place.here()
+        fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         fabric.setup_module(module.train())  # in place
         batch = fabric.to_device(self.batch)
         with fabric.autocast(), torch.no_grad(), _watched(module) as not_finite:

@@ -108,13 +108,13 @@ def _build(config: dict[str, Any]) -> _Built:
 
 def _prepare_resume(built: _Built, checkpoint: Path) -> None:
     """Refuse a checkpoint that the training cannot go on from, and fit its place to the present length of an epoch."""
-    trainer, datamodule = built.trainer, built.datamodule
+    trainer = built.trainer
     check_architecture(built.start.hparams, built.module.hparams)
-    check_splits(checkpoint, built.output_dir, datamodule.data)
+    check_splits(checkpoint, built.output_dir, built.datamodule.data)
     check_unfinished(built.start, built.output_dir, trainer.max_epochs or 0)
     if trainer.limit_train_batches == 1.0:
-        batches = datamodule.steps_per_epoch(trainer.world_size)
-        move = partial(move_place, batches=batches, accumulate=trainer.accumulate_grad_batches)
+        batches, accumulate = built.datamodule.steps_per_epoch(trainer.world_size), trainer.accumulate_grad_batches
+        move = partial(move_place, batches=batches, accumulate=accumulate)
         trainer.strategy.checkpoint_io.adapt[str(checkpoint)] = move  # type: ignore[attr-defined]
 
 
@@ -185,6 +185,8 @@ def build_module(
     labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
     synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
     method.check_batch(labeled if method.uses_unlabeled else labeled + unlabeled, unlabeled, synchronized)
+    if schedule["reference_images"] < 1:
+        raise UserError(f"expected schedule.reference_images of at least 1, but got {schedule['reference_images']}")
     lr = schedule["lr"] * images_per_update(datamodule, trainer) / schedule["reference_images"]
     module = MLPMatch(
         len(data.class_names),
@@ -218,8 +220,8 @@ def _refuse_sweep_over_processes(trainer: Trainer) -> None:
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep and trainer.world_size > 1:
         raise UserError(
-            f"expected one device a job in a sweep, but got {trainer.world_size} processes; set trainer.devices=1 (with "
-            "hydra/launcher=submitit_slurm or joblib the jobs run beside each other), or start one command without -m a job"
+            f"expected one device a job in a sweep, but got {trainer.world_size} processes; set trainer.devices=1 and "
+            "run jobs beside each other (hydra/launcher=submitit_slurm or joblib), or start one command a job, no -m"
         )
 
 
@@ -265,7 +267,8 @@ def _describe(built: _Built) -> None:
 
 def quiet() -> None:
     """Keep the log to what this package says; warnings of substance still come through."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for chatty in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if not Launch.of(os.environ).first:
         logging.getLogger("mlpmatch_pl").setLevel(logging.WARNING)
     for message in (

@@ -24,7 +24,6 @@ from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
 from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.objective import build_criterion, volatile_weight
-from mlpmatch_pl.processes import share_buffers
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from mlpmatch_pl.steps import build_step
@@ -110,6 +109,7 @@ class MLPMatch(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_ranges(lr, lr_multi, momentum, weight_decay, power, confidence_threshold, std)
         self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint has the weights themselves
         self.method = resolve_method(method)
         self.class_names = _names(class_names, num_classes)
@@ -141,10 +141,6 @@ class MLPMatch(LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the pixels of whole images."""
         self.confusion.update(self(batch["image"]).argmax(dim=1), batch["mask"])
-
-    def on_validation_start(self) -> None:
-        """Validate what a checkpoint will hold, where processes have BatchNorm statistics of their own."""
-        share_buffers(self)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
@@ -295,6 +291,24 @@ def poly_decay(step: int, steps: int, power: float, late: bool) -> float:
         [1.0, 1.0, 0.9095, 0.8181]
     """
     return float(max(1 - max(step - late, 0) / max(steps, 1), 0.0) ** power)
+
+
+def _check_ranges(
+    lr: float,
+    lr_multi: float,
+    momentum: float,
+    weight_decay: float,
+    power: float,
+    confidence_threshold: float,
+    std: Sequence[float],
+) -> None:
+    numbers = {"lr": lr, "lr_multi": lr_multi, "momentum": momentum, "weight_decay": weight_decay, "power": power}
+    if wrong := [key for key, value in numbers.items() if not 0 <= value < math.inf]:
+        raise UserError(f"expected {wrong[0]} as a number of at least 0, but got {numbers[wrong[0]]}")
+    if not 0 <= confidence_threshold <= 1:
+        raise UserError(f"expected confidence_threshold from 0 to 1, but got {confidence_threshold}")
+    if not all(value > 0 for value in std):
+        raise UserError(f"expected std with values above 0, but got {list(std)}; check prints them")
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:

@@ -24,6 +24,7 @@ from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation.folding import for_inference
 from mlpmatch_pl.evaluation.windows import Inference
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.restoring import restore
 
 AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor
 MOST_CLASSES = 256  # that fit into uint8
@@ -196,16 +197,7 @@ def load(path: str | Path, device: str | torch.device = "auto", inference: Infer
         raise UserError(
             f"expected a checkpoint, but {path} {found}; name a file such as checkpoints/best.ckpt in a run's folder"
         )
-    try:
-        module = MLPMatch.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # a broken file makes the reader raise nearly anything
-        raise UserError(
-            f"expected a checkpoint of a training, but {path} cannot be read as one ({type(error).__name__}); name a "
-            "file that mlpmatch_pl.train has written"
-        ) from error
-    return Predictor(_to_device(module, device), inference)
+    return Predictor(_to_device(restore(path), device), inference)
 
 
 def _to_device(module: MLPMatch, device: str | torch.device) -> MLPMatch:

@@ -1,4 +1,4 @@
-"""The processes of a run: how they were started, the one time stamp they share, and what becomes of them if one is lost.
+"""The processes of a run: how they were started, what they share, and what to say when one is lost.
 
 torchrun and srun start all processes at once. Without them Lightning starts the others from the first one, after
 everything has been checked. What is needed before they are connected is read from the environment, without torch.
@@ -6,18 +6,13 @@ everything has been checked. What is needed before they are connected is read fr
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from mlpmatch_pl.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning starts the processes, not srun
 _LOST = re.compile(
@@ -64,8 +59,8 @@ class Launch:
             tasks = number("SLURM_NTASKS")
             here = number("SLURM_NTASKS_PER_NODE", str(tasks))
             return cls("srun", here, tasks, number("SLURM_PROCID") == 0, number("SLURM_LOCALID") == 0)
-        first_here = number("LOCAL_RANK") == 0
-        return cls("Lightning", 0, 0, first_here and number("NODE_RANK", environment.get("GROUP_RANK", "0")) == 0, first_here)
+        first_here, first_machine = number("LOCAL_RANK") == 0, number("NODE_RANK") == 0
+        return cls("Lightning", 0, 0, first_here and first_machine, first_here)
 
     def check(self, devices: int, machines: int) -> None:
         """Refuse another number of processes than the trainer's: each would train for itself, or wait for ever.
@@ -104,19 +99,10 @@ def time_stamp(environment: Mapping[str, str]) -> str:
 
 def _agreed(value: str, environment: Mapping[str, str]) -> str:
     """Return what the first process to ask has said, from the store through which torchrun connects them."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
     return str(store.compare_set("mlpmatch_pl/time_stamp", "", value).decode())
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Give all processes the first one's buffers, in place: BatchNorm's statistics, as a checkpoint holds them."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 @contextmanager

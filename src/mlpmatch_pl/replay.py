@@ -30,27 +30,33 @@ def replay(folder: Path) -> dict[str, float]:
     step, module, report = KeptStep.load(folder)
     repeated, layer = step.repeat(module)
     print("\n".join([*_described(step, report), f"first layer whose output is not finite: {layer or 'none'}", ""]))
-    print("\n".join(_table(step.terms, repeated)))
+    print("\n".join([*_table(step.terms, repeated), _verdict(step, repeated)]))
     return repeated
 
 
 def _described(step: "KeptStep", report: Mapping[str, Any]) -> list[str]:
-    """Say what the step was."""
-    weights = report["weights_not_finite"]
+    """Say what the step was, and what it is repeated on."""
+    weights, here = report["weights_not_finite"], step.place.here()
+    elsewhere = "" if here == step.place else f": there is no {step.device} here"
     return [
-        f"step {report['step']} of epoch {report['epoch']}, on {step.device} in {step.precision}",
+        f"step {report['step']} of epoch {report['epoch']}, {step.place}; repeated {here}{elsewhere}",
         *(f"{half}: {', '.join(names)}" for half, names in report["images"].items()),
         f"weights before the step: {'not finite in ' + ', '.join(weights) if weights else 'all finite'}",
     ]
 
 
 def _table(recorded: Mapping[str, float], repeated: Mapping[str, float]) -> list[str]:
+    rows = [f"{name:<6} {value:>13.7g} {repeated[name]:>13.7g}" for name, value in recorded.items()]
+    return [f"{'term':<6} {'recorded':>13} {'repeated':>13}", *rows]
+
+
+def _verdict(step: "KeptStep", repeated: Mapping[str, float]) -> str:
     from mlpmatch_pl.kept_step import same
 
-    rows = [f"{name:<6} {value:>13.7g} {repeated[name]:>13.7g}" for name, value in recorded.items()]
-    different = [name for name, value in recorded.items() if not same(value, repeated[name])]
-    verdict = f"different: {', '.join(different)}" if different else "all terms are the same, to the last bit"
-    return [f"{'term':<6} {'recorded':>13} {'repeated':>13}", *rows, verdict]
+    if step.place.here() != step.place:
+        return f"not compared to the last bit: {step.precision} on {step.device} rounds, and overflows, elsewhere"
+    different = [name for name, value in step.terms.items() if not same(value, repeated[name])]
+    return f"different: {', '.join(different)}" if different else "all terms are the same, to the last bit"
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from mlpmatch_pl.callbacks.checkpoint_io import DurableCheckpointIO
@@ -44,27 +44,13 @@ def build_trainer(
         )
     for option in MODULE_OPTIONS:
         options.pop(option)
+    if options.get("accumulate_grad_batches", 1) < 1:
+        raise UserError(
+            f"expected trainer.accumulate_grad_batches of at least 1, but got {options['accumulate_grad_batches']}"
+        )
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
-    # Without SyncBatchNorm every step begins with the first process's statistics, which are those that are saved: a
-    # resumed training could not repeat others. With it they are equal.
-    shared = not options["sync_batchnorm"]
-    ddp = DDPStrategy(broadcast_buffers=shared, gradient_as_bucket_view=True) if _several(options) else "auto"
-    launch = Launch.of(os.environ)
-    # It saves and exits when a signal comes; whether the job is queued again is for its script to say.
-    cluster = [SLURMEnvironment(auto_requeue=False)] if launch.by == "srun" else []
-    data_wait = DataWait()
-    trainer = _trainer(
-        options,
-        strategy=ddp,
-        max_epochs=1,  # set below, once the number of processes is known
-        default_root_dir=str(output_dir),
-        logger=False,  # set once everything is checked: a refused run leaves no trace
-        callbacks=[data_wait, *callbacks],
-        plugins=[DurableCheckpointIO(), *cluster],
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    data_wait, launch = DataWait(), Launch.of(os.environ)
+    trainer = _trainer(options, launch, str(output_dir), [data_wait, *callbacks])
     launch.check(trainer.num_devices, trainer.num_nodes)
     _check_processes(trainer, datamodule)
     steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
@@ -80,12 +66,28 @@ def build_trainer(
     return trainer
 
 
-def _trainer(options: dict[str, Any], **set_here: Any) -> Trainer:
+def _trainer(options: dict[str, Any], launch: Launch, output_dir: str, callbacks: list[Callback]) -> Trainer:
+    # DDP begins every step and every validation with the first process's BatchNorm statistics, which are those that are
+    # saved: so it must stay, although with SyncBatchNorm all have the same.
+    ddp = DDPStrategy(gradient_as_bucket_view=True) if _several(options) else "auto"
     try:
-        return Trainer(**options, **set_here)
+        # It saves and exits when a signal comes; whether the job is queued again is for its script to say.
+        cluster = [SLURMEnvironment(auto_requeue=False)] if launch.by == "srun" else []
+        return Trainer(
+            **options,
+            strategy=ddp,
+            max_epochs=1,  # set by the caller, once the number of processes is known
+            default_root_dir=output_dir,
+            logger=False,  # set once everything is checked: a refused run leaves no trace
+            callbacks=callbacks,
+            plugins=[DurableCheckpointIO(), *cluster],
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
     except Exception as error:  # Lightning has many kinds of refusal
         reason = " ".join(str(error).split()).removesuffix(".")
-        raise UserError(f"expected options that Lightning's Trainer takes, but it refuses trainer's: {reason}") from error
+        raise UserError(f"expected options of trainer that Lightning takes, but it refuses them: {reason}") from error
 
 
 def uses_sync_batchnorm(options: dict[str, Any]) -> bool:

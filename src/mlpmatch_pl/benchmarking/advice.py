@@ -33,11 +33,14 @@ class Loading:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What computes, and how: device type, precision and memory format."""
+    """What computes, and how: device type, precision, and the options of the group trainer that make it faster."""
 
     device: str
     precision: str
     channels_last: bool
+    compile_blocks: bool
+    fused_optimizer: bool
+    clipping: bool
 
 
 def shares(parts: Mapping[str, float], loading: Loading, schedule: Schedule) -> dict[str, float]:
@@ -84,8 +87,7 @@ def sentence(
         "data wait": f"data is waited for in {percent} of the time: {workers_sentence(loading)}",
         "transfer": f"the transfer to the device takes {percent} of a batch: a smaller loader.crop_size, or fewer "
         "strong views (method.strong_weights), is less to transfer",
-        "optimizer": f"the optimizer takes {percent} of a batch: a larger loader.batch_size, or "
-        "trainer.accumulate_grad_batches, makes its steps fewer",
+        "optimizer": f"the optimizer takes {percent} of a batch: {optimizer_sentence(hardware)}",
         "validation": f"validation takes {percent} of the schedule: trainer.check_val_every_n_epoch="
         f"{rarer_validation(schedule)} brings it to about {100 * GOOD_VALIDATION:.0f} %",
         "compute": f"forward and backward take {percent} of a batch, nothing else slows it down: "
@@ -102,15 +104,15 @@ def workers_sentence(loading: Loading) -> str:
     """
     if loading.needed is None:
         return f"not even {MOST_WORKERS} workers keep up; keep decoded images with loader.cache=FOLDER"
-    if loading.needed <= loading.workers:
+    # Loading in the main process delays every step: where that was measured, a worker helps even if none is predicted.
+    needed = max(loading.needed, 1)
+    if needed <= loading.workers:
         return (
-            f"{loading.workers} workers would do on cores of their own, so the {loading.cores} cores or the disk are "
-            "busy; keep decoded images with loader.cache=FOLDER"
+            f"{loading.workers} worker{'s' * (loading.workers > 1)} would do on cores of their own, so the "
+            f"{loading.cores} cores or the disk are busy; keep decoded images with loader.cache=FOLDER"
         )
     beyond = f"; that is more than the {loading.cores} cores here, so try loader.cache=FOLDER first"
-    return f"try loader.num_workers={loading.needed} (now {loading.workers})" + (
-        beyond if loading.needed > loading.cores else ""
-    )
+    return f"try loader.num_workers={needed} (now {loading.workers})" + (beyond if needed > loading.cores else "")
 
 
 def rarer_validation(schedule: Schedule) -> int:
@@ -124,17 +126,33 @@ def rarer_validation(schedule: Schedule) -> int:
     return min(math.ceil(validation * (1 - GOOD_VALIDATION) / (GOOD_VALIDATION * epoch)), schedule.epochs)
 
 
+def optimizer_sentence(hardware: Hardware) -> str:
+    """Say what makes the optimizer faster, or its steps fewer.
+
+    Example:
+        >>> optimizer_sentence(Hardware("cuda", "bf16-mixed", True, True, fused_optimizer=True, clipping=False))
+        'a larger loader.batch_size, or trainer.accumulate_grad_batches, makes its steps fewer'
+    """
+    fewer = "a larger loader.batch_size, or trainer.accumulate_grad_batches, makes its steps fewer"
+    # Lightning refuses to clip the gradients of a fused optimizer in mixed precision.
+    refused = hardware.clipping and hardware.precision.endswith("mixed")
+    if hardware.device == "cuda" and not hardware.fused_optimizer and not refused:
+        return f"try trainer.fused_optimizer=true first; {fewer}"
+    return fewer
+
+
 def compute_sentence(hardware: Hardware) -> str:
     """Say what makes forward and backward passes faster.
 
     Example:
-        >>> compute_sentence(Hardware("cuda", "bf16-mixed", channels_last=False))
+        >>> compute_sentence(Hardware("cuda", "bf16-mixed", False, False, fused_optimizer=True, clipping=False))
         'try trainer.channels_last=true, then trainer.compile_blocks=true'
     """
     if hardware.device == "cpu":
         return "a smaller loader.crop_size or backbone is faster, a GPU much more"
     if hardware.precision.startswith("32"):
         return "try trainer=gpu (bfloat16 and channels-last)"
-    if not hardware.channels_last:
-        return "try trainer.channels_last=true, then trainer.compile_blocks=true"
-    return "try trainer.compile_blocks=true; a smaller loader.crop_size or backbone is faster in any case"
+    used = {"channels_last": hardware.channels_last, "compile_blocks": hardware.compile_blocks}
+    if untried := [f"trainer.{option}=true" for option, on in used.items() if not on]:
+        return f"try {', then '.join(untried)}"
+    return "a smaller loader.crop_size or backbone is faster, what speeds up the same training is in use already"

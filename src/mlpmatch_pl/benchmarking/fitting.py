@@ -13,12 +13,13 @@ from lightning.pytorch import Trainer
 
 from mlpmatch_pl.benchmarking.clock import StepClock, ValidationClock
 from mlpmatch_pl.benchmarking.memory import MemoryLine, device_bytes, peak, start_peak
+from mlpmatch_pl.callbacks.progress import DataWait
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.trainer import build_trainer
 
-_FOR_MEMORY = 2  # batches after which the peak does not rise any more: the optimizer's state comes with the first
+_FOR_MEMORY = 2  # optimizer steps after which the peak does not rise any more: momentum comes with the first
 _SMALLEST = 2  # BatchNorm and CutMix need two images
 
 
@@ -35,6 +36,7 @@ class Training:
         # The clock and nothing else: what callbacks, loggers and checkpoints take is not measured.
         silent = {"enable_progress_bar": False, "enable_checkpointing": False, "fast_dev_run": False}
         self._config, self._output_dir = {**config, "trainer": {**config["trainer"], **silent}}, output_dir
+        self._accumulated = config["trainer"]["accumulate_grad_batches"]
         self.datamodule = datamodule
 
     def trainer(self, *callbacks: Any) -> Trainer:
@@ -54,6 +56,8 @@ class Training:
                 f"expected a CPU or a CUDA device to measure on, but got {trainer.strategy.root_device}; "
                 "use trainer.accelerator=cpu"
             )
+        # It would advise to run the very command that runs.
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, DataWait)]  # type: ignore[attr-defined]
         return trainer
 
     def fit(self, module: MLPMatch, batches: int) -> tuple[StepClock, int] | None:
@@ -91,9 +95,9 @@ class Training:
             batch: Labeled images in a batch that was measured.
             used: Bytes that it took at most.
         """
-        other = batch // 2 if batch >= 2 * _SMALLEST else 2 * batch
+        other = second_size(batch)
         with resized(self.datamodule, other):
-            measured = self.fit(module, _FOR_MEMORY)
+            measured = self.fit(module, _FOR_MEMORY * self._accumulated)
         return None if measured is None else MemoryLine.through((batch, used), (other, measured[1]))
 
     def refuse_batch(self, module: MLPMatch) -> UserError:
@@ -105,11 +109,21 @@ class Training:
         fits = wanted // 2
         while fits >= _SMALLEST:
             with resized(self.datamodule, fits):
-                if self.fit(module, _FOR_MEMORY) is not None:
-                    steps = math.ceil(wanted / fits)
-                    return UserError(f"{message}use loader.batch_size={fits} trainer.accumulate_grad_batches={steps}")
+                if self.fit(module, _FOR_MEMORY * self._accumulated) is not None:
+                    batches = math.ceil(wanted * self._accumulated / fits)
+                    return UserError(f"{message}use loader.batch_size={fits} trainer.accumulate_grad_batches={batches}")
             fits //= 2
         return UserError(f"{message}not even {_SMALLEST} do: lower loader.crop_size, or take a smaller backbone")
+
+
+def second_size(batch: int) -> int:
+    """Return the batch size whose memory is measured beside that of ``batch``: the smaller one, where there is one.
+
+    Example:
+        >>> second_size(8), second_size(3)
+        (4, 6)
+    """
+    return batch // 2 if batch >= 2 * _SMALLEST else 2 * batch
 
 
 @contextmanager

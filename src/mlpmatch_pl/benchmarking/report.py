@@ -73,9 +73,16 @@ def _memory(report: Report) -> str:
     if "device_bytes" not in memory:
         return f"memory: the process grew by {used}, without workers (a batch size is suggested on a GPU only)"
     peak = f"memory: {used} at most, {100 * memory['share']:.0f} % of {megabytes(memory['device_bytes'])}"
+    return f"{peak}; {_largest_batch(memory)}"
+
+
+def _largest_batch(memory: Report) -> str:
+    second = f"loader.batch_size={memory['second_batch']}"
+    if not memory["second_fits"]:
+        return f"{second} did not fit"
     if memory["largest_batch"] is None:
-        return f"{peak}; no larger batch fits"
-    return f"{peak}; up to loader.batch_size={memory['largest_batch']} fits with a tenth to spare"
+        return f"it does not rise with the batch ({second} was tried), so the largest batch is not known"
+    return f"up to loader.batch_size={memory['largest_batch']} fits with a tenth to spare"
 
 
 def _loading(loading: Report) -> str:

@@ -23,7 +23,7 @@ from mlpmatch_pl.benchmarking.figures import (
     spread_of_parts,
     whole_schedule,
 )
-from mlpmatch_pl.benchmarking.fitting import Training
+from mlpmatch_pl.benchmarking.fitting import Training, second_size
 from mlpmatch_pl.benchmarking.loading import predicted_wait, present_workers, time_loading, workers_needed
 from mlpmatch_pl.benchmarking.memory import device_bytes
 from mlpmatch_pl.benchmarking.report import show
@@ -42,11 +42,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Measure the training of a configuration. See `mlpmatch_pl.benchmark.benchmark`."""
     quiet()
     config = read_config(cfg)
-    output_dir, options = Path(config["output_dir"]).resolve(), _checked(config["benchmark"])
+    target, options = _new_file(Path(config["output_dir"]).resolve()), _checked(config["benchmark"])
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
-    training = Training(config, output_dir, datamodule)
+    training = Training(config, target.parent, datamodule)
     trainer = training.trainer()
     module = build_module(config, method, datamodule, trainer)
     datamodule.prepare_data()
@@ -75,11 +75,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "advice": _advice(config, trainer, parts, loading, schedule),
         "versions": {"mlpmatch_pl": mlpmatch_pl.__version__, "torch": torch.__version__},
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report)
-    log.info("all figures in %s", output_dir / "benchmark.json")
+    log.info("all figures in %s", target)
     return report
+
+
+def _new_file(folder: Path) -> Path:
+    target = folder / "benchmark.json"
+    if target.exists():
+        raise UserError(
+            f"expected a folder without figures, but found {target}; choose another one with hydra.run.dir, or move it"
+        )
+    return target
 
 
 def _checked(options: dict[str, Any]) -> dict[str, int]:
@@ -135,8 +144,10 @@ def _memory(training: Training, trainer: Trainer, module: MLPMatch, used: int) -
     if device.type != "cuda":
         return {"peak_bytes": used}
     total, line = device_bytes(device), training.memory_line(module, batch, used)
-    largest = None if line is None else line.largest_batch(total)
-    return {"peak_bytes": used, "device_bytes": total, "share": used / total, "largest_batch": largest}
+    return {
+        "peak_bytes": used, "device_bytes": total, "share": used / total, "second_batch": second_size(batch),
+        "second_fits": line is not None, "largest_batch": None if line is None else line.largest_batch(total),
+    }  # fmt: skip
 
 
 def _learning_rate(schedule: dict[str, Any], module: MLPMatch, trainer: Trainer, training: Training) -> dict[str, Any]:
@@ -155,7 +166,13 @@ def _advice(
     config: dict[str, Any], trainer: Trainer, parts: dict[str, Spread], loading: Loading, schedule: Schedule
 ) -> str:
     part_shares = shares({name: parts[name].mean for name in PARTS}, loading, schedule)
+    options = config["trainer"]
     hardware = Hardware(
-        trainer.strategy.root_device.type, str(trainer.precision), bool(config["trainer"]["channels_last"])
+        trainer.strategy.root_device.type,
+        str(trainer.precision),
+        channels_last=bool(options["channels_last"]),
+        compile_blocks=bool(options["compile_blocks"]),
+        fused_optimizer=bool(options["fused_optimizer"]),
+        clipping=bool(options["gradient_clip_val"]),
     )
     return sentence(first_to_fix(part_shares), part_shares, loading, schedule, hardware)

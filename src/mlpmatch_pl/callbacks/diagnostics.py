@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image as PILImage
 from torch import Tensor
 
 from mlpmatch_pl.bars import bar_picture
@@ -75,24 +76,30 @@ class PseudoLabelDiagnostics(Callback):
 
 
 class DeactivatedBlocks(Callback):
-    """Counts how often each block was deactivated: deactivated.json and a histogram at the end of the training.
+    """Counts how often each block was deactivated: a histogram in the loggers after every validation, files at the end.
 
     Args:
-        dirpath: Folder to write to, that of the run.
+        dirpath: Folder to write deactivated.json and deactivated.png to, that of the run.
     """
 
     def __init__(self, dirpath: str) -> None:
         self.dirpath = Path(dirpath)
         self.counts: Counter[str] = Counter()
         self.steps = 0
+        self._shown = 0  # steps in the histogram that was shown last
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Repeat the step's draw, which is a function of the seed and the step."""
         self.steps += 1
         self.counts.update(map(str, sorted(pl_module.deactivated_blocks(batch_idx))))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Show the counts so far in the loggers."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero and self.counts:
+            self._show(trainer, self._picture(pl_module))
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the counts by block, in the encoder's order, and by stage; draw them, and show them in the loggers."""
+        """Write the counts by block, in the encoder's order, and by stage; draw them, and show what is new."""
         stages = pl_module.segmentor.encoder.stages
         if not trainer.is_global_zero or not self.counts:
             return
@@ -100,10 +107,10 @@ class DeactivatedBlocks(Callback):
         by_stage = [sum(self.counts[str(block)] for block in stage) for stage in stages]
         report = {"steps": self.steps, "blocks": by_block, "stages": by_stage}
         (self.dirpath / "deactivated.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        groups = [[(str(block), self.counts[str(block)]) for block in stage] for stage in stages]
-        picture = bar_picture(groups, f"steps, of {self.steps}, that deactivated a block; stages by color")
+        picture = self._picture(pl_module)
         picture.save(self.dirpath / "deactivated.png")
-        show(trainer, "train/deactivated_blocks", picture)
+        if self._shown < self.steps:
+            self._show(trainer, picture)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts so far, for a resumed run."""
@@ -112,6 +119,15 @@ class DeactivatedBlocks(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.counts, self.steps = Counter(state_dict["counts"]), state_dict["steps"]
+
+    def _picture(self, module: Any) -> PILImage.Image:
+        stages = module.segmentor.encoder.stages
+        groups = [[(str(block), self.counts[str(block)]) for block in stage] for stage in stages]
+        return bar_picture(groups, f"steps, of {self.steps}, that deactivated a block; stages by color")
+
+    def _show(self, trainer: Trainer, picture: PILImage.Image) -> None:
+        show(trainer, "train/deactivated_blocks", picture)
+        self._shown = self.steps
 
 
 class _Counts:
@@ -139,8 +155,8 @@ def _counts(module: Any, data: SegmentationData, indices: Sequence[int], thresho
     for index in indices:
         try:
             sample = images[index]
-        except UserError as error:  # nobody has checked the masks of unlabeled images, and training needs none
-            log.warning("left out of the diagnostics: %s", error)
+        except (UserError, OSError) as error:  # nobody has checked the masks of unlabeled images; training needs none
+            log.warning("%s is left out of the diagnostics: %s", data.train.name(index), error)
             continue
         confidence_BHW, label_BHW = confidence_and_class(module(sample["image"][None].to(module.device)))
         counts.add(sample["mask"][None].long(), label_BHW.cpu(), confidence_BHW.cpu(), threshold)

@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, Source
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation import confidence_and_class
 from mlpmatch_pl.pictures import Array, prediction_sheet, to_rgb
 from mlpmatch_pl.spread import spread
@@ -22,51 +23,80 @@ from mlpmatch_pl.spread import spread
 
 @dataclass(frozen=True)
 class Predicted:
-    """An image with its truth and its prediction."""
+    """An image with its truth, its prediction, and what would become its pseudo label, where that is asked for."""
 
     name: str
     image_HWC: Array
     truth_HW: Array
     label_HW: Array
     confidence_HW: Array
+    threshold: float | None
 
-    def sheet(self, data: SegmentationData, threshold: float | None) -> PILImage.Image:
+    def sheet(self, data: SegmentationData) -> PILImage.Image:
         """Draw everything side by side."""
         return prediction_sheet(
-            self.image_HWC, self.truth_HW, self.label_HW, self.confidence_HW, data.class_names, data.colors, threshold
-        )
+            self.image_HWC, self.truth_HW, self.label_HW, self.confidence_HW, data.class_names, data.colors,
+            self.threshold,
+        )  # fmt: skip
+
+    def labels(self, ignore_index: int) -> dict[str, Array]:
+        """Return all that has a class at every pixel, by name, uint8."""
+        labels = {"truth": self.truth_HW, "prediction": self.label_HW}
+        if self.threshold is not None:
+            labels["pseudo_label"] = np.where(self.confidence_HW >= self.threshold, self.label_HW, ignore_index)
+        return {name: label_HW.astype(np.uint8) for name, label_HW in labels.items()}
 
 
 class PredictionSheets(Callback):
-    """Writes a sheet for some fixed evaluation images, and shows it in W&B (with masks to toggle) and TensorBoard.
+    """Writes a sheet for some fixed evaluation images, and shows it in TensorBoard, and its parts in W&B.
+
+    In W&B truth, prediction and, while training, pseudo label are masks to toggle, and the confidence stands beside.
 
     The images are spread evenly over the test set, or the validation set where there is no other. Sheets are written at
     the end of testing, with the weights that were tested; and, if asked for, of validation images while training. The
-    first process writes alone.
+    first process writes alone. A resumed run goes on counting validations.
 
     Args:
         dirpath: Folder to write to.
         num_images: Number of images.
         every_n_validations: Write also after every so many validations while training, to ``step_<step>`` below the
             folder; never if left out.
+
+    Raises:
+        UserError: If that number is not positive.
     """
 
     def __init__(self, dirpath: str, num_images: int = 8, every_n_validations: int | None = None) -> None:
+        if every_n_validations is not None and every_n_validations < 1:
+            raise UserError(
+                f"expected callbacks.predictions.every_n_validations of at least 1, but got {every_n_validations}; "
+                "null switches it off"
+            )
         self.dirpath, self.num_images, self.every_n_validations = Path(dirpath), num_images, every_n_validations
         self._validations = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write sheets of validation images while training, if it is their turn."""
-        if self.every_n_validations is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validations += 1
-        if self._validations % self.every_n_validations == 0 and (data := _data(trainer)) is not None:
+        if self.every_n_validations is None or self._validations % self.every_n_validations:
+            return
+        if (data := _data(trainer)) is not None:
             self._show(trainer, pl_module, data, data.val, self.dirpath / f"step_{trainer.global_step:06}", "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the sheets of the test images."""
         if (data := _data(trainer)) is not None:
             self._show(trainer, pl_module, data, data.test or data.val, self.dirpath, "test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of validations so far, for a resumed run."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]
 
     def _show(
         self, trainer: Trainer, module: LightningModule, data: SegmentationData, source: Source, folder: Path, part: str
@@ -76,14 +106,14 @@ class PredictionSheets(Callback):
         samples = WholeImages(source, len(data.class_names), data.ignore_index)
         folder.mkdir(parents=True, exist_ok=True)
         chosen = spread(range(len(source)), self.num_images)
-        predicted = [_predict(module, samples[index], source.name(index)) for index in chosen]
         threshold = module.hparams["confidence_threshold"] if part == "val" else None
-        sheets = [item.sheet(data, threshold) for item in predicted]
+        predicted = [_predict(module, samples[index], source.name(index), threshold) for index in chosen]
+        sheets = [item.sheet(data) for item in predicted]
         for item, sheet in zip(predicted, sheets, strict=True):
             sheet.save(folder / f"{item.name.replace('/', '_').rsplit('.', 1)[0]}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _log_masks(logger, f"{part}/predictions", predicted, data)
+                _log_masks(logger, part, predicted, data)
             elif isinstance(logger, TensorBoardLogger):
                 for item, sheet in zip(predicted, sheets, strict=True):
                     tag = f"{part}/{item.name}"
@@ -95,7 +125,7 @@ def _data(trainer: Trainer) -> SegmentationData | None:
 
 
 @torch.no_grad()
-def _predict(module: LightningModule, sample: dict[str, Any], name: str) -> Predicted:
+def _predict(module: LightningModule, sample: dict[str, Any], name: str, threshold: float | None) -> Predicted:
     confidence_BHW, label_BHW = confidence_and_class(module(sample["image"][None].to(module.device)))
     return Predicted(
         name,
@@ -103,18 +133,19 @@ def _predict(module: LightningModule, sample: dict[str, Any], name: str) -> Pred
         sample["mask"].numpy(),
         label_BHW[0].cpu().numpy(),
         confidence_BHW[0].cpu().numpy(),
+        threshold,
     )
 
 
-def _log_masks(logger: WandbLogger, key: str, predicted: Sequence[Predicted], data: SegmentationData) -> None:
-    """Show images in W&B with truth and prediction as masks that can be switched on and off."""
-    labels = {**dict(enumerate(data.class_names)), data.ignore_index: "ignored"}
+def _log_masks(logger: WandbLogger, part: str, predicted: Sequence[Predicted], data: SegmentationData) -> None:
+    """Show images in W&B with masks that can be switched on and off, and the confidences beside; black is unsure."""
+    classes = {**dict(enumerate(data.class_names)), data.ignore_index: "ignored"}
     masks = [
-        {
-            kind: {"mask_data": mask.astype(np.uint8), "class_labels": labels}
-            for kind, mask in (("truth", item.truth_HW), ("prediction", item.label_HW))
-        }
-        for item in predicted
+        {name: {"mask_data": label_HW, "class_labels": classes} for name, label_HW in labels.items()}
+        for labels in (item.labels(data.ignore_index) for item in predicted)
     ]
+    names = [item.name for item in predicted]
     images: list[Any] = [to_rgb(item.image_HWC) for item in predicted]
-    logger.log_image(key, images, caption=[item.name for item in predicted], masks=masks)
+    logger.log_image(f"{part}/predictions", images, caption=names, masks=masks)
+    grays: list[Any] = [PILImage.fromarray((item.confidence_HW * 255).astype(np.uint8)) for item in predicted]
+    logger.log_image(f"{part}/confidence", grays, caption=names)

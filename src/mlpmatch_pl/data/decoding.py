@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 
 from mlpmatch_pl.errors import UserError
 
@@ -17,6 +19,8 @@ except ImportError:  # it has no wheels for some platforms
     pyspng = None
 
 RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
+# As Pillow has it, which reads the masks: about 13,000 x 13,000. A few kilobytes can claim any size, and unpack to it.
+MOST_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**26)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -31,12 +35,13 @@ def decode(path: str | Path, flags: int) -> NDArray[Any]:
         (H, W), or (H, W, channels) in the order RGB or RGBA.
 
     Raises:
-        UserError: If the file cannot be read.
+        UserError: If the file cannot be read, or is too large.
     """
     try:  # cv2.imread cannot open every unicode path
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise UserError(f"cannot read the image {path} ({error.strerror}); replace or remove it") from error
+    _refuse_bomb(content, path)
     if flags == RGB and (quick := _rgb_png(content)) is not None:
         return quick
     try:
@@ -49,6 +54,26 @@ def decode(path: str | Path, flags: int) -> NDArray[Any]:
     if pixels.ndim == 3 and not is_rgb:
         pixels = cv2.cvtColor(pixels, {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[pixels.shape[2]])
     return pixels
+
+
+def refuse_large(pixels: int, path: str | Path) -> None:
+    """Refuse an image by what its header says, before memory is taken for it.
+
+    Raises:
+        UserError: If it has more pixels than `MOST_PIXELS`.
+    """
+    if pixels > MOST_PIXELS:
+        raise UserError(f"expected an image of at most {MOST_PIXELS:,} pixels, but {path} has more; cut it into tiles")
+
+
+def _refuse_bomb(content: NDArray[np.uint8], path: str | Path) -> None:
+    try:
+        with PILImage.open(io.BytesIO(content.data)) as file:  # the header only, 0.03 ms
+            refuse_large(file.width * file.height, path)
+    except PILImage.DecompressionBombError:
+        refuse_large(MOST_PIXELS + 1, path)
+    except (OSError, SyntaxError, ValueError):  # no image, or of a format that Pillow does not know: OpenCV decides
+        return
 
 
 def _rgb_png(content: NDArray[np.uint8]) -> NDArray[Any] | None:

@@ -208,11 +208,11 @@ def image_files(folder: str) -> Iterator[str]:
 
 
 def _csv_rows(lines: Sequence[str], path: Path) -> Iterator[list[str]]:
-    header = lines[0] if lines else ""
+    header = next((line for line in lines if line.strip()), "")
     delimiter = next((mark for mark in ("\t", ";") if mark in header), ",")
-    rows = csv.DictReader(lines, delimiter=delimiter)
+    rows = csv.DictReader(filter(str.strip, lines), delimiter=delimiter)
     columns = [column.strip().lower() for column in rows.fieldnames or ()]
-    if header.strip() and "image" not in columns:
+    if header and "image" not in columns:
         raise UserError(
             f"expected a first line with the columns image and mask in {path}, but found {header!r}; name the columns"
         )

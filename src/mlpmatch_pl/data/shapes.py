@@ -22,6 +22,7 @@ from mlpmatch_pl.seeding import mix
 
 CLASS_NAMES = ("background", "disk", "square", "triangle", "star", "cross")
 PALETTE = ((40, 40, 40), (230, 80, 70), (70, 140, 230), (90, 190, 90), (240, 190, 60), (170, 90, 200))
+MOST_SCENES, LARGEST_SCENE = 1_000_000, 4096  # they are drawn when they are asked for, and kept
 HUE_SPREAD = 0.09  # of the colour circle; classes are 0.2 apart
 Array = NDArray[Any]
 
@@ -100,10 +101,10 @@ def shapes(
     Raises:
         UserError: If a number is out of range.
     """
-    if min(train, val, test) < 1 or size < 33:
+    if not all(1 <= count <= MOST_SCENES for count in (train, val, test)) or not 33 <= size <= LARGEST_SCENE:
         raise UserError(
-            f"expected at least 1 image a part of at least 33 pixels, but got train={train}, val={val}, test={test}, "
-            f"size={size}"
+            f"expected 1 to {MOST_SCENES:,} images a part of 33 to {LARGEST_SCENE} pixels, but got train={train}, "
+            f"val={val}, test={test}, size={size}"
         )
     source = Shapes("train", train, size)
     names = [source.name(index) for index in range(train)]

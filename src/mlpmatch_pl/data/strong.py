@@ -52,15 +52,15 @@ class StrongView:
         jitter: Sequence[float] = (0.5, 0.5, 0.5, 0.25),
         jitter_p: float = 0.8,
         gray_p: float = 0.2,
-        blur_sigma: Sequence[float] = (0.1, 2.0),
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
         blur_p: float = 0.5,
         extra: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         _check_jitter(jitter)
         probabilities = (jitter_p, gray_p, blur_p)
-        if min(probabilities) < 0 or max(probabilities) > 1 or not 0 < blur_sigma[0] <= blur_sigma[1]:
+        if min(probabilities) < 0 or max(probabilities) > 1 or not 0 < blur_sigma[0] <= blur_sigma[1] <= 100:
             raise UserError(
-                "expected loader.strong's probabilities from 0 to 1 and blur_sigma as 0 < low <= high, but got "
+                "expected loader.strong's probabilities from 0 to 1 and blur_sigma as 0 < low <= high <= 100, but got "
                 f"jitter_p={jitter_p}, gray_p={gray_p}, blur_p={blur_p}, blur_sigma={list(blur_sigma)}"
             )
         self.jitter, self.jitter_p, self.gray_p = tuple(jitter), jitter_p, gray_p

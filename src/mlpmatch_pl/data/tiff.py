@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpmatch_pl.data.decoding import decode
+from mlpmatch_pl.data.decoding import decode, refuse_large
 from mlpmatch_pl.errors import UserError
 
 Array = NDArray[Any]
+MOST_CHANNELS = 64  # of a very large image; smaller ones may have more
 _INVERTED, _CONVERTED = 0, (3, 5, 6, 8)  # photometric tag: white is 0; palette, CMYK, YCbCr, CIE L*a*b*
 _ALPHA = (1, 2)  # extra samples tag
 _TURNS: dict[int, Callable[[Array], Array]] = {  # orientation tag
@@ -48,6 +49,7 @@ def read_tiff(path: str | Path, as_rgb: bool) -> Array:
             page: Any = series.keyframe
             if page.photometric in _CONVERTED:
                 return decode(path, cv2.IMREAD_COLOR_RGB)
+            refuse_large(max(page.imagewidth * page.imagelength, series.size // MOST_CHANNELS), path)
             pixels = _channels_last(series.asarray(), series.axes, path)
     except UserError:
         raise

@@ -13,6 +13,8 @@ from mlpmatch_pl.data.resample import Span, resample_image, resample_mask
 from mlpmatch_pl.data.sources import Image, Mask
 from mlpmatch_pl.errors import UserError
 
+LARGEST_CROP = 8192  # a batch of larger ones fits into no memory
+
 
 @dataclass(frozen=True)
 class WeakView:
@@ -40,8 +42,8 @@ class WeakView:
     ignore_index: int = 255
 
     def __post_init__(self) -> None:
-        if self.crop_size < 33:
-            raise UserError(f"expected loader.crop_size of at least 33 pixels, but got {self.crop_size}")
+        if not 33 <= self.crop_size <= LARGEST_CROP:
+            raise UserError(f"expected loader.crop_size from 33 to {LARGEST_CROP} pixels, but got {self.crop_size}")
         if not 0 < self.scale[0] <= self.scale[1] or not 0 <= self.flip <= 1:
             raise UserError(
                 f"expected loader.scale as 0 < low <= high and flip from 0 to 1, but got {self.scale} and {self.flip}"

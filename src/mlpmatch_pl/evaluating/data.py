@@ -15,6 +15,7 @@ from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.launch import build_data
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.plain_yaml import load_yaml
 from mlpmatch_pl.run_folder import describe_splits
 
 PARTS = ("val", "test")
@@ -124,7 +125,7 @@ def _dataset_config(checkpoint: Path, dataset: dict[str, Any] | None) -> dict[st
 def _saved_dataset(path: Path) -> dict[str, Any]:
     """Read the dataset of a run; a file that came with a checkpoint must not make anything else run."""
     try:
-        dataset = OmegaConf.select(OmegaConf.load(path), "dataset")
+        dataset = OmegaConf.select(load_yaml(path), "dataset")
     except Exception as error:  # a broken file makes the reader raise nearly anything
         raise UserError(
             f"cannot read the run's configuration {path} ({type(error).__name__}); name the data"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlpmatch_pl.plain_yaml import load_yaml
 from mlpmatch_pl.reporting.metrics_csv import Curve, read_curves, steps_done
 
 _NOT_SEARCHED = {"checkpoints", "predictions", "tensorboard", "wandb"}  # W&B writes a config.yaml of its own
@@ -185,7 +186,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     def read(path: Path) -> dict[str, Any]:
         try:
-            config = OmegaConf.load(path)
+            config = load_yaml(path)
         except Exception as error:  # of the YAML reader's own kinds
             raise ValueError(str(error)) from error
         if not isinstance(config, DictConfig):

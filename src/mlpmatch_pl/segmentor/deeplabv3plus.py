@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.segmentor.features import Features
 
 LOW_LEVEL_CHANNELS = 48
+# A typing error, or a checkpoint from somewhere, must not fill the memory.
+WIDEST, MOST_RATES, LARGEST_RATE = 4096, 16, 1024
 
 
 class AtrousConv2d(nn.Conv2d):
@@ -42,7 +45,7 @@ class AtrousConv2d(nn.Conv2d):
         reached = [rate < size for rate, size in zip(self.dilation, x_BDHW.shape[2:], strict=True)]
         rows, columns = (slice(None) if reach else slice(1, 2) for reach in reached)
         padding = [rate * reach for rate, reach in zip(self.dilation, reached, strict=True)]
-        return F.conv2d(x_BDHW, self.weight[:, :, rows, columns], padding=padding, dilation=self.dilation)
+        return F.conv2d(x_BDHW, self.weight[:, :, rows, columns], self.bias, padding=padding, dilation=self.dilation)
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
@@ -86,6 +89,9 @@ class DeepLabV3Plus(nn.Module):
         channels: Width of the decoder.
         atrous_rates: Dilations of the ASPP branches; 6, 12, 18 for output stride 16.
 
+    Raises:
+        UserError: If a value is out of range.
+
     Example:
         >>> decoder = DeepLabV3Plus((32, 96), num_classes=5, channels=16).eval()
         >>> tuple(decoder(Features((torch.rand(1, 32, 17, 17), torch.rand(1, 96, 5, 5)))).shape)
@@ -100,6 +106,13 @@ class DeepLabV3Plus(nn.Module):
         atrous_rates: Sequence[int] = (6, 12, 18),
     ) -> None:
         super().__init__()
+        if not 1 <= channels <= WIDEST or not 1 <= len(atrous_rates) <= MOST_RATES:
+            raise UserError(
+                f"expected 1 to {WIDEST} decoder_channels and 1 to {MOST_RATES} atrous_rates, but got {channels} and "
+                f"{len(atrous_rates)}"
+            )
+        if not all(1 <= rate <= LARGEST_RATE for rate in atrous_rates):
+            raise UserError(f"expected atrous_rates from 1 to {LARGEST_RATE}, but got {list(atrous_rates)}")
         low_channels, high_channels = in_channels
         self.aspp = ASPP(high_channels, channels, atrous_rates)
         self.reduce = _conv_bn_relu(low_channels, LOW_LEVEL_CHANNELS, 1)

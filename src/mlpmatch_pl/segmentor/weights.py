@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
+from mlpmatch_pl.checkpoint_files import refuse_inflated
 from mlpmatch_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
+        refuse_inflated(path)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file makes the readers raise nearly anything
