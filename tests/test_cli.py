@@ -127,7 +127,7 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
             ["schedule.epochs=2"],
             "expected a positive whole schedule.epochs or schedule.steps, but got epochs=2, steps=5",
         ),
-        (["schedule.steps=2.5"], "expected a positive whole schedule.epochs or schedule.steps, but got epochs=None"),
+        (["schedule.steps=2.5"], "expected schedule.steps as a whole number or null, but got 2.5"),
         (["+trainer.max_epochs=3"], "expected trainer.max_epochs to be left to this command; set schedule.epochs"),
         (["dataset.labeled=nowhere.txt"], "expected a list file, but nowhere.txt does not exist"),
         (

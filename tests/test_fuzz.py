@@ -70,6 +70,10 @@ def test_a_csv_file_with_a_blank_first_line_names_its_columns(folder_root, class
     assert folder(str(folder_root), classes, labeled="list.csv").labeled.names == ("images/img0.jpg",)
 
 
+def test_a_cache_with_a_flipped_bit_in_its_index_is_built_anew(fuzz):
+    fuzz.try_cache(("flip", [(0.984375, 1)]))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [

@@ -59,6 +59,9 @@ class ArrayFile:
             raise ValueError("files, options or the choice of images have changed")
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._table = np.frombuffer(self._map, _ENTRY, count, table)
+        offset, shape, bits = (self._table[name].astype(np.float64) for name in self._table.dtype.names or ())
+        if not np.isin(bits, [*_TYPES]).all() or (offset + shape.prod(axis=1) * bits / 8 > table).any():
+            raise ValueError("its index is damaged")
 
     def __len__(self) -> int:
         return len(self._table)
