@@ -165,7 +165,7 @@ def test_a_file_that_breaks_during_training_is_named_in_one_line(folder_root, tm
     starter = tmp_path / "unchecked.py"
     starter.write_text(
         "import sys\nfrom mlpmatch_pl.data import datamodule\n"
-        "datamodule.check_data = lambda data, crop_size: set()\n"
+        "datamodule.check_data = lambda *arguments: set()\n"
         "from mlpmatch_pl.train import main\nmain()\n"
     )
     (folder_root / "labeled.txt").write_text("images/wide.png masks/wide.png")
@@ -180,5 +180,6 @@ def test_a_file_that_breaks_during_training_is_named_in_one_line(folder_root, tm
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1] == (
             "error: expected mask values 0..2 or 255 (ignore), but the mask of images/wide.png has 9; correct the mask,"
-            " dataset.classes or dataset.ignore_index, or map the values by dataset.mask_values"
+            " dataset.classes or dataset.ignore_index, or map the values by dataset.mask_values, or set"
+            " loader.on_bad_image=skip to train on without such files"
         )

@@ -66,7 +66,8 @@ def test_wandb_without_network_falls_back_to_offline(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "logging offline instead" in result.stdout + result.stderr
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert offline.name.endswith((tmp_path / "run" / "wandb_id.txt").read_text().strip())
 
 
 def test_metrics_csv_goes_on_after_a_restart(tmp_path):

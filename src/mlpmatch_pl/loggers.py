@@ -175,10 +175,10 @@ def _has_wandb_credentials() -> bool:
 
 
 @rank_zero_only
-def _wandb_id(output_dir: Path) -> str:
+def _wandb_id(output_dir: Path, anew: bool = False) -> str:
     """Return the run's id in W&B, which is kept in the run folder."""
     path = output_dir / "wandb_id.txt"
-    if not path.exists():
+    if anew or not path.exists():
         write_durably(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()
 
@@ -208,5 +208,6 @@ def _wandb(options: dict[str, Any], output_dir: Path, run_name: str) -> Logger:
         logger.experiment  # noqa: B018  # connects now rather than in the first step
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
         log.warning("W&B: cannot connect (%s); logging offline instead", type(error).__name__)
+        options["id"] = _wandb_id(output_dir, anew=True)  # W&B holds on to the other one until this process ends
         logger = build("offline")
     return logger
