@@ -3,6 +3,7 @@ import os
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the first import of the package, and for child processes
 os.environ["MPLBACKEND"] = "Agg"  # no window, should a dependency import matplotlib
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ LEVELS = 80  # grey levels between two classes in the images
 
 def pytest_sessionstart():
     torch.set_num_threads(1)
+    # A shell's background jobs ignore Ctrl-C, and so would the commands that are interrupted here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

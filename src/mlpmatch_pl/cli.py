@@ -1,6 +1,7 @@
 """What the commands share: errors as one line, with the nearest key for a typo."""
 
 import ast
+import errno
 import os
 import re
 import sys
@@ -162,6 +163,11 @@ def _message(error: BaseException, config_name: str) -> str | None:
     for link in chain:
         if isinstance(link, HydraException | OmegaConfBaseException):
             return " ".join(str(link).split())
+        if isinstance(link, OSError) and link.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return (
+                f"expected to be allowed to use {link.filename}, but the system refuses ({link.strerror}); change its "
+                "rights, or choose another folder"
+            )
         if type(link).__name__ == "MisconfigurationException":  # Lightning's; not imported for its sake
             return f"Lightning refuses the trainer's configuration: {link}"
     return None
