@@ -532,7 +532,7 @@ def run_area(name: str, seed: int, examples: int, counts: Counter) -> str | None
     try:
         try_all()
     except Exception:
-        return f"{last[0]!r}\n{traceback.format_exc(limit=-6)}"
+        return f"{last[0]!r}\n{traceback.format_exc(limit=-6)}".replace(f"{Path(__file__).parents[1]}/", "")
     return None
 
 
