@@ -104,6 +104,8 @@ LEVERS: dict[str, Callable[[Network, str], Contestant]] = {
     "compile_blocks": lambda network, name: contestant(network, name, change=runs(compiled=True)),
 }
 
+SAME_OPERATIONS = ("plain", "channels_last", "fused_optimizer", "bfloat16", "compile_blocks")  # need no counting
+
 
 def main() -> None:
     arguments = parse()
@@ -115,8 +117,7 @@ def main() -> None:
         {
             **row(each, contestants[0], 2 * arguments.batch),
             "peak_mib": round(peak_mib(each, device), 1),
-            # A compiled block cannot be counted, and does the same operations.
-            "predicted": 1.0 if each.name == "compile_blocks" else round(plain / gigaflop(each, device), 3),
+            "predicted": 1.0 if each.name in SAME_OPERATIONS else round(plain / gigaflop(each, device), 3),
         }
         for each in contestants
     ]
