@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import time
 
 import pytest
 from helpers import TINY, compose_train, run_command
@@ -139,7 +140,11 @@ def test_wandb_and_tensorboard_go_on_with_the_same_run(tmp_path):
     run_id = (tmp_path / "wandb_id.txt").read_text().strip()
     offline = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert [path.name.rpartition("-")[2] for path in offline] == [run_id] * 2  # `wandb sync` joins them
-    assert [sorted(set(wandb_steps(path))) for path in offline] == [[*range(6)], [*range(5, 11)]]  # the test's is last
+    for path, steps in zip(offline, (range(6), range(5, 11)), strict=True):  # the test's is last
+        end = time.monotonic() + 60
+        while set(wandb_steps(path)) != set(steps) and time.monotonic() < end:  # W&B's own process writes the file
+            time.sleep(0.5)
+        assert sorted(set(wandb_steps(path))) == [*steps]
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 2
     assert tensorboard_steps(tmp_path / "tensorboard") == list(range(10))
 
