@@ -6,6 +6,7 @@ of an image that cannot be read is said by `mlpmatch_pl.data.bad_images`.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.seeding import mix
 
 
-class Views(Dataset[dict[str, Any]]):
+class Views(Dataset[dict[str, Any]], ABC):
     """Some images of a source, a sample for each draw.
 
     Args:
@@ -48,9 +49,9 @@ class Views(Dataset[dict[str, Any]]):
         """Return the name of an image."""
         return self.source.name(int(self.indices[place]))
 
+    @abstractmethod
     def sample(self, place: int, number: int) -> dict[str, Any]:
         """Read an image and make the views of a draw."""
-        raise NotImplementedError
 
 
 class LabeledViews(Views):
