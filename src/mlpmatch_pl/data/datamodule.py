@@ -220,7 +220,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             persistent_workers=num_workers > 0,
             multiprocessing_context=self.multiprocessing_context if num_workers else None,
             pin_memory=on_gpu,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=outlive_signals(),
             **options,
         )
 
