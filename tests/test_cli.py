@@ -135,7 +135,7 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
         (["dataset.labeled=nowhere.txt"], "expected a list file, but nowhere.txt does not exist"),
         (
             ["trainer.accelerator=cpu", "trainer.devices=4"],
-            "expected at least 4 validation and test images, one a proc",
+            "expected at least 4 test images, one a proc",
         ),
         (["resume=nowhere.ckpt"], "nowhere.ckpt does not exist; leave resume out to start anew"),
         (["method.partner=other"], "expected method.partner of batch, same_image, but got 'other'"),

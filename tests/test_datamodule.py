@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -429,3 +430,13 @@ def test_a_method_without_unlabeled_images_caches_labeled_ones_only(folder_root,
         with_folder(folder_root, classes, str(tmp_path / "cache"), num_strong=0)
     (line,) = [record.message for record in caplog.records if "built" in record.message and "images_" in record.message]
     assert ": 2 arrays" in line
+
+
+@pytest.mark.parametrize(("loader", "val", "test", "name"), [("val", 2, 3, "validation"), ("test", 3, 2, "test")])
+def test_a_process_without_an_image_to_evaluate_is_refused_rather_than_waited_for(loader, val, test, name):
+    data = SemiSupervisedDataModule(shapes(labeled=4, train=16, val=val, test=test, size=48), crop_size=48)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=3, num_devices=3, strategy=Trainer(**QUIET).strategy)
+    other = {"val": data.test_dataloader, "test": data.val_dataloader}[loader]
+    assert len(other()) == 1
+    with pytest.raises(UserError, match=f"expected at least 3 {name} images, one a process, but got 2"):
+        getattr(data, f"{loader}_dataloader")()

@@ -52,7 +52,7 @@ def build_trainer(
     data_wait, launch = DataWait(), Launch.of(os.environ)
     trainer = _trainer(options, launch, str(output_dir), [data_wait, *callbacks])
     launch.check(trainer.num_devices, trainer.num_nodes)
-    _check_processes(trainer, datamodule)
+    datamodule.check_world_size(trainer.world_size)
     steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
     epochs, every = length_of_training(config["schedule"], steps)
     trainer.fit_loop.max_epochs = epochs
@@ -119,17 +119,6 @@ def describe_processes(processes: int, synchronized: bool) -> str:
 
 def _several(options: dict[str, Any]) -> bool:
     return options["devices"] not in (1, "1", [0]) or options["num_nodes"] > 1
-
-
-def _check_processes(trainer: Trainer, datamodule: SemiSupervisedDataModule) -> None:
-    if trainer.world_size == 1:
-        return
-    fewest = min(len(source) for source in (datamodule.data.val, datamodule.data.test) if source is not None)
-    if fewest < trainer.world_size:
-        raise UserError(
-            f"expected at least {trainer.world_size} validation and test images, one a process, but got {fewest}; "
-            "lower trainer.devices"
-        )
 
 
 def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[int, int]:

@@ -129,6 +129,19 @@ class SemiSupervisedDataModule(LightningDataModule):
         unlabeled = math.ceil(len(self._unlabeled) / (self.unlabeled_batch_size * world_size))
         return max(labeled, unlabeled)
 
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse more processes than there are images to evaluate: one without a batch keeps the others waiting.
+
+        Args:
+            world_size: Number of processes.
+
+        Raises:
+            UserError: If there are fewer validation or test images.
+        """
+        for name, source in (("validation", self.data.val), ("test", self.data.test)):
+            if source:
+                _check_share(name, source, world_size)
+
     def prepare_data(self) -> None:
         """Check the files, see `mlpmatch_pl.data.checks.check_data`, and build the cache, once on a machine."""
         if self._checked:
@@ -170,11 +183,11 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return whole validation images, each exactly once over all ranks."""
-        return self._whole(self.data.val)
+        return self._whole("validation", self.data.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return whole test images, or the validation images where there are no others."""
-        return self._whole(self.data.test or self.data.val)
+        return self._whole("test", self.data.test or self.data.val)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Take note of the images that were left out on the way to a training batch."""
@@ -206,8 +219,10 @@ class SemiSupervisedDataModule(LightningDataModule):
         options: dict[str, Any] = {"drop_last": True, "collate_fn": collate}
         return self._loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, **options)
 
-    def _whole(self, source: Source) -> DataLoader[Any]:
-        sampler = ShardSampler(len(source), *self._place())
+    def _whole(self, name: str, source: Source) -> DataLoader[Any]:
+        rank, world_size = self._place()
+        _check_share(name, source, world_size)
+        sampler = ShardSampler(len(source), rank, world_size)
         workers = self._workers(1)["labeled"]
         dataset = WholeImages(source, len(self.data.class_names), self.data.ignore_index)
         return self._loader(dataset, batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers)
@@ -246,6 +261,13 @@ def share_workers(total: int, loaders: int) -> dict[str, int]:
         return {"labeled": total}
     labeled = max(total // 4, 1) if total > 1 else 0
     return {"labeled": labeled, "unlabeled": total - labeled}
+
+
+def _check_share(name: str, source: Source, world_size: int) -> None:
+    if len(source) < world_size:
+        raise UserError(
+            f"expected at least {world_size} {name} images, one a process, but got {len(source)}; use fewer devices"
+        )
 
 
 def _stream_seed(seed: int, name: str) -> int:
