@@ -141,6 +141,9 @@ def test_code_in_a_checkpoint_never_runs(command, content, tmp_path, how, form):
         {"criterion": {"name": "ce", "class_weights": [1.0] * 10**6}},
         {"output_stride": 2**40},
         {"palette": 3},
+        {"palette": [[]]},
+        {"palette": [[0, 0, 256]]},
+        {"palette": [[0, 0, 0]] * 9},
     ],
     ids=lambda change: " ".join(f"{key}={str(value)[:20]}" for key, value in change.items()),
 )

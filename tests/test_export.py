@@ -129,7 +129,6 @@ def test_no_path_of_this_machine_is_in_the_files(checkpoint, onnx_file, tmp_path
         ("resnet18", 8, 3, "uint8", ("onnx", "torch_export")),
         ("resnet18", 16, 1, "uint8", ("torch_export",)),
         ("mobilenetv2_100", 16, 1, "uint8", ("torch_export",)),
-        pytest.param("mobilenetv2_100", 16, 1, "uint8", ("onnx",), marks=pytest.mark.slow),
         pytest.param("mobilenetv2_100", 8, 3, "float32", ("onnx",), marks=pytest.mark.slow),
         pytest.param("test_resnet", 32, 3, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
         pytest.param("resnet50s", 16, 3, "float32", ("onnx",), marks=pytest.mark.slow),

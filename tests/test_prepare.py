@@ -36,8 +36,8 @@ from archives import (
 from PIL import Image
 
 from mlpmatch_pl.data.published import PUBLISHED
-from mlpmatch_pl.data.sources import default_palette
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.palette import default_palette
 from mlpmatch_pl.preparation import camvid, coco, lists, voc
 from mlpmatch_pl.preparation import download as download_module
 from mlpmatch_pl.preparation.options import DATASETS, read_options

@@ -1,6 +1,7 @@
 import itertools
 import pickle
 import random
+import re
 from importlib.util import find_spec
 
 import cv2
@@ -289,7 +290,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, content, suffix, channels
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif"])
-def test_files_that_were_cut_off_are_named(save, suffix):
+def test_files_that_were_cut_off_are_named(save, suffix, capfd):
     path = save(f"a.{suffix}", noise(200, 300, 3))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     assert sentence(ImageReader(), path).startswith(f"cannot read the image {path}")
@@ -297,6 +298,7 @@ def test_files_that_were_cut_off_are_named(save, suffix):
     mask.write_bytes(mask.read_bytes()[: mask.stat().st_size * 2 // 3])
     if suffix != "jpg":  # PIL fills up a cut JPEG, which is no format for masks
         assert sentence(MaskReader(), mask).startswith(f"cannot read the mask {mask} (")
+    assert not re.search("ERROR|WARN", capfd.readouterr().err)  # OpenCV's own lines
 
 
 @pytest.mark.parametrize(

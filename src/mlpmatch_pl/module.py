@@ -24,6 +24,7 @@ from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
 from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.objective import build_criterion, volatile_weight
+from mlpmatch_pl.palette import require_colors
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from mlpmatch_pl.steps import build_step
@@ -113,6 +114,7 @@ class MLPMatch(LightningModule):
         self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint has the weights themselves
         self.method = resolve_method(method)
         self.class_names = _names(class_names, num_classes)
+        _check_palette(palette or (), num_classes)
         self.absent = check_absent(absent)
         self.segmentor = Segmentor(
             num_classes, backbone, pretrained, in_chans, output_stride, decoder_channels, atrous_rates, mean, std,
@@ -316,6 +318,12 @@ def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
     if len(names) != num_classes:
         raise UserError(f"expected {num_classes} class names, but got {len(names)}")
     return names
+
+
+def _check_palette(palette: Sequence[Sequence[int]], num_classes: int) -> None:
+    require_colors("palette", palette)
+    if palette and len(palette) != num_classes:
+        raise UserError(f"expected {num_classes} colours in palette, one a class, but got {len(palette)}")
 
 
 def _plain(value: Any) -> Any:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mlpmatch_pl.data.image_reader import ImageReader
 from mlpmatch_pl.data.samples import image_tensor
-from mlpmatch_pl.data.sources import default_palette
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation.folding import for_inference
 from mlpmatch_pl.evaluation.windows import Inference
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.palette import default_palette
 from mlpmatch_pl.restoring import restore
 
 AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor

@@ -44,15 +44,23 @@ def decode(path: str | Path, flags: int) -> NDArray[Any]:
     _refuse_bomb(content, path)
     if flags == RGB and (quick := _rgb_png(content)) is not None:
         return quick
-    try:
-        pixels: NDArray[Any] | None = cv2.imdecode(content, flags) if len(content) else None
-    except cv2.error:  # as for a size beyond all limits
-        pixels = None
+    pixels = _decode_quietly(content, flags)
     if pixels is None:
         raise UserError(f"cannot read the image {path}: it is broken or no image; replace or remove it")
     is_rgb = flags != cv2.IMREAD_UNCHANGED and flags & cv2.IMREAD_COLOR_RGB
     if pixels.ndim == 3 and not is_rgb:
         pixels = cv2.cvtColor(pixels, {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[pixels.shape[2]])
+    return pixels
+
+
+def _decode_quietly(content: NDArray[np.uint8], flags: int) -> NDArray[Any] | None:
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is said by `decode`
+    try:
+        pixels: NDArray[Any] | None = cv2.imdecode(content, flags) if len(content) else None
+    except cv2.error:  # as for a size beyond all limits
+        return None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     return pixels
 
 

@@ -13,6 +13,7 @@ from PIL import ImageOps
 
 from mlpmatch_pl.data.sources import Mask
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.palette import require_colors
 
 OTHER = "other"  # key of `mask_values` for all values that are not listed
 _UNKNOWN = 256  # no class and no ignore index
@@ -125,27 +126,6 @@ def _outside(pixels: Array, most: int) -> int | None:
     """Return a value that is negative or too large, if there is one."""
     low, high = int(pixels.min()), int(pixels.max())
     return low if low < 0 else high if high > most else None
-
-
-def require_colors(key: str, colors: Sequence[Sequence[int]]) -> None:
-    """Refuse what is no list of RGB colours.
-
-    Raises:
-        UserError: With the key of the configuration and the wrong colour.
-
-    Example:
-        >>> require_colors("dataset.palette", [[0, 0, 256]])
-        Traceback (most recent call last):
-        ...
-        mlpmatch_pl.errors.UserError: expected colours as [red, green, blue] from 0 to 255 in dataset.palette, ...
-    """
-    for color in colors:
-        if (
-            not isinstance(color, Sequence)
-            or len(color) != 3
-            or not all(isinstance(value, int) and 0 <= value <= 255 for value in color)
-        ):
-            raise UserError(f"expected colours as [red, green, blue] from 0 to 255 in {key}, but got {color}")
 
 
 def _id_table(values: Mapping[int | str, int]) -> Array:

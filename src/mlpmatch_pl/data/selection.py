@@ -14,10 +14,11 @@ from mlpmatch_pl.cores import reader_threads
 from mlpmatch_pl.data.file_source import FileSource, Pair
 from mlpmatch_pl.data.files import Files
 from mlpmatch_pl.data.image_reader import ImageReader
-from mlpmatch_pl.data.mask_reader import MaskReader, require_colors
+from mlpmatch_pl.data.mask_reader import MaskReader
 from mlpmatch_pl.data.sources import SegmentationData, class_list
 from mlpmatch_pl.data.splits import Choice, Split, choose, cover_first, is_path
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.palette import require_colors
 
 log = logging.getLogger(__name__)
 

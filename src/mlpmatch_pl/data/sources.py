@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.palette import default_palette
 
 Image = NDArray[np.uint8] | NDArray[np.uint16]
 Mask = NDArray[np.uint8]
@@ -105,21 +106,6 @@ def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
             f"expected an ignore value from {len(names)} (the number of classes) to 255, but got {ignore_index}"
         )
     return names
-
-
-def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Return distinct colours, the first black: PASCAL VOC's bit-interleaved colour map.
-
-    Example:
-        >>> default_palette(3)
-        ((0, 0, 0), (128, 0, 0), (0, 128, 0))
-    """
-    return tuple(_voc_color(index) for index in range(count))
-
-
-def _voc_color(index: int) -> tuple[int, int, int]:
-    red, green, blue = (sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
-    return red, green, blue
 
 
 def require_same_size(image: Image, mask: Mask, name: str) -> None:

@@ -50,7 +50,7 @@ def convert_sbd(workspace: Workspace, archive: Path) -> None:
     Raises:
         UserError: If the archive is not SBD, or a mask has another size than its image.
     """
-    from mlpmatch_pl.data.sources import default_palette
+    from mlpmatch_pl.palette import default_palette
 
     root = workspace.root
     sbd = {PurePosixPath(member.name).stem: member.name for member in list_members(archive) if _is_mask(member.name)}

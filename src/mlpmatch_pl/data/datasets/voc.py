@@ -9,9 +9,10 @@ from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_
 from mlpmatch_pl.data.file_source import Pair
 from mlpmatch_pl.data.files import Files
 from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.sources import SegmentationData, default_palette
+from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.data.splits import Choice
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.palette import default_palette
 
 INFO = Benchmark(
     key="voc",
