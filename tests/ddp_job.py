@@ -72,11 +72,10 @@ def module_of(method, kind=MLPMatch):
     return kind(6, method=method, backbone="test_resnet", decoder_channels=8, lr=0.05, confidence_threshold=0.2)
 
 
-def datamodule_of(devices, scale=WHOLE, count=3, num_strong=2, partner="batch"):
+def datamodule_of(devices, scale=WHOLE, count=3, method="mlpmatch"):
     data = shapes(labeled=5, train=17, val=count, test=count, size=48)
     return SemiSupervisedDataModule(
-        data, crop_size=33, batch_size=BATCH // devices, scale=scale, num_strong=num_strong, partner=partner,
-        num_workers=0,
+        data, crop_size=33, batch_size=BATCH // devices, scale=scale, method=method, num_workers=0,
     )  # fmt: skip
 
 
@@ -86,7 +85,7 @@ def train(run, devices, shares=1):
     drop, FeaturePerturbation._drop = FeaturePerturbation._drop, drop_every_second_channel  # else a matter of the rank
     module, curve = module_of(method, InShares), Curve()
     module.shares = shares
-    datamodule = datamodule_of(devices, scale, num_strong=2 * (method["name"] == "mlpmatch"), partner="same_image")
+    datamodule = datamodule_of(devices, scale, method=method)
     options = {"max_epochs": EPOCHS, "limit_val_batches": 0, "precision": "64-true", "callbacks": [curve]}
     trainer_of(devices, **options).fit(module, datamodule=datamodule)
     FeaturePerturbation._drop = drop

@@ -17,6 +17,7 @@ from mlpmatch_pl.data.file_source import FileSource
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.methods import PRESETS
 
 QUIET = {
     "accelerator": "cpu",
@@ -80,7 +81,7 @@ def test_batches_have_the_shapes_and_types_of_the_contract():
 
 
 def test_same_image_partner_brings_a_second_view():
-    batch = batches(datamodule(partner="same_image").train_dataloader())[0]["unlabeled"]
+    batch = batches(datamodule(method="mlpmatch_official").train_dataloader())[0]["unlabeled"]
     assert {key: tuple(value.shape) for key, value in batch["partner"].items()} == {
         "weak": (2, 3, 33, 33),
         "strong": (2, 2, 3, 33, 33),
@@ -89,10 +90,33 @@ def test_same_image_partner_brings_a_second_view():
     assert not torch.equal(batch["partner"]["weak"], batch["weak"])
 
 
-@pytest.mark.parametrize("num_strong", [1, 3])
-def test_number_of_strong_views_is_chosen(num_strong):
-    unlabeled = batches(datamodule(num_strong=num_strong).train_dataloader())[0]["unlabeled"]
-    assert unlabeled["strong"].shape[1] == unlabeled["boxes"].shape[1] == num_strong
+@pytest.mark.parametrize(("method", "views"), [("fixmatch", 1), ({"name": "unimatch", "strong_weights": [1, 1, 1]}, 3)])
+def test_the_method_says_how_many_strong_views_there_are(method, views):
+    unlabeled = batches(datamodule(method=method).train_dataloader())[0]["unlabeled"]
+    assert unlabeled["strong"].shape[1] == unlabeled["boxes"].shape[1] == views
+
+
+def test_the_method_says_which_boxes_are_drawn():
+    for p, drawn in ((0.0, False), (1.0, True)):
+        method = {"name": "mlpmatch", "cutmix": {"p": p}}
+        boxes_BV4 = batches(datamodule(method=method).train_dataloader())[0]["unlabeled"]["boxes"]
+        assert (boxes_BV4.any(dim=2) == drawn).all()
+
+
+def test_a_method_comes_by_name_as_a_mapping_or_as_the_modules_own():
+    for method in ("mlpmatch_official", {"name": "mlpmatch_official"}, module(method="mlpmatch_official").method):
+        assert datamodule(method=method).method == PRESETS["mlpmatch_official"]
+    with pytest.raises(UserError, match=r"but got .fixmatsch.. Did you mean fixmatch"):
+        datamodule(method="fixmatsch")
+
+
+def test_what_it_holds_is_printed():
+    built = datamodule(method="fixmatch", unlabeled_batch_size=4)
+    text = (
+        "SemiSupervisedDataModule(method='fixmatch', crop_size=33, batch_size=2, unlabeled_batch_size=4; "
+        "3 labeled, 9 unlabeled, 2 validation and 1 test images)"
+    )
+    assert str(built) == repr(built) == text
 
 
 def test_one_labeled_and_two_unlabeled_images_are_enough():
@@ -125,14 +149,14 @@ def test_every_unlabeled_image_is_used_in_each_epoch():
 
 
 def test_supervised_batches_hold_as_many_images_and_an_epoch_as_many_steps():
-    pair, alone = datamodule(unlabeled_batch_size=4), datamodule(unlabeled_batch_size=4, num_strong=0)
+    pair, alone = datamodule(unlabeled_batch_size=4), datamodule(unlabeled_batch_size=4, method="supervised")
     pairs, labeled = batches(pair.train_dataloader()), batches(alone.train_dataloader())
     assert [set(batch) for batch in labeled] == [{"labeled"}] * len(pairs)
     assert {len(batch["labeled"]["image"]) for batch in labeled} == {6} == {alone.images_per_step}
 
 
 def test_supervised_needs_no_unlabeled_images():
-    loaded = batches(datamodule(labeled=4, train=4, num_strong=0).train_dataloader())
+    loaded = batches(datamodule(labeled=4, train=4, method="supervised").train_dataloader())
     assert [len(batch["labeled"]["mask"]) for batch in loaded] == [4, 4]
 
 
@@ -199,13 +223,11 @@ def test_prepare_data_reads_every_file_once(folder_root, classes, monkeypatch):
 @pytest.mark.parametrize("method", ["mlpmatch", "mlpmatch_official", "unimatch", "fixmatch", "supervised"])
 def test_plain_trainer_fits_every_method(method, folder_root, classes):
     built = module(len(classes), method=method)
-    views = len(built.method.strong_weights)
     data = SemiSupervisedDataModule(
         folder(str(folder_root), classes, labeled=2, val=1),
         crop_size=48,
         batch_size=2,
-        num_strong=views,
-        partner=built.method.partner,
+        method=method,
         num_workers=0,
     )
     before = [parameter.detach().clone() for parameter in built.parameters()]
@@ -259,6 +281,16 @@ def test_validate_fit_test_and_fit_again_in_one_process():
 # Resume ---------------------------------------------------------------------------------------------------------------
 
 EPOCHS, STEPS = 3, 5  # nine unlabeled images in batches of two
+
+
+def test_a_checkpoint_without_a_training_has_no_place_in_the_data(tmp_path):
+    built, quiet = datamodule(), {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = Trainer(**quiet, enable_checkpointing=False, enable_model_summary=False)
+    trainer.validate(module(), datamodule=built, verbose=False)
+    trainer.save_checkpoint(tmp_path / "validated.ckpt")
+    assert "SemiSupervisedDataModule" not in torch.load(tmp_path / "validated.ckpt", weights_only=True)
+    built.load_state_dict(built.state_dict())
+    assert len(batches(built.train_dataloader())) == built.steps_per_epoch()  # from the beginning
 
 
 def checkpoints(folder):
@@ -395,6 +427,7 @@ def test_another_choice_of_labels_decodes_no_image_anew(folder_root, classes, tm
     assert len(list(cache.glob("masks_*"))) > 1
 
 
+@pytest.mark.slow
 def test_workers_read_the_cache(folder_root, classes, tmp_path):
     options = {"cache": str(tmp_path / "cache"), "split_seed": 0}
     alone = content(with_folder(folder_root, classes, **options))
@@ -427,7 +460,7 @@ def test_data_sets_of_equal_names_sizes_and_times_share_a_cache_folder_without_m
 
 def test_a_method_without_unlabeled_images_caches_labeled_ones_only(folder_root, classes, tmp_path, caplog):
     with caplog.at_level("INFO", logger="mlpmatch_pl"):
-        with_folder(folder_root, classes, str(tmp_path / "cache"), num_strong=0)
+        with_folder(folder_root, classes, str(tmp_path / "cache"), method="supervised")
     (line,) = [record.message for record in caplog.records if "built" in record.message and "images_" in record.message]
     assert ": 2 arrays" in line
 

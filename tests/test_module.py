@@ -1,17 +1,16 @@
 """The LightningModule with random tensors from a foreign loader, on the CPU."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from mlpmatch_pl import MLPMatch, UserError
 from mlpmatch_pl.methods import PRESETS
-from mlpmatch_pl.module import poly_decay
+from mlpmatch_pl.optimization import poly_decay
 
 CLASSES, SIZE = 3, 33
 TRAIN_KEYS = {"loss", "loss_x", "loss_x_np", "loss_s", "loss_fp", "loss_u_np", "confident_ratio", "lambda_np", "lr"}
@@ -45,8 +44,8 @@ def random_batch(index=0):
     return {"labeled": labeled, "unlabeled": unlabeled}
 
 
-def loaders(batches=2):
-    train = [random_batch(index) for index in range(batches)]
+def loaders(batches=2, halves=("labeled", "unlabeled")):
+    train = [{half: random_batch(index)[half] for half in halves} for index in range(batches)]
     return DataLoader(train, batch_size=None), DataLoader([batch["labeled"] for batch in train], batch_size=None)
 
 
@@ -139,7 +138,8 @@ def test_encoder_learns_at_lr_and_decoder_at_its_multiple(tmp_path, method, late
 @pytest.mark.parametrize("method", ["mlpmatch", "mlpmatch_official", "supervised"])
 def test_metrics_are_logged_under_their_names(tmp_path, method):
     trainer = make_trainer(tmp_path)
-    trainer.fit(make_module(method=method, class_names=["sky", "road", "tree"]), *loaders())
+    halves = ("labeled", "unlabeled")[: 1 + (method != "supervised")]
+    trainer.fit(make_module(method=method, class_names=["sky", "road", "tree"]), *loaders(halves=halves))
     keys = SUPERVISED_KEYS if method == "supervised" else TRAIN_KEYS
     scores = {"val/miou", "val/acc", "val/dice", "val/iou/sky", "val/iou/road", "val/iou/tree"}
     assert {f"train/{key}" for key in keys} | scores <= set(trainer.callback_metrics)
@@ -192,6 +192,152 @@ def test_lambda_is_zero_without_network_perturbation(tmp_path):
     method = {"name": "mlpmatch", "network_perturbation": None, "lambda_schedule": "constant"}
     make_trainer(tmp_path, [recorder]).fit(make_module(method=method), loaders()[0])
     assert recorder.values == [0, 0]
+
+
+class Endless(IterableDataset):
+    """Batches without a number, as those of a stream."""
+
+    def __iter__(self):
+        return map(random_batch, range(100))
+
+
+def endless():
+    return DataLoader(Endless(), batch_size=None)
+
+
+def lambdas(tmp_path, loader, method, limits, **options):
+    recorder = Recorder(lambda_of)
+    spec = {"name": "mlpmatch", "lambda_max": 0.2, **method}
+    make_trainer(tmp_path, [recorder], **limits).fit(make_module(method=spec, **options), loader)
+    return recorder.values
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "limits", "expected"),
+    [
+        ({"lambda_schedule": "linear_step"}, {}, {"max_epochs": None, "max_steps": 4}, [0, 0.05, 0.1, 0.15]),
+        ({"lambda_schedule": "constant"}, {}, {"max_epochs": None, "max_steps": 2}, [0.2, 0.2]),
+        ({"lambda_max": 0.0}, {}, {"max_epochs": None, "max_steps": 2}, [0, 0]),
+        ({"network_perturbation": None}, {}, {"max_epochs": None, "max_steps": 2}, [0, 0]),
+        ({}, {}, {"max_epochs": 2, "limit_train_batches": 2}, [0, 0, 0.1, 0.1]),
+        (
+            {"lambda_schedule": "constant"},
+            {"power": 0.0},
+            {"max_epochs": -1, "max_time": "00:00:00:01", "limit_train_batches": 1},
+            None,
+        ),
+    ],
+    ids=str,
+)
+def test_an_endless_loader_needs_only_the_lengths_that_are_used(tmp_path, method, options, limits, expected):
+    values = lambdas(tmp_path, endless(), method, limits, **options)
+    assert values == pytest.approx(expected or [0.2] * len(values))
+    assert values
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "limits", "what"),
+    [
+        ({}, {}, {"max_epochs": None, "max_steps": 3}, "epochs for method.lambda_schedule=linear_epoch"),
+        ({}, {}, {"max_epochs": 2}, "steps, over which the learning rate decays"),  # Lightning says -1
+        ({"lambda_schedule": "constant"}, {}, {"max_epochs": -1}, "steps, over which the learning rate decays"),
+        (
+            {"lambda_schedule": "linear_step"},
+            {"power": 0.0},
+            {"max_epochs": -1},
+            "steps for method.lambda_schedule=linear_step",
+        ),
+    ],
+    ids=str,
+)
+def test_a_length_that_nobody_knows_is_asked_for_by_one_sentence(tmp_path, method, options, limits, what):
+    with pytest.raises(UserError, match=re.escape(f"expected to know the number of training {what}")) as error:
+        lambdas(tmp_path, endless(), method, limits, **options)
+    assert "\n" not in str(error.value)
+    assert " set max_" in str(error.value)
+
+
+def own_loop(module, fabric=None):
+    """Train without a Trainer; return lambda, and the number that seeds the draws, of every step."""
+    model, optimizer = module, module.configure_optimizers()["optimizer"]
+    if fabric is not None:
+        model, optimizer = fabric.setup(module, optimizer)
+    seen = []
+    for index in range(4):
+        seen.append((round(module.volatile_weight(), 4), module.draw_step(0), module.deactivated_blocks(0)))
+        loss = model.training_step(random_batch(index), index)
+        optimizer.zero_grad()
+        fabric.backward(loss) if fabric else loss.backward()
+        optimizer.step()
+        assert loss.isfinite()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:.*self.trainer.*")
+@pytest.mark.parametrize("with_fabric", [False, True])
+def test_a_loop_without_a_trainer_draws_anew_in_every_step_and_follows_its_length(with_fabric):
+    module = make_module()
+    module.set_length(steps=4, epochs=2)
+    seen = own_loop(module.train(), Fabric(accelerator="cpu", devices=1) if with_fabric else None)
+    assert [value for value, _, _ in seen] == [0, 0, 0.125, 0.125]
+    assert [number for _, number, _ in seen] == [0, 1, 2, 3]
+    assert len({blocks for _, _, blocks in seen}) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*self.trainer.*")
+def test_a_loop_without_a_trainer_that_says_no_length_is_refused():
+    with pytest.raises(UserError, match=r"method\.lambda_schedule=linear_epoch, but nothing says it.*set_length"):
+        make_module().training_step(random_batch(), 0)
+    with pytest.raises(UserError, match=r"over which the learning rate decays, but nothing says it.*set_length"):
+        make_module().configure_optimizers()
+    with pytest.raises(UserError, match="expected at least one epoch, and a step in each, but got 3 steps, 4 epochs"):
+        make_module().set_length(steps=3, epochs=4)
+    unimatch = make_module(method="unimatch").train()
+    assert unimatch.training_step(random_batch(), 0).isfinite()
+    assert unimatch.own_step == 1
+
+
+def without(batch, half, key):
+    return {**batch, half: {name: value for name, value in batch[half].items() if name != key}}
+
+
+def with_views(batch, views):
+    unlabeled = batch["unlabeled"]
+    more = {name: unlabeled[name][:, :1].repeat_interleave(views, 1) for name in ("strong", "boxes")}
+    return {**batch, "unlabeled": {**unlabeled, **more}}
+
+
+BATCH = random_batch()
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "sentence"),
+    [
+        ("unimatch", with_views(BATCH, 1), "expected unlabeled.strong of shape (2, 2, 3, 33, 33) in batches for method "
+         "unimatch, but got (2, 1, 3, 33, 33); build SemiSupervisedDataModule with the module's method"),
+        ("unimatch", with_views(BATCH, 3), "but got (2, 3, 3, 33, 33)"),
+        ("fixmatch", BATCH, "expected unlabeled.strong of shape (2, 1, 3, 33, 33) in batches for method fixmatch"),
+        ("unimatch", {"labeled": BATCH["labeled"]}, "expected unlabeled.weak of shape (U, 3, 33, 33) in batches for "
+         "method unimatch, but there is none"),
+        ("supervised", BATCH, "expected labeled images only for method supervised, but the batch has unlabeled ones"),
+        ("mlpmatch_official", without(BATCH, "unlabeled", "partner"), "expected unlabeled.partner.weak of shape"),
+        ("unimatch", without(BATCH, "labeled", "mask"), "expected labeled.mask of shape (2, 33, 33)"),
+        ("unimatch", {"image": BATCH["labeled"]["image"]}, "expected labeled.image of shape (B, 3, H, W)"),
+        ("supervised", {"labeled": {name: value[:, :1] for name, value in BATCH["labeled"].items()}},
+         "expected labeled.image of shape (B, 3, H, W) in batches for method supervised, but got (2, 1, 33, 33)"),
+        ("unimatch", [BATCH], "expected a training batch of {'labeled': ..., 'unlabeled': ...}, but got a list"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_does_not_fit_the_method_is_refused_by_one_sentence(tmp_path, method, batch, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        make_trainer(tmp_path).fit(make_module(method=method), DataLoader([batch], batch_size=None))
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_of_another_form_is_refused_after_ones_that_fit(tmp_path):
+    batches = [BATCH, BATCH, with_views(BATCH, 1)]
+    with pytest.raises(UserError, match=r"expected unlabeled\.strong of shape"):
+        make_trainer(tmp_path).fit(make_module(method="unimatch"), DataLoader(batches, batch_size=None))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -256,44 +402,6 @@ def test_checkpoint_holds_tensors_and_plain_data(checkpoint):
     assert plain_data(hparams), hparams
     assert hparams["num_classes"] == CLASSES
     assert set(content["state_dict"]) == set(checkpoint[1].state_dict())
-
-
-WITHOUT_HYDRA = """
-import sys
-from importlib.abc import MetaPathFinder
-
-BLOCKED = {"hydra", "omegaconf", "wandb", "albumentations"}
-
-class Blocker(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-
-sys.meta_path.insert(0, Blocker())
-import torch
-from mlpmatch_pl import MLPMatch
-
-checkpoint, expected = sys.argv[1:]
-module = MLPMatch.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
-saved = torch.load(expected, weights_only=True)
-with torch.no_grad():
-    torch.testing.assert_close(module(saved["image"]), saved["logits"], rtol=1e-5, atol=1e-5)
-assert module.method.lambda_max == 0.1
-assert module.class_names == ["a", "b", "c"]
-assert not BLOCKED & set(sys.modules)
-print("equal logits")
-"""
-
-
-def test_checkpoint_loads_in_a_process_without_hydra(checkpoint, tmp_path):
-    path, module = checkpoint
-    image_BCHW = random_batch(5)["labeled"]["image"]
-    with torch.no_grad():
-        torch.save({"image": image_BCHW, "logits": module(image_BCHW)}, tmp_path / "expected.pt")
-    command = [sys.executable, "-c", WITHOUT_HYDRA, str(path), str(tmp_path / "expected.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "equal logits" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.methods import PRESETS, resolve_method
-from mlpmatch_pl.module import total_loss
+from mlpmatch_pl.methods import PRESETS, resolve_method, total_loss
 from mlpmatch_pl.objective import build_criterion
+from mlpmatch_pl.partners import SameImagePartner
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 from mlpmatch_pl.perturbation.input import partner_shift
 from mlpmatch_pl.segmentor import Features, Segmentor
-from mlpmatch_pl.steps import SameImagePartner, build_step, eval_mode
+from mlpmatch_pl.segmentor.modes import eval_mode
+from mlpmatch_pl.step_choice import build_step
 
 CLASSES, SIZE, TAU, SEED = 4, (33, 41), 0.6, 3
 LABELED, UNLABELED = 2, 3  # different, so that a wrong split shows

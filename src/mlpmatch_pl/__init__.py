@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+    from mlpmatch_pl.data.folder import folder
+    from mlpmatch_pl.data.shapes import shapes
     from mlpmatch_pl.errors import UserError
     from mlpmatch_pl.module import MLPMatch
     from mlpmatch_pl.perturbation import CutMix, FeaturePerturbation, NetworkPerturbation
@@ -24,7 +26,9 @@ __all__ = [
     "SemiSupervisedDataModule",
     "UserError",
     "__version__",
+    "folder",
     "load",
+    "shapes",
 ]
 
 _HOMES = {
@@ -35,7 +39,9 @@ _HOMES = {
     "Segmentor": "segmentor",
     "SemiSupervisedDataModule": "data.datamodule",
     "UserError": "errors",
+    "folder": "data.folder",
     "load": "predictor",
+    "shapes": "data.shapes",
 }
 
 try:

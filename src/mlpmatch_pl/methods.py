@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.objective.volatile import SCHEDULES
-from mlpmatch_pl.perturbation.input import partner_shift
+from mlpmatch_pl.perturbation.input import require_partner
 
 PARTNERS = ("batch", "same_image")
 PASSES = ("forked", "official")
@@ -77,13 +80,13 @@ class Method:
         """Whether the step needs unlabeled images."""
         return bool(self.strong_weights)
 
-    def check_batch(self, labeled: int, unlabeled: int, synchronized: int = 1) -> None:
+    def check_batch_sizes(self, labeled: int, unlabeled: int, synchronized: int = 1) -> None:
         """Refuse batches that BatchNorm or CutMix cannot work with.
 
         Args:
             labeled: Labeled images on a device.
             unlabeled: Unlabeled images on a device.
-            synchronized: Number of devices over which SyncBatchNorm normalises together.
+            synchronized: Number of devices over which SyncBatchNorm normalizes together.
 
         Raises:
             UserError: If BatchNorm would see a single image, or CutMix would find no partner.
@@ -96,7 +99,7 @@ class Method:
                 f"{labeled} labeled and {unlabeled} unlabeled images; raise loader.batch_size"
             )
         if self.uses_unlabeled and self.partner == "batch":
-            partner_shift(unlabeled, seed=0, step=0)
+            require_partner(unlabeled)
 
 
 _UNIMATCH = Method("unimatch", strong_weights=(0.25, 0.25), feature_weight=0.5)
@@ -153,3 +156,22 @@ def resolve_method(spec: str | Mapping[str, Any] | Method) -> Method:
         if key not in known:
             raise UserError(f"method has no key {key!r}." + suggest(key, known))
     return Method(**{**asdict(PRESETS[name]), **values})
+
+
+def total_loss(terms: Mapping[str, Tensor], method: Method, lambda_np: float) -> Tensor:
+    """Weigh the terms of a step: ``scale * [(1 - lambda) Lx + lambda Lx_np + weighted unlabeled terms]``.
+
+    Args:
+        terms: Scalars by name, see `mlpmatch_pl.steps.StepResult`.
+        method: Their weights.
+        lambda_np: Weight of the volatile term, 0 without network perturbation.
+
+    Example:
+        >>> method = resolve_method("mlpmatch")
+        >>> names = ("x", "x_np", "s1", "s2", "fp", "u_np")
+        >>> total_loss({name: torch.tensor(1.0) for name in names}, method, 0.1).item()
+        1.0
+    """
+    weights = {"x": 1 - lambda_np, "x_np": lambda_np, "fp": method.feature_weight, "u_np": method.network_weight}
+    weights |= {f"s{view}": weight for view, weight in enumerate(method.strong_weights, 1)}
+    return method.scale * torch.stack([weights[name] * term for name, term in terms.items()]).sum()

@@ -10,23 +10,23 @@ holds ``weak`` (B, 3, H, W), ``strong`` (B, V, 3, H, W), ``valid`` (B, H, W) boo
 with ``weak``, ``strong`` and ``valid`` of a second view. No step reads ``index``: it names the images for people.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
+from mlpmatch_pl.batches import BatchForm
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.methods import Method
 from mlpmatch_pl.objective import PseudoLabels, consistency_loss
+from mlpmatch_pl.partners import Batch, BatchPartner, Partner, SameImagePartner
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
-from mlpmatch_pl.perturbation.input import inside_boxes, partner_shift
+from mlpmatch_pl.perturbation.input import inside_boxes
 from mlpmatch_pl.segmentor import Features, Segmentor
+from mlpmatch_pl.segmentor.modes import frozen_batchnorm_statistics
 
-Batch = Mapping[str, Any]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,22 +58,22 @@ class WeakPass:
     perturbed: dict[str, Features]
 
 
-@dataclass(frozen=True)
-class Partner:
-    """What CutMix pastes: images, and labels once the own pseudo labels are known."""
-
-    strong_BV3HW: Tensor
-    labels: Callable[[PseudoLabels], PseudoLabels]
-
-
 class SupervisedStep:
     """Labeled images only: the baseline."""
 
-    def __init__(self, segmentor: Segmentor, criterion: Criterion) -> None:
+    network_perturbations: Mapping[str, NetworkPerturbation] = {}
+
+    def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method) -> None:
         self.segmentor, self.criterion = segmentor, criterion
+        self.check_form = BatchForm(method, len(segmentor.mean_C11))
 
     def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
-        """Return the single term ``x``."""
+        """Return the single term ``x``.
+
+        Raises:
+            UserError: If the batch is not of the method's form.
+        """
+        self.check_form(labeled, unlabeled)
         return StepResult({"x": self.criterion(self.segmentor(labeled["image"]), labeled["mask"])}, None)
 
 
@@ -90,6 +90,7 @@ class MultiLevelStep:
 
     def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int) -> None:
         self.segmentor, self.criterion, self.threshold = segmentor, criterion, threshold
+        self.check_form = BatchForm(method, len(segmentor.mean_C11))
         # By name; a level that is off is not there, and so the step needs no conditions.
         fp = {"fp": FeaturePerturbation(method.feature_dropout, seed)} if method.feature_weight else {}
         options = method.network_perturbation
@@ -114,7 +115,11 @@ class MultiLevelStep:
             labeled: Labeled batch, see the module's docstring.
             unlabeled: Unlabeled batch.
             step: Number of the step; seeds its draws.
+
+        Raises:
+            UserError: If the batch is not of the method's form.
         """
+        self.check_form(labeled, unlabeled)
         weak_views = [labeled["image"], unlabeled["weak"]]
         images, sizes = torch.cat(weak_views), [len(views) for views in weak_views]
         partner = self.partner(unlabeled, step)
@@ -182,108 +187,29 @@ class MultiLevelStep:
         return frozen_batchnorm_statistics(self.segmentor)
 
 
-class OfficialStep(MultiLevelStep):
-    """The authors' passes one by one, for the faithful preset.
+def step_values(
+    result: StepResult, loss: Tensor, lambda_np: float, mask_BHW: Tensor, ignore_index: int, threshold: float
+) -> dict[str, Tensor]:
+    """Return what is logged of a step, by name, without waiting for the device.
 
-    The same terms as `MultiLevelStep`, but the feature-perturbed half holds the labeled images too (their
-    predictions are thrown away, yet enter the decoder's BatchNorm), and the deactivated network runs a full pass.
+    Args:
+        result: What the step gave.
+        loss: Its terms in one.
+        lambda_np: Weight of the volatile term.
+        mask_BHW: Masks of the labeled images.
+        ignore_index: Mask value of pixels that do not count.
+        threshold: Least confidence of a pseudo label that counts (tau).
     """
-
-    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
-        """Predict the weak views, plain and with dropped feature channels, both for labeled and unlabeled images."""
-        features = self.segmentor.encode(images_B3HW)
-        dropped = [Features(drop(features.levels, step)) for drop in self.feature_perturbations.values()]
-        logits = self.segmentor.decode(Features.cat([features, *dropped]), images_B3HW.shape[2:])
-        x, u, *rest = torch.split(logits, sizes * (1 + len(dropped)))
-        return WeakPass(x, u, dict(zip(self.feature_perturbations, rest[1::2], strict=True)), {})
-
-    def network_pass(
-        self, images_B3HW: Tensor, sizes: list[int], perturbed: Mapping[str, Features], step: int
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Run the deactivated network in full, after the strong views."""
-        pairs = {}
-        for name, perturbation in self.network_perturbations.items():
-            deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
-            with self.perturbed_context():
-                features = self.segmentor.encode(images_B3HW, deactivated)
-                pairs[name] = self._decode_pair(features, images_B3HW, sizes)
-        return pairs
-
-
-class BatchPartner:
-    """The partner is another image of the batch: saves its loading and a pass."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __call__(self, unlabeled: Batch, step: int) -> Partner:
-        """Pair every image with a different one."""
-        shift = partner_shift(len(unlabeled["weak"]), self.seed, step)
-        return Partner(unlabeled["strong"].roll(shift, 0), lambda pseudo: pseudo.roll(shift))
-
-
-class SameImagePartner:
-    """The partner is a second view of the same image, labeled by a pass in eval mode, as in the authors' code."""
-
-    def __init__(self, segmentor: Segmentor) -> None:
-        self.segmentor = segmentor
-
-    def __call__(self, unlabeled: Batch, step: int) -> Partner:
-        """Label the second views."""
-        if "partner" not in unlabeled:
-            raise UserError(
-                "expected a second view of every unlabeled image for partner=same_image, but the batch has none; "
-                'use SemiSupervisedDataModule(..., partner="same_image")'
-            )
-        partner = unlabeled["partner"]
-        with eval_mode(self.segmentor), torch.no_grad():
-            labels = PseudoLabels.from_logits(self.segmentor(partner["weak"]), partner["valid"])
-        return Partner(partner["strong"], lambda pseudo: labels)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and every part of it back into its own mode afterwards, also after an error."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
-
-
-@contextmanager
-def frozen_batchnorm_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalise by the batch, but leave the running mean and variance as they are.
-
-    Example:
-        >>> norm = nn.BatchNorm2d(2)
-        >>> with frozen_batchnorm_statistics(norm):
-        ...     _ = norm(torch.rand(4, 2, 3, 3))
-        >>> norm.running_mean.tolist()
-        [0.0, 0.0]
-    """
-    norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.momentum = 0.0
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+    terms, pseudo = result.terms, result.pseudo
+    values = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+    if pseudo is not None:
+        values["loss_s"] = torch.stack([term for name, term in terms.items() if name[1:].isdigit()]).mean()
+        values["confident_ratio"] = pseudo.confident_ratio(threshold)
+        values["empty_unlabeled"] = (~pseudo.valid_BHW.any()).float()
+    # Numbers are filled in on the device: Lightning would copy each there, and wait for it.
+    no_label = (mask_BHW == ignore_index).all()
+    return values | {"lambda_np": loss.new_full((), lambda_np), "empty_labeled": no_label.float()}
 
 
 def _nothing() -> AbstractContextManager[None]:
     return nullcontext()
-
-
-def build_step(
-    segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int
-) -> SupervisedStep | MultiLevelStep:
-    """Choose the step of a method."""
-    if not method.uses_unlabeled:
-        return SupervisedStep(segmentor, criterion)
-    step = {"forked": MultiLevelStep, "official": OfficialStep}[method.passes]
-    return step(segmentor, criterion, method, threshold, seed)

@@ -1,1 +1,30 @@
-"""Files to batches: sources, splits, views, samplers, checks, and the data module."""
+"""Files to batches: sources, splits, views, samplers, checks, and the data module.
+
+The functions that describe a data set have the names of their modules here, so `folder` and `shapes` stand at the top
+of the package: ``from mlpmatch_pl import folder, shapes``. Names are loaded when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+    from mlpmatch_pl.data.sources import SegmentationData, Source
+    from mlpmatch_pl.data.strong import StrongView
+    from mlpmatch_pl.data.weak import WeakView
+
+__all__ = ["SegmentationData", "SemiSupervisedDataModule", "Source", "StrongView", "WeakView"]
+
+_HOMES = {
+    "SegmentationData": "sources",
+    "SemiSupervisedDataModule": "datamodule",
+    "Source": "sources",
+    "StrongView": "strong",
+    "WeakView": "weak",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"mlpmatch_pl.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'mlpmatch_pl.data' has no attribute {name!r}")

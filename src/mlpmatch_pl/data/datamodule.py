@@ -9,22 +9,20 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mlpmatch_pl.cores import usable_cores
 from mlpmatch_pl.data.bad_images import SkippedImages, bad_image_policy, collate
 from mlpmatch_pl.data.cache import with_cache
 from mlpmatch_pl.data.checks import check_data
-from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler
+from mlpmatch_pl.data.loaders import build_loader, check_share, free_workers, share_workers
+from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, current_place
 from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews, WholeImages
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.data.strong import StrongView
 from mlpmatch_pl.data.weak import WeakView
-from mlpmatch_pl.data.worker_signals import outlive_signals
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.methods import Method, resolve_method
 from mlpmatch_pl.perturbation import CutMix
-
-MOST_WORKERS = 16  # more seldom load faster, and each costs memory
 
 
 class SemiSupervisedDataModule(LightningDataModule):
@@ -35,15 +33,15 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     Args:
         data: The data set, from `mlpmatch_pl.data.folder.folder`, `mlpmatch_pl.data.shapes.shapes` or your own sources.
+        method: What the batches are for, as the module takes it, or the module's ``method`` itself: it says how many
+            strong views there are, which boxes CutMix draws, and whether every unlabeled image comes with a second view
+            to paste from. One without strong views gets labeled images only, ``unlabeled_batch_size`` more of them, so
+            that a step sees as many images and an epoch has as many steps as with unlabeled images.
         crop_size: Height and width of the training views in pixels.
         batch_size: Labeled images in a batch, a device.
         unlabeled_batch_size: Unlabeled images in a batch, a device; as many as labeled ones if left out.
-        num_strong: Strong views of an unlabeled image. 0 gives labeled images only: ``unlabeled_batch_size`` more of
-            them, so that a step sees as many images and an epoch has as many steps as with unlabeled images.
-        partner: ``batch``, or ``same_image`` for a second view of every unlabeled image (CutMix partner).
         scale: Smallest and largest factor of the long side, in the weak view.
         strong: Options of `mlpmatch_pl.data.strong.StrongView`.
-        cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
         eval_batch_size: Images in an evaluation batch; more than 1 only if all have the same size.
         num_workers: Worker processes in all; as many as there are free cores if left out.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
@@ -67,14 +65,13 @@ class SemiSupervisedDataModule(LightningDataModule):
     def __init__(
         self,
         data: SegmentationData,
+        *,
+        method: str | Mapping[str, Any] | Method = "mlpmatch",
         crop_size: int = 321,
         batch_size: int = 8,
         unlabeled_batch_size: int | None = None,
-        num_strong: int = 2,
-        partner: str = "batch",
         scale: tuple[float, float] = (0.5, 2.0),
         strong: Mapping[str, Any] | None = None,
-        cutmix: Mapping[str, Any] | None = None,
         eval_batch_size: int = 1,
         num_workers: int | None = None,
         multiprocessing_context: str | None = None,
@@ -83,7 +80,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.data, self.seed, self.num_strong = data, seed, num_strong
+        self.data, self.seed, self.method = data, seed, resolve_method(method)
         self.batch_size, self.crop_size = batch_size, crop_size
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
@@ -95,7 +92,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"expected batch sizes of at least 1 and workers of at least 0, but got {batch_size} labeled, "
                 f"{self.unlabeled_batch_size} unlabeled, {eval_batch_size} for evaluation, {num_workers} workers"
             )
-        if num_strong and not data.unlabeled:
+        if self.method.uses_unlabeled and not data.unlabeled:
             raise UserError(
                 f"expected unlabeled images beside the {len(data.labeled.names)} labeled ones, but there are none; "
                 "label fewer (dataset.labeled), add images without mask, or use method=supervised"
@@ -108,15 +105,27 @@ class SemiSupervisedDataModule(LightningDataModule):
             data.unlabeled,
             weak,
             StrongView(**(strong or {})),
-            CutMix(**{key: _pair(value) for key, value in (cutmix or {}).items()}),
-            num_strong,
-            partner == "same_image",
+            CutMix(**{key: _pair(value) for key, value in self.method.cutmix.items()}),
+            len(self.method.strong_weights),
+            self.method.partner == "same_image",
             seed,
             policy,
         )
         self._checked = self._cached = False
         self.cache = cache
         self._resume = (0, 0)  # epoch and batch to go on with
+
+    def __repr__(self) -> str:
+        """Say what it is for, and how many images it has."""
+        data = self.data
+        return (
+            f"{type(self).__name__}(method={self.method.name!r}, crop_size={self.crop_size}, "
+            f"batch_size={self.batch_size}, unlabeled_batch_size={self.unlabeled_batch_size}; "
+            f"{len(data.labeled.names)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation and "
+            f"{len(data.test or ())} test images)"
+        )
+
+    __str__ = __repr__  # Lightning's own asks loaders for their lengths, and fails at two in one
 
     @property
     def images_per_step(self) -> int:
@@ -140,7 +149,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         """
         for name, source in (("validation", self.data.val), ("test", self.data.test)):
             if source:
-                _check_share(name, source, world_size)
+                check_share(name, source, world_size)
 
     def prepare_data(self) -> None:
         """Check the files, see `mlpmatch_pl.data.checks.check_data`, and build the cache, once on a machine."""
@@ -153,20 +162,20 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
             )
         if self.cache is not None:
-            with_cache(self.data, Path(self.cache), unlabeled=self.num_strong > 0)
+            with_cache(self.data, Path(self.cache), unlabeled=self.method.uses_unlabeled)
         self._checked = True
 
     def setup(self, stage: str) -> None:
         """Open the cache, in every process."""
         if self.cache is not None and not self._cached:
-            self.data = with_cache(self.data, Path(self.cache), unlabeled=self.num_strong > 0)
+            self.data = with_cache(self.data, Path(self.cache), unlabeled=self.method.uses_unlabeled)
             self._labeled.source = self._unlabeled.source = self.data.train
             self._cached = True
 
     def train_dataloader(self) -> CombinedLoader:
         """Return the paired loader; the first epoch after a resume starts where the run stopped."""
         (epoch, batch), self._resume = self._resume, (0, 0)
-        if not self.num_strong:
+        if not self.method.uses_unlabeled:
             sizes: dict[str, tuple[LabeledViews | UnlabeledViews, int]]
             sizes = {"labeled": (self._labeled, self.images_per_step)}
         else:
@@ -194,8 +203,10 @@ class SemiSupervisedDataModule(LightningDataModule):
         return {name: self.skipped.take(part) if isinstance(part, dict) else part for name, part in batch.items()}
 
     def state_dict(self) -> dict[str, int]:
-        """Return how far the training stream has been read (saved in every checkpoint)."""
+        """Return how far the training stream has been read (saved in every checkpoint); nothing if it was not."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        if math.isinf(loop.max_batches):  # as after trainer.validate alone
+            return {}
         return {
             # Not "processed", which is raised before the checkpoint of a finished epoch is written.
             "epoch": loop.epoch_progress.current.ready - 1,
@@ -205,6 +216,8 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on where the checkpoint was written. Lightning calls this before it asks for loaders."""
+        if not state_dict:
+            return
         epoch, batch = state_dict["epoch"], state_dict["batch"]
         self._resume = (epoch + 1, 0) if batch >= state_dict["batches"] else (epoch, batch)
 
@@ -212,62 +225,36 @@ class SemiSupervisedDataModule(LightningDataModule):
         self, dataset: LabeledViews | UnlabeledViews, batch_size: int, name: str, epoch: int, batch: int, workers: int
     ) -> DataLoader[Any]:
         rank, world_size = self._place()
-        num_samples = self.steps_per_epoch(world_size) * batch_size
+        num_samples = self.steps_per_epoch(world_size or current_place()[1]) * batch_size
         sampler = StreamSampler(len(dataset), num_samples, rank, world_size, seed=_stream_seed(self.seed, name))
         sampler.set_epoch(epoch)
         sampler.start = batch * batch_size
-        options: dict[str, Any] = {"drop_last": True, "collate_fn": collate}
-        return self._loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, **options)
+        return self._loader(dataset, batch_size, sampler, workers, drop_last=True, collate_fn=collate)
 
     def _whole(self, name: str, source: Source) -> DataLoader[Any]:
         rank, world_size = self._place()
-        _check_share(name, source, world_size)
+        check_share(name, source, world_size or current_place()[1])
         sampler = ShardSampler(len(source), rank, world_size)
         workers = self._workers(1)["labeled"]
         dataset = WholeImages(source, len(self.data.class_names), self.data.ignore_index)
-        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=sampler, num_workers=workers)
+        return self._loader(dataset, self.eval_batch_size, sampler, workers)
 
-    def _loader(self, dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: Dataset[Any], batch_size: int, sampler: Sampler[Any], workers: int, **options: Any
+    ) -> DataLoader[Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
-            dataset,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            multiprocessing_context=self.multiprocessing_context if num_workers else None,
-            pin_memory=on_gpu,
-            worker_init_fn=outlive_signals(),
-            **options,
+        return build_loader(
+            dataset, batch_size, sampler, workers, self.multiprocessing_context, pinned=on_gpu, **options
         )
 
-    def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+    def _place(self) -> tuple[int, int] | tuple[None, None]:
+        return (None, None) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _workers(self, loaders: int) -> dict[str, int]:
         """Return how many workers each loader gets."""
         processes = 1 if self.trainer is None else self.trainer.num_devices  # on this machine
-        free = min(max(usable_cores() // processes - 1, 0), MOST_WORKERS)
-        total = free if self.num_workers is None else self.num_workers
+        total = free_workers(processes) if self.num_workers is None else self.num_workers
         return share_workers(total, loaders)
-
-
-def share_workers(total: int, loaders: int) -> dict[str, int]:
-    """Share workers out to one or two loaders: an unlabeled sample costs about three times a labeled one.
-
-    Example:
-        >>> share_workers(8, 2), share_workers(1, 2), share_workers(8, 1)
-        ({'labeled': 2, 'unlabeled': 6}, {'labeled': 0, 'unlabeled': 1}, {'labeled': 8})
-    """
-    if loaders == 1:
-        return {"labeled": total}
-    labeled = max(total // 4, 1) if total > 1 else 0
-    return {"labeled": labeled, "unlabeled": total - labeled}
-
-
-def _check_share(name: str, source: Source, world_size: int) -> None:
-    if len(source) < world_size:
-        raise UserError(
-            f"expected at least {world_size} {name} images, one a process, but got {len(source)}; use fewer devices"
-        )
 
 
 def _stream_seed(seed: int, name: str) -> int:
