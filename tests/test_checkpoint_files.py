@@ -3,6 +3,9 @@ import os
 import pickle
 import resource
 import signal
+import stat
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,14 +105,34 @@ def test_the_last_checkpoint_before_is_kept(checkpoint):
     assert steps == {"last.ckpt": 9, "last-1.ckpt": 8}
 
 
-def test_without_hard_links_the_one_before_is_moved(checkpoint, monkeypatch):
+def test_without_hard_links_the_one_before_is_copied(checkpoint, monkeypatch):
     def refuse(*names):
         raise OSError(errno.EPERM, "no hard links here")
 
+    def look(path, target):
+        assert is_whole(checkpoint)  # at every moment
+        os.replace(path, target)
+
     monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "replace", look)
     write_checkpoint({**CONTENT, "global_step": 8}, checkpoint)
     assert read_checkpoint(checkpoint)["global_step"] == 8
     assert read_checkpoint(checkpoint.with_name("last-1.ckpt"))["global_step"] == 7
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_disk_that_cannot_sync_folders_is_no_error(number, passes, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "folder")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with nullcontext() if passes else pytest.raises(OSError, match="folder"):
+        write_durably(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_a_full_disk_leaves_the_file_before_and_says_how_much_is_missing(checkpoint, small_files):

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CAMPAIGN = Path(__file__).parents[1] / "benchmarks" / "kill.py"
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_they_had_never_been_killed(tmp_path):
     """SIGKILL at random times, every second one while a checkpoint is being written."""
     out = tmp_path / "kill.json"

@@ -231,8 +231,10 @@ def test_a_process_knows_its_place(environment, first, first_here):
 
 
 def test_a_single_process_has_the_time_for_a_stamp():
-    for environment in ({}, {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711"}):
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", time_stamp(environment))
+    """And the job beside it: those of an array may start in one second."""
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711"}
+    for environment, end in (({}, ""), (job, "_job4711"), ({**job, "SLURM_STEP_ID": "2"}, r"_job4711\.2")):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d" + end, time_stamp(environment))
 
 
 @pytest.mark.slow

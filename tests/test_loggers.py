@@ -108,6 +108,26 @@ def test_rows_after_the_checkpoint_and_a_cut_off_line_are_left_out_when_a_run_go
     ]
 
 
+TWO_NUMBERINGS = "epoch,step,train/loss,val/miou\r\n1,8,0.5,\r\n1,9,,0.25\r\n2,6,0.4,\r\n2,7,0.3,\r\n2,8,0.2,\r\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "count", "rows"),
+    [
+        (7, 3, ["1,8,0.5,", "1,9,,0.25", "2,6,0.4,"]),  # after the row of its last step
+        (7, 2, ["1,8,0.5,", "1,9,,0.25", "2,6,0.4,"]),  # before it, as within an epoch
+        (10, 2, ["1,8,0.5,", "1,9,,0.25"]),  # written when epochs had more steps; what came after it had fewer
+        (10, 9, ["1,8,0.5,", "1,9,,0.25", "2,6,0.4,", "2,7,0.3,", "2,8,0.2,"]),
+        (0, 0, []),
+    ],
+)
+def test_rows_come_after_the_checkpoint_by_their_place_not_by_their_step(step, count, rows, tmp_path):
+    (tmp_path / "metrics.csv").write_text(TWO_NUMBERINGS)
+    MetricsCSV(str(tmp_path)).go_on(step, {}, log_every_n_steps=1, count=count)
+    left = (tmp_path / "metrics.csv").read_text().splitlines()[1:] if rows else list(tmp_path.iterdir())
+    assert left == rows
+
+
 @pytest.mark.parametrize(("every", "rows"), [(1, ["0,1,0.5", "1,2,0.375"]), (2, ["0,1,0.5"])])
 def test_a_row_that_a_kill_kept_from_being_written_comes_from_the_checkpoint(every, rows, tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\r\n0,1,0.5\r\n1,2,0.3")  # killed in the middle of it

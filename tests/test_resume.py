@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from lightning.pytorch import Callback
 from mlpmatch_pl.callbacks.checkpoints import LastCheckpoint
 from mlpmatch_pl.callbacks.signals import Stopped
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.module import poly_decay
+from mlpmatch_pl.optimization import poly_decay
 from mlpmatch_pl.resume import find_start, read_start
+from mlpmatch_pl.run_lock import LOCK, claimed
 from mlpmatch_pl.train import train
+from mlpmatch_pl.trainer import length_of_training
 
 RUN = (*TINY, "schedule.steps=10", "trainer.log_every_n_steps=1", "resume=auto")  # two epochs of five steps
 
@@ -44,6 +48,35 @@ def send(hook, **place):
 
 def run(folder, *overrides):
     return train(compose_train(*RUN, *overrides, output_dir=folder))
+
+
+class Raise(Callback):
+    """Ends a training as a kill does, with nothing saved, before the second batch of its second epoch."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            raise RuntimeError("killed")
+
+
+class Truncate(Callback):
+    """Cuts off the best checkpoint when the training is over."""
+
+    def on_train_end(self, trainer, module):
+        path = Path(trainer.checkpoint_callback.best_model_path)
+        path.write_bytes(path.read_bytes()[:-1000])
+
+
+def add(kind):
+    return f"+callbacks.added={{_target_:test_resume.{kind}}}"
+
+
+def copy(folder, to):
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    return to
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def checkpoint(folder, name="last"):
@@ -99,6 +132,45 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(straight, place,
     assert resumed["best"]["val/miou"] == metrics["best"]["val/miou"]
 
 
+def test_an_epoch_that_a_signal_ended_keeps_its_best_checkpoint(tmp_path, caplog):
+    """Its validation is the only one, and a resume does not repeat it."""
+    one_epoch = ("schedule.epochs=1", "schedule.steps=null")
+    expected = run(tmp_path / "straight", *one_epoch)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", *one_epoch, *send("on_validation_end", epoch=0))
+    assert not (tmp_path / "run" / "checkpoints" / "last-1.ckpt").exists()  # last.ckpt was written once
+    resumed = run(tmp_path / "run", *one_epoch)
+    assert differing(checkpoint(tmp_path / "straight", "best"), checkpoint(tmp_path / "run", "best")) == []
+    assert resumed["best"]["val/miou"] == expected["best"]["val/miou"]
+    assert resumed["test"] == expected["test"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "epoch", "saved"),
+    [("on_train_start", 0, []), ("on_train_end", 2, ["best.ckpt", "last-1.ckpt", "last.ckpt"])],
+    ids=["before-the-first-step", "after-the-last"],
+)
+def test_a_signal_outside_of_the_steps_is_not_swallowed(hook, epoch, saved, straight, tmp_path, caplog):
+    """Before the first step it comes to Lightning, which would end with exit code 0."""
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *send(hook, epoch=epoch))
+    assert stopped.value.code == 143
+    assert f"SIGTERM: stopped after step {10 if saved else 0}; go on" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/*")) == saved
+    resumed = run(tmp_path)
+    assert resumed["test"] == straight[1]["test"]
+    assert differing(checkpoint(straight[0]), checkpoint(tmp_path)) == []
+
+
+def test_a_validation_between_accumulated_batches_is_not_the_place_to_stop(tmp_path):
+    options = ("+trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2", "dataset.train=28")
+    run(tmp_path / "straight", *options)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", *options, *send("on_validation_batch_start", epoch=0, batch=0))
+    run(tmp_path / "run", *options)
+    assert differing(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "run")) == []
+
+
 def test_checkpoints_within_epochs_and_the_one_before(tmp_path, monkeypatch):
     saved, save = [], LastCheckpoint._save
     monkeypatch.setattr(
@@ -136,6 +208,121 @@ def test_a_broken_last_checkpoint_falls_back_to_the_one_before(straight, tmp_pat
     run(tmp_path)
     assert differing(checkpoint(straight[0]), checkpoint(tmp_path)) == []
     assert values(tmp_path) == values(straight[0])
+    assert checkpoint(tmp_path, "last-1")["global_step"] == 5  # the broken one has not taken its place
+    assert "last_aside-1.ckpt" in names(tmp_path)
+
+
+def test_a_broken_best_checkpoint_is_not_tested(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        metrics = run(tmp_path, "schedule.steps=5", add("Truncate"))
+    assert "best.ckpt is broken; testing the last weights instead" in caplog.text
+    assert (metrics["tested"], metrics["best"]["checkpoint"]) == ("last weights", None)
+    assert 0 <= metrics["test"]["test/miou"] <= 1
+
+
+def test_a_finished_run_that_is_extended_has_no_result_until_its_own(straight, tmp_path):
+    """Its steps are fewer than those of the result before, as the batches are twice as large."""
+    folder, longer = copy(straight[0], tmp_path), ("schedule.epochs=3", "schedule.steps=null", "loader.batch_size=8")
+    with pytest.raises(Stopped):
+        run(folder, *longer, *send("on_test_batch_start", epoch=3, batch=0))
+    assert not (folder / "metrics.json").exists()
+    assert json.loads((folder / "metrics-1.json").read_text())["steps"] == 10
+    assert run(folder, *longer)["steps"] == 9
+    with pytest.raises(UserError, match="has finished all 3"):
+        run(folder, *longer)
+
+
+def test_going_back_to_an_older_checkpoint_survives_a_kill(straight, tmp_path):
+    """Into the same folder, and out of another one."""
+    older, slow = straight[0] / "checkpoints" / "last-1.ckpt", "schedule.lr=0.01"
+    expected = run(tmp_path / "expected", f"resume={older}", slow)
+    assert expected["steps"] == 10
+    inside = copy(straight[0], tmp_path / "inside")
+    (inside / "checkpoints" / "best.ckpt").write_bytes((inside / "checkpoints" / "last.ckpt").read_bytes())
+    for folder, chosen in ((inside, inside / "checkpoints" / "last-1.ckpt"), (tmp_path / "outside", older)):
+        with pytest.raises(RuntimeError, match="killed"):
+            run(folder, f"resume={chosen}", slow, add("Raise"))
+        start = find_start("auto", folder)
+        assert (start.checkpoint.name, start.step) == ("last.ckpt", 5)
+        run(folder, slow)
+        assert differing(checkpoint(tmp_path / "expected"), checkpoint(folder)) == []
+        steps = [int(row["step"]) for row in rows(folder) if row["train/loss"]]
+        assert steps == list(range(0 if folder == inside else 4, 10))
+    assert names(inside) == ["best.ckpt", "best_aside-1.ckpt", "last-1.ckpt", "last.ckpt", "last_aside-1.ckpt"]
+    assert differing(checkpoint(straight[0]), checkpoint(inside, "last_aside-1")) == []
+
+
+def test_a_schedule_in_steps_keeps_its_epochs_while_it_is_not_changed(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, *send("on_train_batch_start", epoch=0, batch=2))
+    metrics = run(tmp_path, "loader.batch_size=8")  # three steps an epoch; ten would be four epochs
+    state = checkpoint(tmp_path)
+    assert (metrics["steps"], state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]) == (6, 2)
+    for row in rows(tmp_path):
+        if row["train/lr"] and int(row["step"]) >= 3:
+            assert float(row["train/lr"]) == pytest.approx(0.05 * poly_decay(int(row["step"]), 6, 0.9, late=False))
+    before = {"steps": 10, "epochs": 2, "every": 1}
+    assert length_of_training({"epochs": None, "steps": 10}, 3, before) == (2, 1)
+    assert length_of_training({"epochs": None, "steps": 12}, 3, before) == (4, 1)
+
+
+def test_fewer_epochs_than_are_trained_are_refused(straight):
+    with pytest.raises(UserError, match=r"within the schedule's 1 epochs, but .*last\.ckpt has trained 2; raise"):
+        run(straight[0], "schedule.epochs=1", "schedule.steps=null")
+
+
+def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path):
+    folder, (reader, writer) = tmp_path / "run", os.pipe()
+    if not (other := os.fork()):
+        with claimed(folder):
+            os.write(writer, b"claimed")
+            time.sleep(60)
+    try:
+        assert os.read(reader, 7) == b"claimed"
+        with pytest.raises(UserError, match=rf"{folder} is in use by process {other} on .*; wait for its end"):
+            run(folder)
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    with claimed(folder):  # the lock went with its process
+        assert f"process {os.getpid()} " in (folder / LOCK).read_text()
+    assert list(folder.iterdir()) == []
+
+
+def test_where_there_are_no_locks_the_run_goes_on(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with claimed(tmp_path), claimed(tmp_path):
+        pass
+
+
+def test_a_limit_of_time_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"but got trainer\.max_time; let a signal end a run whose time is limited"):
+        run(tmp_path, "+trainer.max_time='00:00:10:00'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_classes_and_broken_files_of_the_run_are_refused_in_a_sentence(straight, tmp_path):
+    folder, longer = copy(straight[0], tmp_path), "schedule.steps=15"
+    splits = folder / "splits.json"
+    whole = splits.read_text()
+    for broken in ("[]", '{"labeled": 3}', '{"labeled": {}}', "{"):
+        splits.write_text(broken)
+        with pytest.raises(UserError, match=r"expected the images of the run in .*splits\.json, but it is broken"):
+            run(folder, longer)
+    splits.write_text(whole)
+    (folder / "metrics.json").write_text('{"steps": "x"}')
+    with pytest.raises(UserError, match="has finished all 2"):
+        run(folder)
+    content = checkpoint(folder)
+    before = content["hyper_parameters"]["class_names"]
+    content["hyper_parameters"]["class_names"] = [*before[1:], before[0]]
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=rf"expected the classes .*, in this order, but got {before[0]}, "):
+        run(folder, longer)
 
 
 def test_when_all_checkpoints_are_broken_nothing_is_touched(straight, tmp_path):
@@ -228,6 +415,22 @@ def test_with_other_steps_in_an_epoch_the_place_and_the_schedule_stay(options, s
     for row in again:
         lr = metrics_lr(options) * poly_decay(int(row["step"]), 2 * steps, 0.9, late=False)
         assert float(row["train/lr"]) == pytest.approx(lr)
+
+
+def test_rows_of_an_earlier_number_of_steps_outlive_every_later_resume(tmp_path):
+    epochs, fewer = ("schedule.epochs=4", "schedule.steps=null"), "loader.batch_size=8"  # 5 steps in an epoch, then 3
+    with pytest.raises(Stopped):
+        run(tmp_path, *epochs, *send("on_train_batch_start", epoch=2, batch=1))
+    with pytest.raises(Stopped):
+        run(tmp_path, *epochs, fewer, *send("on_train_batch_start", epoch=2, batch=1))
+    assert checkpoint(tmp_path)["global_step"] == 8
+    run(tmp_path, *epochs, fewer)
+    for kind, steps in (
+        ("train/loss", ((0, range(5)), (1, range(5, 10)), (2, (10, 11, 7, 8)), (3, (9, 10, 11)))),
+        ("val/miou", ((0, (4,)), (1, (9,)), (2, (8,)), (3, (11,)))),
+    ):
+        found = [(int(row["epoch"]), int(row["step"])) for row in rows(tmp_path) if row[kind]]
+        assert found == [(epoch, step) for epoch, numbers in steps for step in numbers]
 
 
 def metrics_lr(options):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mlpmatch_pl.durable import write_durably
+from mlpmatch_pl.durable import free_name, write_durably
 from mlpmatch_pl.errors import UserError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "last-1.ckpt", "best.ckpt"
@@ -25,9 +27,26 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: If the disk is full; the file that was there before is untouched.
     """
+    _write(content, path, keep_as=PREVIOUS if path.name == LAST else None)
+
+
+def write_anew(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint that does not follow on the one of its name, which is set aside: ``last_aside-1.ckpt``.
+
+    Args:
+        content: What `torch.save` takes.
+        path: The file to write.
+
+    Raises:
+        UserError: If the disk is full; the file that was there before is untouched.
+    """
+    _write(content, path, keep_as=free_name(path, "_aside").name if path.exists() else None)
+
+
+def _write(content: dict[str, Any], path: Path, keep_as: str | None) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_durably(path, buffer.getbuffer(), keep_as=PREVIOUS if path.name == LAST else None)
+    write_durably(path, buffer.getbuffer(), keep_as)
 
 
 def refuse_inflated(path: Path) -> None:
@@ -67,6 +86,27 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def read_tensors(path: Path) -> Any:
+    """Read a file of `torch.save` that nobody has cut off, changed or inflated: plain data and tensors only.
+
+    Raises:
+        ValueError: If its checksums do not fit; nearly anything else if it is no such file.
+    """
+    if not is_whole(path):
+        raise ValueError("its checksums do not fit")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def refuse_expanded(tensors: Iterable[Tensor], path: Path) -> None:
+    """Refuse tensors that are larger than the file which they come from: one number may stand for any size in it.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if sum(tensor.nbytes for tensor in tensors) > path.stat().st_size:
+        raise ValueError("its tensors are larger than the file")
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read the checkpoint of a training, plain data and tensors only.
 
@@ -74,12 +114,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: If it is broken, or no checkpoint of a training.
     """
     try:
-        if not is_whole(path):
-            raise ValueError("its checksums do not fit")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = read_tensors(path)
         int(content["global_step"]), dict(content["hyper_parameters"])
-        if sum(tensor.nbytes for tensor in content["state_dict"].values()) > path.stat().st_size:
-            raise ValueError("its tensors are larger than the file")
+        refuse_expanded(content["state_dict"].values(), path)
     except Exception as error:  # likewise
         raise UserError(
             f"expected a checkpoint of a training, but {path} cannot be read as one ({type(error).__name__}); "

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from mlpmatch_pl.errors import UserError
 
 _UNFINISHED = ".unfinished"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of network and FUSE disks, which cannot force a folder to the disk
 
 
 def write_durably(path: Path, content: bytes | memoryview | str, keep_as: str | None = None) -> None:
@@ -42,15 +44,50 @@ def write_durably(path: Path, content: bytes | memoryview | str, keep_as: str | 
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            _keep(path, path.with_name(keep_as))
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         if _is_full_disk(error):
             raise UserError(_full_disk(path, memoryview(data).nbytes)) from error
         raise
-    if keep_as is not None and path.exists():
-        _keep(path, path.with_name(keep_as))
     unfinished.replace(path)
     _sync_folder(path.parent)
+
+
+def set_aside(path: Path, label: str = "") -> Path | None:
+    """Give a file the next free name in its folder, durably.
+
+    Args:
+        path: The file.
+        label: What the name says before its number.
+
+    Returns:
+        Where it is now; None if there is no such file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "metrics.json"
+        ...     print(set_aside(path))
+        ...     path.touch()
+        ...     set_aside(path).name, path.exists()
+        None
+        ('metrics-1.json', False)
+    """
+    if not path.exists():
+        return None
+    aside = free_name(path, label)
+    path.replace(aside)
+    _sync_folder(path.parent)
+    return aside
+
+
+def free_name(path: Path, label: str = "") -> Path:
+    """Return the first name with a number that is free beside a file."""
+    numbers = range(1, 2 + len(list(path.parent.iterdir())))
+    names = (path.with_name(f"{path.stem}{label}-{number}{path.suffix}") for number in numbers)
+    return next(name for name in names if not name.exists())
 
 
 @contextmanager
@@ -81,15 +118,25 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give a file a second name, so that it survives under it; where there are no hard links, move it there."""
+    """Give a file a second name, so that it survives under it; where there are no hard links, copy it."""
     unfinished = previous.with_name(previous.name + _UNFINISHED)
     unfinished.unlink(missing_ok=True)
     try:
         os.link(path, unfinished)
     except OSError:
-        path.replace(previous)
-    else:
-        unfinished.replace(previous)
+        _copy(path, unfinished)
+    unfinished.replace(previous)
+
+
+def _copy(path: Path, to: Path) -> None:
+    try:
+        with path.open("rb") as source, to.open("wb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        to.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -98,6 +145,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

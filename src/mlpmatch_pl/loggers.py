@@ -8,9 +8,11 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,15 +23,20 @@ from mlpmatch_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 WANDB_MODES = ("online", "offline", "disabled")
+ROWS = "metrics_csv_rows"
+"""The checkpoint's key for the number of rows in metrics.csv when it was written."""
 
 
 class _AppendingWriter(ExperimentWriter):
     """Adds to an existing metrics.csv. Lightning's own writer deletes it, and a resumed run would lose its past."""
 
-    def rewind(self, step: int) -> list[dict[str, str]]:
-        """Leave out the rows from a step on, which will be done again, and return those that stay."""
+    def rewind(self, step: int, count: int | None) -> list[dict[str, str]]:
+        """Leave out the rows of what will be done again, and return those that stay.
+
+        Not those from a step on: where epochs have had another number of steps, earlier rows have higher numbers.
+        """
         path = Path(self.metrics_file_path)
-        rows = [row for row in _whole_rows(path) if int(row["step"]) < step]
+        rows = _rows_before(_whole_rows(path), step, count)
         if rows:
             self._rewrite_with_new_header(list(rows[0]), rows)
             self.metrics_keys = list(rows[0])
@@ -49,6 +56,13 @@ class _AppendingWriter(ExperimentWriter):
         writer.writeheader()
         writer.writerows(_whole_rows(path) if rows is None else rows)
         write_durably(path, text.getvalue())  # Lightning's own way would leave half of it when it is killed
+
+
+def _rows_before(rows: list[dict[str, str]], step: int, count: int | None) -> list[dict[str, str]]:
+    if count is None:  # a checkpoint without it: steps have had one numbering, or nothing better is known
+        return [row for row in rows if int(row["step"]) < step]
+    last = takewhile(lambda row: int(row["step"]) == step - 1, rows[count:])  # a checkpoint comes before its step's row
+    return rows[:count] + list(last)
 
 
 def _whole_rows(path: Path) -> list[dict[str, str]]:
@@ -85,7 +99,7 @@ class MetricsCSV(CSVLogger):
         return self._experiment
 
     @rank_zero_only
-    def go_on(self, step: int, metrics: Mapping[str, float], log_every_n_steps: int) -> None:
+    def go_on(self, step: int, metrics: Mapping[str, float], log_every_n_steps: int, count: int | None = None) -> None:
         """Go on at an optimizer step.
 
         Args:
@@ -93,9 +107,12 @@ class MetricsCSV(CSVLogger):
             metrics: The metrics that the checkpoint holds. It is written before the row of its step: should the process
                 have been killed in between, the row is written now.
             log_every_n_steps: Whether that step is logged.
+            count: Rows that there were when the checkpoint was written; None where it does not say, as that of a
+                training without `CountedRows`.
         """
-        rows = self.experiment.rewind(step)
-        logged = any(int(row["step"]) == step - 1 and row.get("train/loss") for row in rows)
+        rows = self.experiment.rewind(step, count)
+        last = next((row for row in reversed(rows) if row.get("train/loss")), None)
+        logged = last is not None and int(last["step"]) == step - 1
         trained: dict[str, Any] = {
             key: value for key, value in metrics.items() if key.startswith("train/") or key == "epoch"
         }
@@ -103,8 +120,22 @@ class MetricsCSV(CSVLogger):
             self.log_metrics(trained, step - 1)
             self.save()
 
+    def count_rows(self) -> int:
+        """Return the number of rows that have been logged to the file, in this training and before."""
+        return len(_whole_rows(Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE))
+
     def log_hyperparams(self, params: Any = None) -> None:
         """Write nothing: config.yaml has them."""
+
+
+class CountedRows(Callback):
+    """Says in every checkpoint how many rows metrics.csv has, so that a resume knows which of them come after it."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the number."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                checkpoint[ROWS] = logger.count_rows()
 
 
 def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split, step: int = 0) -> list[Logger]:

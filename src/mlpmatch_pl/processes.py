@@ -83,17 +83,22 @@ class Launch:
 def time_stamp(environment: Mapping[str, str]) -> str:
     """Return the name that all processes of a run give to its folder: its time, or its job and step under srun.
 
+    The jobs of an array may start in one second: a single process has its job's number beside the time.
+
     Example:
         >>> srun = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
         >>> time_stamp(srun)
         'job4711.0'
+        >>> time_stamp({"SLURM_JOB_ID": "4711"}).partition("_job")[2]
+        '4711'
     """
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     launch = Launch.of(environment)
+    job, step = environment.get("SLURM_JOB_ID"), environment.get("SLURM_STEP_ID")
     if launch.everywhere <= 1:
-        return now
+        return now if job is None else f"{now}_job{job}" + ("" if step is None else f".{step}")
     if launch.by == "srun":
-        return f"job{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
+        return f"job{job}.{step or 0}"
     return _agreed(now, environment)
 
 

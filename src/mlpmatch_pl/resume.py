@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlpmatch_pl.callbacks.checkpoints import ACCUMULATED, METRICS
-from mlpmatch_pl.checkpoint_files import BEST, LAST, PREVIOUS, read_checkpoint
+from mlpmatch_pl.callbacks.checkpoints import METRICS
+from mlpmatch_pl.callbacks.resuming import LENGTH
+from mlpmatch_pl.checkpoint_files import BEST, LAST, PREVIOUS, read_checkpoint, write_anew
+from mlpmatch_pl.durable import set_aside
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.loggers import ROWS
+from mlpmatch_pl.place import DATA
 
 log = logging.getLogger(__name__)
-_DATA = "SemiSupervisedDataModule"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Start:
         step: Optimizer steps done.
         hparams: The module's arguments in the checkpoint.
         metrics: The metrics when the checkpoint was written.
+        rows: Rows of metrics.csv when it was written; None if it does not say.
+        length: The length of the training, as `mlpmatch_pl.callbacks.resuming.Resuming` keeps it; empty if it does not
+            say.
     """
 
     checkpoint: Path | None = None
@@ -38,6 +41,12 @@ class Start:
     step: int = 0
     hparams: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    rows: int | None = None
+    length: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_before(self, other: Start) -> bool:
+        """Tell whether another one is further; not by steps, since epochs may have had another number of them."""
+        return (self.epoch, self.fraction) < (other.epoch, other.fraction)
 
 
 def read_start(path: Path) -> Start:
@@ -48,7 +57,7 @@ def read_start(path: Path) -> Start:
     """
     content = read_checkpoint(path)
     try:
-        epoch, batch, batches = (content[_DATA][key] for key in ("epoch", "batch", "batches"))
+        epoch, batch, batches = (content[DATA][key] for key in ("epoch", "batch", "batches"))
     except KeyError as error:
         raise UserError(
             f"expected a checkpoint with its place in the data, but {path} has none; load its weights by init_weights"
@@ -61,7 +70,18 @@ def read_start(path: Path) -> Start:
         content["global_step"],
         content["hyper_parameters"],
         content.get(METRICS, {}),
+        content.get(ROWS),
+        _length(content),
     )
+
+
+def _length(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training's length, unless it is nonsense: checkpoints may come from anybody."""
+    length = content.get(LENGTH)
+    if not isinstance(length, dict) or not {"steps", "epochs", "every"} <= length.keys():
+        return {}
+    sound = all(isinstance(length[key], int) and length[key] > 0 for key in ("epochs", "every"))
+    return length if sound else {}
 
 
 def find_start(resume: str | None, output_dir: Path, first: bool = True) -> Start:
@@ -97,19 +117,72 @@ def find_start(resume: str | None, output_dir: Path, first: bool = True) -> Star
 def check_unfinished(start: Start, output_dir: Path, epochs: int) -> None:
     """Refuse to go on with a training that has ended; if only its evaluation is missing, that is done.
 
+    A metrics.json is set aside when a training goes on, so it is that of the last training or none.
+
     Raises:
-        UserError: If all epochs are trained, and the results are written or another run folder is meant.
+        UserError: If all epochs are trained, and the results are written or another run folder is meant; or if more
+            epochs have begun than there are to be.
     """
     if start.checkpoint is None or start.epoch < epochs:
         return
-    evaluated = not start.checkpoint.resolve().is_relative_to(output_dir)
-    with suppress(OSError, ValueError, KeyError):
-        evaluated = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))["steps"] >= start.step
-    if evaluated:
+    if (start.epoch, start.fraction) > (epochs, 0):
+        raise UserError(
+            f"expected a checkpoint within the schedule's {epochs} epochs, but {start.checkpoint} has trained "
+            f"{start.epoch + start.fraction:.3g}; raise schedule.epochs or schedule.steps"
+        )
+    inside = start.checkpoint.resolve().is_relative_to(output_dir)
+    if not inside or (output_dir / "metrics.json").exists():
         raise UserError(
             f"expected epochs left to train, but {start.checkpoint} has finished all {epochs}; raise schedule.epochs"
         )
     log.info("all %d epochs are trained; evaluating the best checkpoint", epochs)
+
+
+def check_classes(start: Start, names: Sequence[str]) -> None:
+    """Refuse to go on with other classes, or in another order: each output of the network has learned one of them.
+
+    Raises:
+        UserError: If they differ.
+    """
+    before = start.hparams.get("class_names")
+    if before is not None and list(before) != list(names):
+        raise UserError(
+            f"expected the classes {', '.join(map(str, before))} of {start.checkpoint}, in this order, but got "
+            f"{', '.join(names)}; resume with the dataset options of the run that wrote it"
+        )
+
+
+def make_last(start: Start, output_dir: Path) -> None:
+    """Make the checkpoint that a training goes on from the last.ckpt of its folder.
+
+    So a training that is killed before its first checkpoint goes on from the same place with ``resume=auto``. Broken
+    checkpoints, and those of a training that has been further, are set aside under another name. Killed at any moment,
+    this does the rest when it is called again.
+
+    Args:
+        start: Where the training begins.
+        output_dir: The run folder.
+    """
+    if start.checkpoint is None:
+        return
+    chosen, last = start.checkpoint.resolve(), output_dir / "checkpoints" / LAST
+    if chosen != last.resolve():
+        content = read_checkpoint(chosen)
+        if not chosen.is_relative_to(output_dir):
+            content.pop(ROWS, None)  # of another metrics.csv
+        write_anew(content, last)
+    for path in (last.with_name(PREVIOUS), last.with_name(BEST)):
+        if path.exists() and path.resolve() != chosen and (reason := _no_use(path, start)):
+            aside = set_aside(path, "_aside")
+            log.warning("%s is %s; it is %s now", path, reason, aside.name if aside else "gone")
+
+
+def _no_use(path: Path, start: Start) -> str | None:
+    """Return why a training that begins there must not use a checkpoint; None if it may."""
+    try:
+        return "from after the checkpoint to go on from" if start.is_before(read_start(path)) else None
+    except UserError:
+        return "broken or not a checkpoint of a training"
 
 
 def _existing(output_dir: Path) -> list[Path]:
@@ -117,7 +190,7 @@ def _existing(output_dir: Path) -> list[Path]:
 
 
 def _find_last(output_dir: Path, first: bool) -> Start:
-    candidates = [path for name in (LAST, PREVIOUS, BEST) if (path := output_dir / "checkpoints" / name).exists()]
+    candidates = [path for name in (LAST, PREVIOUS, BEST) if (path := output_dir / "checkpoints" / name).is_file()]
     warn = log.warning if first else log.debug
     for path in candidates:
         try:
@@ -139,42 +212,3 @@ def _find_last(output_dir: Path, first: bool) -> Start:
     if first:
         log.info("resume=auto: no checkpoint in %s yet, starting at the first step", output_dir)
     return Start()
-
-
-def move_place(content: dict[str, Any], batches: int, accumulate: int) -> None:
-    """Move a checkpoint to the same epoch and part of it, where epochs have another number of steps now.
-
-    That is the case with another number of devices, batch size or accumulation. Steps are counted as if the training
-    had had the present number from its beginning, so the schedule of the learning rate goes on at the same place.
-
-    Args:
-        content: The checkpoint, which is changed.
-        batches: Batches in an epoch now.
-        accumulate: Batches in an optimizer step now.
-    """
-    data, loops = content[_DATA], content["loops"]["fit_loop"]
-    before, accumulated = data["batches"], content.get(ACCUMULATED, accumulate)
-    if (before, accumulated) == (batches, accumulate):
-        return
-    ended = data["batch"] >= before
-    batch = batches if ended else data["batch"] * batches // before
-    batch = batches if ended else max(batch - batch % accumulate, min(accumulate, batches))
-    steps, step = math.ceil(batches / accumulate), math.ceil(batch / accumulate)
-    data.update(batch=batch, batches=batches)
-    total = data["epoch"] * steps + step
-    shift = total - content["global_step"]
-    content["global_step"] = total
-    _set_progress(loops["epoch_loop.batch_progress"], batch, data["epoch"] * batches + batch)
-    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    for progress in (optimizer["step"], optimizer["zero_grad"], loops["epoch_loop.scheduler_progress"]):
-        _set_progress(progress, step, total)
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] += shift
-    for scheduler in content["lr_schedulers"]:
-        scheduler.update(last_epoch=total, _step_count=total + 1)
-
-
-def _set_progress(progress: dict[str, Any], current: int, total: int) -> None:
-    """Set counters to new values; those that lag behind by one, since the step was not yet over, still do."""
-    for part, value in (("current", current), ("total", total)):
-        ready = progress[part]["ready"]
-        progress[part].update({key: value - (ready - count) for key, count in progress[part].items()})

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.data.splits import Split
-from mlpmatch_pl.durable import write_durably
+from mlpmatch_pl.durable import free_name, write_durably
 from mlpmatch_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,7 @@ def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) 
     """
     config, text = output_dir / "config.yaml", OmegaConf.to_yaml(cfg)
     changed = config.exists() and _settings(config.read_text(encoding="utf-8")) != _settings(text)
-    numbers = range(1, 2 + len(list(output_dir.glob("config-*.yaml"))))
-    free = [name for number in numbers if not (output_dir / (name := f"config-{number}.yaml")).exists()]
-    write_durably(config, text, keep_as=free[0] if changed else None)
+    write_durably(config, text, keep_as=free_name(config).name if changed else None)
     save_lists(output_dir, data)
     write_durably(output_dir / SPLITS, json.dumps(describe_splits(data), indent=2) + "\n")
 
@@ -45,15 +43,11 @@ def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> 
         data: The images now.
 
     Raises:
-        UserError: If labeled, unlabeled or validation images differ from those in the run folder's splits.json.
+        UserError: If labeled, unlabeled or validation images differ from those in the run folder's splits.json, or
+            nobody can tell, as it is broken.
     """
     path = checkpoint.parent.parent / SPLITS
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    for name, now in describe_splits(data).items():
-        then = before.get(name, now)
+    for name, now, then in _read_pairs(path, describe_splits(data)):
         if then["sha256"] == now["sha256"]:
             continue
         difference = f"{then['count']} {name} images ({then['split']}, sha256 {then['sha256'][:8]}) as in {path}"
@@ -64,6 +58,23 @@ def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> 
                 f"new folder with resume={checkpoint} hydra.run.dir=..."
             )
         log.warning("the checkpoint has been trained with %s; now with %s", difference, found)
+
+
+def _read_pairs(path: Path, here: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Return the description of each split now, and in a splits.json; without the file there is nothing to compare."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(name, now, before.get(name, now)) for name, now in here.items()]
+        for _, _, then in pairs:
+            {key: str(then[key])[:8] for key in ("split", "count", "sha256")}
+    except OSError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"expected the images of the run in {path}, but it is broken ({type(error).__name__}); remove it to go on "
+            "without comparing them"
+        ) from error
+    return pairs
 
 
 def save_lists(folder: Path, data: SegmentationData) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from mlpmatch_pl.callbacks.checkpoint_io import DurableCheckpointIO
+from mlpmatch_pl.callbacks.cudnn import SearchForCrops
 from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines
+from mlpmatch_pl.callbacks.resuming import Resuming
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.processes import Launch
@@ -29,9 +32,20 @@ MODULE_OPTIONS = ("channels_last", "compile_blocks", "activation_checkpointing",
 
 
 def build_trainer(
-    config: dict[str, Any], output_dir: Path, datamodule: SemiSupervisedDataModule, callbacks: list[Callback]
+    config: dict[str, Any],
+    output_dir: Path,
+    datamodule: SemiSupervisedDataModule,
+    callbacks: list[Callback],
+    before: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """Build the trainer with its length from the schedule, its processes and its progress; loggers come later.
+
+    Args:
+        config: The whole configuration.
+        output_dir: The run folder.
+        datamodule: The data.
+        callbacks: Those of the run.
+        before: The length that a checkpoint of this training keeps, see `length_of_training`.
 
     Raises:
         UserError: If an option is not for the user to set, or the schedule or the processes do not fit.
@@ -42,6 +56,11 @@ def build_trainer(
             f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
             "the groups logger and callbacks, or hydra.run.dir"
         )
+    if options.get("max_time") is not None:  # Lightning would end it in the middle of an epoch, as if it were over
+        raise UserError(
+            "expected the length in schedule.epochs or schedule.steps, but got trainer.max_time; let a signal end a "
+            "run whose time is limited (timeout -s TERM 55m python ..., SLURM's --signal), and go on with resume=auto"
+        )
     for option in MODULE_OPTIONS:
         options.pop(option)
     if options.get("accumulate_grad_batches", 1) < 1:
@@ -50,12 +69,14 @@ def build_trainer(
         )
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
     data_wait, launch = DataWait(), Launch.of(os.environ)
-    trainer = _trainer(options, launch, str(output_dir), [data_wait, *callbacks])
+    trainer = _trainer(options, launch, str(output_dir), [data_wait, SearchForCrops(), *callbacks])
     launch.check(trainer.num_devices, trainer.num_nodes)
     datamodule.check_world_size(trainer.world_size)
     steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
-    epochs, every = length_of_training(config["schedule"], steps)
+    epochs, every = length_of_training(config["schedule"], steps, before)
     trainer.fit_loop.max_epochs = epochs
+    length = {"steps": config["schedule"]["steps"], "epochs": epochs, "every": every}
+    trainer.callbacks.insert(0, Resuming(length))  # type: ignore[attr-defined]
     if options["check_val_every_n_epoch"] is None:
         trainer.check_val_every_n_epoch = every
     if options["enable_progress_bar"]:
@@ -91,7 +112,7 @@ def _trainer(options: dict[str, Any], launch: Launch, output_dir: str, callbacks
 
 
 def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
-    """Tell whether BatchNorm is synchronised: by default on several GPUs, and never on the CPU, which cannot.
+    """Tell whether BatchNorm is synchronized: by default on several GPUs, and never on the CPU, which cannot.
 
     Raises:
         UserError: If it is asked for without a GPU.
@@ -121,11 +142,19 @@ def _several(options: dict[str, Any]) -> bool:
     return options["devices"] not in (1, "1", [0]) or options["num_nodes"] > 1
 
 
-def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[int, int]:
+def length_of_training(
+    schedule: dict[str, Any], steps_per_epoch: int, before: Mapping[str, Any] | None = None
+) -> tuple[int, int]:
     """Return the number of epochs, and after how many of them to validate.
 
     ``schedule.steps`` is rounded up to whole epochs, so that every image counts alike and the last step is validated;
-    many short epochs are validated about twenty times in all.
+    many short epochs are validated about twenty times in all. A training that goes on keeps its epochs while
+    ``schedule.steps`` is what it was, whatever the number of steps in an epoch is now.
+
+    Args:
+        schedule: The group of the configuration.
+        steps_per_epoch: Optimizer steps in an epoch.
+        before: ``steps``, ``epochs`` and ``every`` when the checkpoint was written.
 
     Raises:
         UserError: If not exactly one of ``epochs`` and ``steps`` is given, or it is not positive.
@@ -145,6 +174,8 @@ def length_of_training(schedule: dict[str, Any], steps_per_epoch: int) -> tuple[
         )
     if epochs is not None:
         return epochs, 1
+    if before and before["steps"] == steps:
+        return before["epochs"], before["every"]
     whole = math.ceil(steps / steps_per_epoch)
     every = max(whole // 20, 1)
     return math.ceil(whole / every) * every, every

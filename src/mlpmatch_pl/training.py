@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
@@ -14,6 +15,7 @@ from lightning.pytorch import Trainer
 import mlpmatch_pl
 from mlpmatch_pl.callbacks.progress import DataWait, duration
 from mlpmatch_pl.callbacks.resuming import Resuming
+from mlpmatch_pl.checkpoint_files import is_whole
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.resume import Start
@@ -28,7 +30,10 @@ Kind = TypeVar("Kind")
 def train_and_test(
     trainer: Trainer, module: MLPMatch, datamodule: SemiSupervisedDataModule, start: Start
 ) -> dict[str, Any]:
-    """Train from where the checkpoint was written, test the best checkpoint, print the table, return the results."""
+    """Train from where the checkpoint was written, test the best checkpoint, print the table, return the results.
+
+    Where there is no best checkpoint, or it is broken, the last weights are tested, and the results say so.
+    """
     started = time.monotonic()
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
@@ -36,15 +41,16 @@ def train_and_test(
     first_step = _callback(trainer, Resuming).first_step
     steps = 0 if first_step is None else trainer.global_step - first_step
     last = _floats(trainer.callback_metrics) if steps else dict(start.metrics)
-    best_path = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    best_path = _whole_best(trainer)
     best_val = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    tested = "last weights" if best_path is None else "best checkpoint"
     trainer.test(module, datamodule=datamodule, ckpt_path=best_path, verbose=False)
     test = _floats(trainer.callback_metrics)
     part = "test" if datamodule.data.test else "validation"
-    log.info("%s", class_table(module.last_counts_CC, module.class_names, module.absent, f"best checkpoint, {part}"))
+    log.info("%s", class_table(module.last_counts_CC, module.class_names, module.absent, f"{tested}, {part}"))
     log.info(
-        "%s mIoU %.4f (best checkpoint); best validation mIoU %s; trained %s",
-        part, test.get("test/miou", float("nan")), "none" if best_val is None else f"{float(best_val):.4f}",
+        "%s mIoU %.4f, accuracy %.4f (%s); best validation mIoU %s; trained %s",
+        part, *(test.get(f"test/{key}", float("nan")) for key in ("miou", "acc")), tested, "none" if best_val is None else f"{float(best_val):.4f}",
         duration(seconds),
     )  # fmt: skip
     return {
@@ -53,9 +59,20 @@ def train_and_test(
         "best": {"val/miou": None if best_val is None else float(best_val), "checkpoint": best_path},
         "last": last,
         "test": test,
+        "tested": tested,
         "evaluated_on": part,
         **_costs(trainer, datamodule, seconds, steps),
     }
+
+
+def _whole_best(trainer: Trainer) -> str | None:
+    """Return the best checkpoint, if there is one and it is as it was written; all processes the same."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    whole = path is not None and bool(trainer.strategy.broadcast(is_whole(Path(path))))
+    if path is None or whole:
+        return path
+    log.warning("%s is broken; testing the last weights instead", path)
+    return None
 
 
 def _identity(module: MLPMatch, datamodule: SemiSupervisedDataModule) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def best_and_last(
 
     Args:
         dirpath: Folder to write to.
-        monitor: Metric to maximise.
+        monitor: Metric to maximize.
         every_n_steps: Write last.ckpt also within epochs, after so many optimizer steps.
         every_minutes: Write last.ckpt also within epochs, after so much time.
 
@@ -98,7 +98,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write when a signal stops the training; after other exceptions the state may be half a step's."""
-        if isinstance(exception, Stopped) and trainer.state.fn == "fit":
+        if isinstance(exception, Stopped) and trainer.state.fn == "fit" and not exception.saved:
             self._validation_broke_off = trainer.validating
             self._save(trainer)
 

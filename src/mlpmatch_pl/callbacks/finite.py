@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from mlpmatch_pl.callbacks.later import LaterFlag
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.kept_step import KeptStep, floats
 from mlpmatch_pl.module import MLPMatch
@@ -96,31 +97,9 @@ class FiniteLoss(Callback):
         rank = f"_process{trainer.global_rank}" if trainer.world_size > 1 else ""
         try:
             folder = step.save(self.dirpath / f"step_{report['step']}{rank}", module, report)
-        except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
+        except (OSError, UserError) as error:  # the latter where the disk is full
             return f"the step could not be kept for a replay ({error})"
         return f"python -m mlpmatch_pl.replay {folder} repeats the step"
-
-
-class LaterFlag:
-    """A flag that the device computes and the host reads later; the device goes on meanwhile.
-
-    Args:
-        flag: A scalar.
-
-    Example:
-        >>> LaterFlag(torch.tensor(1)).read()
-        True
-    """
-
-    def __init__(self, flag: Tensor) -> None:
-        self._flag = flag.to("cpu", non_blocking=flag.is_cuda)
-        self._copied = torch.cuda.current_stream(flag.device).record_event() if flag.is_cuda else None
-
-    def read(self) -> bool:
-        """Return the flag, once it has been copied."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._flag)
 
 
 def _names(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -1,8 +1,12 @@
 """A training that goes on has the learning rate of the present configuration, at the place it had come to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+LENGTH = "length_of_training"
+"""The checkpoint's key for the length of the training, see `Resuming`."""
 
 
 class Resuming(Callback):
@@ -11,12 +15,21 @@ class Resuming(Callback):
     Lightning restores those of the checkpoint, and so ignores an override or another number of devices. Without such a
     change this changes no bit.
 
+    Args:
+        length: ``steps`` as configured, or None, and the ``epochs`` and the validation interval ``every`` that came of
+            it. Checkpoints keep them, so that another number of devices does not make another schedule.
+
     Attributes:
         first_step: Optimizer steps done when this process began to train; None if it did not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, length: Mapping[str, int | None]) -> None:
+        self.length = dict(length)
         self.first_step: int | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the length."""
+        checkpoint[LENGTH] = self.length
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Everything has been restored."""
