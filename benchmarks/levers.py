@@ -30,12 +30,12 @@ from step_timing import (
 )
 from torch import Tensor, nn
 
-from mlpmatch_pl.methods import resolve_method
-from mlpmatch_pl.module import total_loss
+from mlpmatch_pl.methods import resolve_method, total_loss
+from mlpmatch_pl.official_step import OfficialStep
 from mlpmatch_pl.segmentor import Features
 from mlpmatch_pl.segmentor.deeplabv3plus import AtrousConv2d
 from mlpmatch_pl.segmentor.runners import block_runner
-from mlpmatch_pl.steps import MultiLevelStep, OfficialStep, WeakPass
+from mlpmatch_pl.steps import MultiLevelStep, WeakPass
 
 
 class WithoutFork(MultiLevelStep):

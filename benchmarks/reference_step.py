@@ -11,6 +11,7 @@ Letters: B images, C classes, D feature channels, H and W pixels.
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class ReferenceStep:
         threshold: Least confidence of a pseudo label that counts.
         draw_blocks: Which blocks are deactivated; a stage each with probability 0.25 when left out.
         drop_channels: Feature perturbation of a feature map; Dropout2d when left out.
+        labeled_loss: Of the labeled images; cross entropy when left out.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class ReferenceStep:
         threshold: float = 0.95,
         draw_blocks: Callable[[], frozenset[int]] | None = None,
         drop_channels: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+        labeled_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.segmentor, self.method, self.threshold = segmentor, method, threshold
         self.draw_blocks = draw_blocks or self.draw_stages
+        self.labeled_loss = labeled_loss or partial(F.cross_entropy, ignore_index=IGNORE)
         dropout = nn.Dropout2d(0.5)
         self.drop_channels = drop_channels or (lambda levels: tuple(dropout(level) for level in levels))
 
@@ -69,7 +73,7 @@ class ReferenceStep:
 
         u = u.detach()
         label, confidence, ignore = u.argmax(dim=1), u.softmax(dim=1).max(dim=1)[0], batch["ignore"]
-        terms = {"x": F.cross_entropy(x, batch["mask"], ignore_index=IGNORE)}
+        terms = {"x": self.labeled_loss(x, batch["mask"])}
         for view, logits in (("s1", s1), ("s2", s2)):
             mixed = [label.clone(), confidence.clone(), ignore.clone()]
             inside = batch[f"box_{view}"] == 1
@@ -80,7 +84,7 @@ class ReferenceStep:
         if self.method == "mlpmatch":
             levels = self.encode_deactivated(images, self.draw_blocks())
             x_np, u_np = self.decode(levels, images).split([num_labeled, num_unlabeled])
-            terms["x_np"] = F.cross_entropy(x_np, batch["mask"], ignore_index=IGNORE)
+            terms["x_np"] = self.labeled_loss(x_np, batch["mask"])
             terms["u_np"] = self.unlabeled_term(u_np, label, confidence, ignore)
         return terms
 
@@ -153,9 +157,9 @@ def convolve(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def reference_batch(labeled: Mapping[str, Any], unlabeled: Mapping[str, Any], segmentor: Segmentor) -> dict[str, Any]:
-    """Turn a batch of this package into what the authors' loader gives: normalised float tensors."""
+    """Turn a batch of this package into what the authors' loader gives: normalized float tensors."""
 
-    def normalised(images: Tensor) -> Tensor:
+    def normalized(images: Tensor) -> Tensor:
         return (images.to(segmentor.mean_C11.dtype) - segmentor.mean_C11) / segmentor.std_C11
 
     def padding(valid_BHW: Tensor) -> Tensor:
@@ -163,16 +167,16 @@ def reference_batch(labeled: Mapping[str, Any], unlabeled: Mapping[str, Any], se
 
     partner = unlabeled["partner"]
     batch = {
-        "x": normalised(labeled["image"]),
+        "x": normalized(labeled["image"]),
         "mask": labeled["mask"].long(),
-        "u": normalised(unlabeled["weak"]),
+        "u": normalized(unlabeled["weak"]),
         "ignore": padding(unlabeled["valid"]),
-        "partner_u": normalised(partner["weak"]),
+        "partner_u": normalized(partner["weak"]),
         "partner_ignore": padding(partner["valid"]),
     }
     for view, name in enumerate(("s1", "s2")):
-        batch[name] = normalised(unlabeled["strong"][:, view])
-        batch[f"partner_{name}"] = normalised(partner["strong"][:, view])
+        batch[name] = normalized(unlabeled["strong"][:, view])
+        batch[f"partner_{name}"] = normalized(partner["strong"][:, view])
         batch[f"box_{name}"] = torch.zeros_like(unlabeled["valid"], dtype=torch.float32)
         for image, (y0, x0, y1, x1) in enumerate(unlabeled["boxes"][:, view].tolist()):
             batch[f"box_{name}"][image, y0:y1, x0:x1] = 1

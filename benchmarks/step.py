@@ -1,13 +1,14 @@
 """Time and memory of a training step, beside the plain step of the method's authors, and what each perturbation costs.
 
     python benchmarks/step.py --out benchmarks/results/step_cpu.json         # about 5 minutes
-    python benchmarks/step.py --crop 801 --batch 2 --classes 19              # on a GPU
+    python benchmarks/step.py --crop 801 --batch 2 --classes 19 --criterion ohem    # on a GPU, as for Cityscapes
     python benchmarks/step.py --backbone test_resnet --crop 65 --seconds 0   # to see that it runs
 
 Two tables. **Against the reference**: `reference_step.py`, which repeats the authors' passes one by one in float32, and
 this package's step for the same method, at the same precision and (on a GPU) in bfloat16 and channels-last; `floor` is
 the forward and backward pass of the same images through encoder and decoder, and nothing else. First it is checked that
-reference and `mlpmatch_official` give the same loss from the same draws. **What each perturbation costs**: every
+reference and `mlpmatch_official` give the same loss from the same draws (with `--criterion ohem` the reference has this
+package's loss of labeled images). **What each perturbation costs**: every
 method, and MLPMatch with every sampler, relative to supervised training on as many images.
 
 All run in turns in one process, with the same weights and batch, which lie on the device; a round is one step of each,
@@ -37,12 +38,13 @@ from step_timing import (
 )
 from torch import Tensor
 
-from mlpmatch_pl.methods import Method, resolve_method
-from mlpmatch_pl.module import total_loss
+from mlpmatch_pl.methods import Method, resolve_method, total_loss
 from mlpmatch_pl.objective import build_criterion
+from mlpmatch_pl.official_step import OfficialStep
 from mlpmatch_pl.perturbation.network import SAMPLERS
 from mlpmatch_pl.segmentor import Features, Segmentor
-from mlpmatch_pl.steps import MultiLevelStep, OfficialStep, build_step
+from mlpmatch_pl.step_choice import build_step
+from mlpmatch_pl.steps import MultiLevelStep
 
 THRESHOLD, SEED, LAMBDA = 0.95, 0, 0.125
 COSTS = {
@@ -57,12 +59,15 @@ COSTS = {
 
 
 def main() -> None:
-    arguments = parser(__doc__, seconds=240).parse_args()
+    options = parser(__doc__, seconds=240)
+    options.add_argument("--only", nargs="+", metavar="ROW", help="rows to measure; default: all")
+    arguments = options.parse_args()
     device = start(arguments)
     network = Network(arguments, device, channels_last=False)
     same_loss = check_same_loss(network)
     print(f"reference and mlpmatch_official: the same loss, {same_loss:.1e} apart (relative)", flush=True)
-    against, costs = against_reference(network, arguments, device), perturbations(network)
+    against = chosen(against_reference(network, arguments, device), arguments.only)
+    costs = chosen(perturbations(network), arguments.only)
     rounds, images = alternate([*against, *costs], device, arguments.seconds), 2 * arguments.batch
     result = {
         "rounds": rounds,
@@ -70,7 +75,7 @@ def main() -> None:
         "against_reference": [figures(each, base_of(each, against), images, device) for each in against],
         "perturbations": [figures(each, costs[0], images, device) for each in costs],
     }
-    for table in ("against_reference", "perturbations"):
+    for table in [table for table in ("against_reference", "perturbations") if result[table]]:
         print(f"\n{table.replace('_', ' ')}, {rounds} rounds")
         for line in result[table]:
             print("{name:30} {precision:9} {ms:8.1f} ms (least {ms_min:8.1f}) {images_per_second:7.2f} img/s "
@@ -88,7 +93,8 @@ class Network:
         )
         self.segmentor = segmentor.to(memory_format=torch.channels_last) if channels_last else segmentor
         self.optimizer = shared_optimizer(self.segmentor.train())
-        self.criterion = build_criterion("ce", arguments.classes)
+        self.criterion = build_criterion(arguments.criterion, arguments.classes)
+        self.labeled_loss = {} if arguments.criterion == "ce" else {"labeled_loss": self.criterion}  # of the reference
         self.labeled, self.unlabeled = random_batch(arguments, device, twice=False)
         self.twice, _ = random_batch(arguments, device, twice=True)
 
@@ -116,7 +122,7 @@ class Network:
 
     def reference(self, name: str, method: str) -> Contestant:
         """Return the authors' step."""
-        step = ReferenceStep(self.segmentor, method, THRESHOLD)
+        step = ReferenceStep(self.segmentor, method, THRESHOLD, **self.labeled_loss)
         rng = random.Random(SEED)
         drawn = [step.draw_stages(rng) for _ in range(64 * STEPS)]
         batch = reference_batch(self.labeled, self.unlabeled, self.segmentor)
@@ -178,6 +184,11 @@ def perturbations(network: Network) -> list[Contestant]:
     return [network.contestant(name, spec) for name, spec in COSTS.items()]
 
 
+def chosen(contestants: list[Contestant], names: list[str] | None) -> list[Contestant]:
+    """Return those with one of the names; without names all."""
+    return [each for each in contestants if names is None or each.name in names]
+
+
 def base_of(contestant: Contestant, contestants: list[Contestant]) -> Contestant:
     """Return the reference of a contestant's method."""
     method = "unimatch" if "unimatch" in contestant.name else "mlpmatch"
@@ -201,9 +212,10 @@ def check_same_loss(network: Network, steps: int = 3) -> float:
     worst = 0.0
     for number in range(steps):
         twin = copy.deepcopy(network.segmentor)  # the partners' labels depend on running statistics, which steps move
-        reference = reference_with_draws_of(step, twin, number)
+        reference = reference_with_draws_of(step, twin, number, network.labeled_loss)
         batch = reference_batch(network.labeled, network.unlabeled, twin)
-        with torch.no_grad():
+        # Without TF32, by which alone two ways to compute the same would differ by more.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             own = total_loss(step(network.labeled, network.unlabeled, number).terms, method, LAMBDA).item()
             theirs = reference.total(reference(batch), LAMBDA).item()
         worst = max(worst, abs(own - theirs) / abs(theirs))
@@ -212,11 +224,13 @@ def check_same_loss(network: Network, steps: int = 3) -> float:
     return worst
 
 
-def reference_with_draws_of(step: MultiLevelStep, segmentor: Segmentor, number: int) -> ReferenceStep:
+def reference_with_draws_of(
+    step: MultiLevelStep, segmentor: Segmentor, number: int, labeled_loss: dict
+) -> ReferenceStep:
     """Return the reference with the deactivated blocks and the dropped channels of a step of this package."""
     blocks = step.network_perturbations["np"].draw(segmentor.encoder.stages, number)
     drop = partial(step.feature_perturbations["fp"], step=number)
-    return ReferenceStep(segmentor, "mlpmatch", step.threshold, lambda: blocks, drop)
+    return ReferenceStep(segmentor, "mlpmatch", step.threshold, lambda: blocks, drop, **labeled_loss)
 
 
 def random_batch(arguments: argparse.Namespace, device: torch.device, twice: bool) -> tuple[dict, dict]:

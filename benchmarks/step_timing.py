@@ -49,7 +49,8 @@ class Contestant:
 
     def step(self, number: int, device: torch.device) -> None:
         """Run one whole step."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        # Without cache, as Lightning trains.
+        with torch.autocast(device.type, torch.bfloat16, self.precision == "bfloat16", cache_enabled=False):
             loss = self.loss(number)
         self.module.zero_grad(set_to_none=True)
         loss.backward()
@@ -174,6 +175,7 @@ def parser(description: str | None, seconds: int) -> argparse.ArgumentParser:
     arguments.add_argument("--crop", type=int, default=321 if cuda else 97)
     arguments.add_argument("--batch", type=int, default=8 if cuda else 2, help="labeled images, and as many unlabeled")
     arguments.add_argument("--classes", type=int, default=21)
+    arguments.add_argument("--criterion", default="ce", choices=("ce", "ohem"), help="loss of labeled images")
     arguments.add_argument("--decoder-channels", type=int, default=256)
     arguments.add_argument("--seconds", type=float, default=60 if cuda else seconds, help="time for the rounds")
     arguments.add_argument("--threads", type=int, help="on the CPU; torch decides")
@@ -192,7 +194,8 @@ def start(arguments: argparse.Namespace) -> torch.device:
 def write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write a result with the machine and the settings, if a file is named."""
     if arguments.out:
-        settings = {key: getattr(arguments, key) for key in ("backbone", "crop", "batch", "classes", "seconds")}
+        keys = ("backbone", "crop", "batch", "classes", "criterion", "seconds")
+        settings = {key: getattr(arguments, key) for key in keys}
         described = {"machine": machine(arguments.device), "settings": settings, **result}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")

@@ -61,12 +61,13 @@ class SharedConv(nn.Module):
         return self.second(self.conv(self.first(self.conv(x))))
 
 
-@pytest.mark.parametrize("network", [TwoReaders, SharedConv])
-def test_what_cannot_be_folded_is_left_alone(network):
+@pytest.mark.parametrize(("network", "logged"), [(TwoReaders, 1), (SharedConv, 0)])
+def test_what_cannot_be_folded_is_left_alone(network, logged, caplog):
     network = trained_looking(network())
     folded = for_inference(network, torch.rand(1, 3, 8, 8))
     image_BCHW = torch.rand(2, 3, 9, 9)
     assert len(norms(folded)) == len(norms(network))
+    assert [record.getMessage()[:27] for record in caplog.records] == logged * ["BatchNorm stays as it is: f"]
     torch.testing.assert_close(folded(image_BCHW), network(image_BCHW))
 
 
@@ -79,3 +80,29 @@ def test_weights_that_are_no_numbers_are_no_error():
     network = trained_looking(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     network[0].weight.data[0] = torch.nan
     assert for_inference(network, torch.rand(1, 3, 5, 5))(torch.rand(1, 3, 5, 5)).isnan().any()
+
+
+def rounded_to_tf32(tensor):
+    """Ten bits of the mantissa, as a GPU's convolutions read float32."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_a_device_that_rounds_float32_is_no_reason_not_to_fold(monkeypatch, caplog):
+    conv2d = nn.functional.conv2d
+    monkeypatch.setattr(
+        nn.functional, "conv2d", lambda x, weight, *rest: conv2d(rounded_to_tf32(x), rounded_to_tf32(weight), *rest)
+    )
+    segmentor = trained_looking(Segmentor(5, "resnet50s", decoder_channels=16))
+    folded = for_inference(segmentor, IMAGE_1CHW)
+    assert not norms(folded)
+    assert not caplog.records
+    expected = segmentor(IMAGE_1CHW)
+    assert (folded(IMAGE_1CHW) - expected).abs().max() > 1e-3 * expected.abs().max()  # else this would show nothing
+
+
+def test_what_is_compared_is_a_copy():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    assert {tensor.dtype for tensor in for_inference(network, torch.rand(1, 3, 5, 5)).parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlpmatch_pl import UserError
 from mlpmatch_pl.objective import (
@@ -211,6 +212,30 @@ def test_only_pixels_of_weight_zero_give_zero_with_zero_gradient():
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0
     assert torch.equal(grad, torch.zeros_like(grad))
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation, with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((str(func.overloadpacket).removeprefix("aten."), args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", CRITERIA, ids=str)
+def test_nothing_is_computed_that_a_gpu_cannot_do_deterministically(spec):
+    """A loss that torch sums itself, and kthvalue: trainer.deterministic=true refuses them on a GPU."""
+    logits = random_logits()
+    with Operations() as operations:
+        build_criterion(spec, C).double()(logits, random_mask()).backward()
+    assert len(operations.seen) > 5
+    assert "kthvalue" not in dict(operations.seen)
+    summed = [arguments[3] for name, arguments in operations.seen if name == "nll_loss2d_forward"]
+    assert all(reduction == 0 for reduction in summed)  # 0: none
 
 
 @pytest.mark.parametrize("spec", CRITERIA, ids=str)

@@ -149,7 +149,8 @@ def compute_sentence(hardware: Hardware) -> str:
         'try trainer.channels_last=true, then trainer.compile_blocks=true'
     """
     if hardware.device == "cpu":
-        return "a smaller loader.crop_size or backbone is faster, a GPU much more"
+        other = "a smaller loader.crop_size or backbone is faster, a GPU much more"
+        return other if hardware.precision.startswith("bf16") else f"try trainer.precision=bf16-mixed; {other}"
     if hardware.precision.startswith("32"):
         return "try trainer=gpu (bfloat16 and channels-last)"
     used = {"channels_last": hardware.channels_last, "compile_blocks": hardware.compile_blocks}

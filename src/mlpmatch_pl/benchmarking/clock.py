@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise, starmap
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mlpmatch_pl.moments import Moment, now, seconds_between
+
 PARTS = ("data wait", "transfer", "forward", "backward", "optimizer")
-Moment = float | torch.cuda.Event
-
-
-def now(device: torch.device) -> Moment:
-    """Mark a moment: on a GPU in its own queue, so that nothing has to wait for it.
-
-    Between two such marks lies what the GPU did, or the time that it had nothing to do. A host that runs ahead of the
-    GPU is thus not mistaken for a fast step, and a batch that came while the GPU was busy was not waited for.
-
-    Example:
-        >>> start = now(torch.device("cpu"))
-        >>> 0 <= seconds_between(start, now(torch.device("cpu"))) < 1
-        True
-    """
-    if device.type == "cuda":
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        return event
-    return time.perf_counter()
-
-
-def seconds_between(start: Moment, end: Moment) -> float:
-    """Return the seconds from one mark to another, of the same device."""
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-    return float(end) - float(start)  # type: ignore[arg-type]
 
 
 class StepClock(Callback):

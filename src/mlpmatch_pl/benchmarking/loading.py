@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlpmatch_pl.callbacks.progress import MOST_WAIT
-from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule, share_workers
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.loaders import share_workers
 
 MOST_WORKERS = 64  # nobody has more cores to spare, and each costs memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 
 import mlpmatch_pl
+from mlpmatch_pl.annotations import read_options
+from mlpmatch_pl.announce import quiet
 from mlpmatch_pl.benchmarking.advice import Hardware, Loading, first_to_fix, sentence, shares
 from mlpmatch_pl.benchmarking.clock import PARTS
 from mlpmatch_pl.benchmarking.figures import (
@@ -27,22 +29,51 @@ from mlpmatch_pl.benchmarking.fitting import Training, second_size
 from mlpmatch_pl.benchmarking.loading import predicted_wait, present_workers, time_loading, workers_needed
 from mlpmatch_pl.benchmarking.memory import device_bytes
 from mlpmatch_pl.benchmarking.report import show
+from mlpmatch_pl.build import build_datamodule, build_module, read_config
 from mlpmatch_pl.cores import usable_cores
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.launch import build_datamodule, build_module, quiet, read_config
 from mlpmatch_pl.methods import resolve_method
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.overwriting import OTHER_FOLDER, require_new
 from mlpmatch_pl.trainer import images_per_update
 from mlpmatch_pl.training import describe_device
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The group benchmark of the configuration.
+
+    Attributes:
+        steps: Optimizer steps that are measured.
+        warmup: Optimizer steps before them, which do not count.
+        validation: Validation batches that are measured.
+        loading: Batches that this process loads alone.
+
+    Raises:
+        UserError: If one is too small.
+    """
+
+    steps: int
+    warmup: int
+    validation: int
+    loading: int
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            least = 0 if key == "warmup" else 1
+            if value < least:
+                raise UserError(f"expected benchmark.{key} as a whole number from {least} on, but got {value}")
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Measure the training of a configuration. See `mlpmatch_pl.benchmark.benchmark`."""
     quiet()
-    config = read_config(cfg)
-    target, options = _new_file(Path(config["output_dir"]).resolve()), _checked(config["benchmark"])
+    config = read_config(cfg, "benchmark")
+    options = read_options(Options, config["benchmark"], "benchmark")
+    target = Path(config["output_dir"]).resolve() / "benchmark.json"
+    require_new([target], OTHER_FOLDER)
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
@@ -51,14 +82,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     module = build_module(config, method, datamodule, trainer)
     datamodule.prepare_data()
     accumulated = trainer.accumulate_grad_batches
-    log.info("measuring %d steps of %s on %s", options["steps"], method.name, describe_device(trainer))
-    measured = training.fit(module, (options["warmup"] + options["steps"]) * accumulated)
+    log.info("measuring %d steps of %s on %s", options.steps, method.name, describe_device(trainer))
+    measured = training.fit(module, (options.warmup + options.steps) * accumulated)
     if measured is None:
         raise training.refuse_batch(module)
     clock, used = measured
-    parts = spread_of_parts(clock.seconds(options["warmup"] * accumulated))
-    validation_batch = training.validate(module, options["validation"])
-    loading, report_of_loading = _loading(training, parts, options["loading"])
+    parts = spread_of_parts(clock.seconds(options.warmup * accumulated))
+    validation_batch = training.validate(module, options.validation)
+    loading, report_of_loading = _loading(training, parts, options.loading)
     schedule = _schedule(training, trainer, parts["batch"].mean, loading, parts["data wait"].mean, validation_batch)
     report = {
         "method": method.name,
@@ -80,23 +111,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     show(report)
     log.info("all figures in %s", target)
     return report
-
-
-def _new_file(folder: Path) -> Path:
-    target = folder / "benchmark.json"
-    if target.exists():
-        raise UserError(
-            f"expected a folder without figures, but found {target}; choose another one with hydra.run.dir, or move it"
-        )
-    return target
-
-
-def _checked(options: dict[str, Any]) -> dict[str, int]:
-    for key, value in options.items():
-        least = 0 if key == "warmup" else 1
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"expected benchmark.{key} as a whole number from {least} on, but got {value!r}")
-    return options
 
 
 def _loading(training: Training, parts: dict[str, Spread], batches: int) -> tuple[Loading, dict[str, Any]]:

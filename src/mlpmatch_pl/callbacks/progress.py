@@ -2,10 +2,13 @@
 
 import logging
 import time
+from collections import deque
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+
+from mlpmatch_pl.moments import Moment, has_passed, now, seconds_between
 
 log = logging.getLogger(__name__)
 MOST_WAIT = 0.05  # share of the time that waiting for data may take
@@ -13,7 +16,7 @@ SECONDS_THAT_MATTER = 10.0
 
 
 class DataWait(Callback):
-    """Measures which share of the training time the main process waits for the next batch.
+    """Measures which share of the training time the device waits for the next batch, its transfer included.
 
     More than some percent says that loading is too slow for the device: add workers, or a cache.
 
@@ -22,45 +25,52 @@ class DataWait(Callback):
     """
 
     def __init__(self) -> None:
-        self._waited = self._worked = 0.0
-        self._mark = time.monotonic()
+        self._seconds = {"wait": 0.0, "work": 0.0}
+        self._spans: deque[tuple[str, Moment, Moment]] = deque()  # that a GPU may not be through with
+        self._mark: Moment = 0.0
 
     @property
     def share(self) -> float:
         """Return the share so far."""
-        return self._waited / max(self._waited + self._worked, 1e-9)
+        self._collect()
+        return self._seconds["wait"] / max(sum(self._seconds.values()), 1e-9)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to wait for the first batch."""
-        self._lap()
+        self._mark = now(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch has come."""
-        self._waited += self._lap()
+        self._span("wait", pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Start to wait for the next batch."""
-        self._worked += self._lap()
+        self._span("work", pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out the time of a validation between two batches."""
-        self._lap()
+        self._mark = now(pl_module.device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once that loading was too slow; in a short training, starting the workers weighs too much to tell."""
-        if trainer.is_global_zero and self.share > MOST_WAIT and self._waited > SECONDS_THAT_MATTER:
+        if trainer.is_global_zero and self.share > MOST_WAIT and self._seconds["wait"] > SECONDS_THAT_MATTER:
             log.warning(
                 "%.0f %% of the training time was waiting for data: python -m mlpmatch_pl.benchmark with the same "
                 "overrides says how many workers it would take",
                 100 * self.share,
             )
 
-    def _lap(self) -> float:
-        now = time.monotonic()
-        passed, self._mark = now - self._mark, now
-        return passed
+    def _span(self, kind: str, module: LightningModule) -> None:
+        start, self._mark = self._mark, now(module.device)
+        self._spans.append((kind, start, self._mark))
+        self._collect()
+
+    def _collect(self) -> None:
+        while self._spans and has_passed(self._spans[0][2]):
+            kind, start, end = self._spans.popleft()
+            self._seconds[kind] += seconds_between(start, end)
 
 
 class Throughput:

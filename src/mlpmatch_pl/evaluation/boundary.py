@@ -88,7 +88,7 @@ def near_outline(label_BHW: Tensor, pixels: int) -> Tensor:
     """Tell which pixels are within a distance of an outline of their own class, or of the image's border.
 
     A pixel is not when the square around it, with sides of ``2 * pixels + 1``, holds one class only. It does when no
-    two neighbours in it differ. So neighbours that differ are counted, in squares, by differences of running sums:
+    two neighbors in it differ. So neighbors that differ are counted, in squares, by differences of running sums:
     the cost depends neither on the distance nor on the number of classes.
 
     Args:
@@ -108,7 +108,7 @@ def near_outline(label_BHW: Tensor, pixels: int) -> Tensor:
     left, right = _window(width, pixels, label_BHW.device)
     beside = _sums(padded[:, :, 1:] != padded[:, :, :-1])
     below = _sums(padded[:, 1:] != padded[:, :-1])
-    # A window of n columns holds n - 1 pairs of neighbours in a row.
+    # A window of n columns holds n - 1 pairs of neighbors in a row.
     different = _in_window(beside, top, bottom + 1, left, right) + _in_window(below, top, bottom, left, right + 1)
     return different > 0
 

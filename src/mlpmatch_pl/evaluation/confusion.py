@@ -63,7 +63,7 @@ class Scores:
     Attributes:
         iou_C: Intersection over union by class; NaN for a class that is absent from truth and prediction.
         dice_C: Dice (F1) by class, NaN likewise.
-        recall_C: Accuracy by class; NaN for a class that is absent from the truth.
+        recall_C: Share of a class's pixels that are found; NaN for a class that is absent from the truth.
         support_C: Number of true pixels by class.
         accuracy: Share of correct pixels (NaN when there are none).
         miou: Mean IoU; absent classes are excluded, or count zero with ``absent="zero"``.

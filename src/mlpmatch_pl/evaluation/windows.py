@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.evaluation.inference import predict_logits
 
 MODES = ("whole", "slide")
+LARGEST_SCALE = 16
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,9 @@ def _require_count(name: str, value: Any) -> None:
 
 def _checked_scales(scales: Any) -> tuple[float, ...]:
     values = tuple(scales) if isinstance(scales, Sequence) and not isinstance(scales, str) else (scales,)
-    if not values or not all(isinstance(scale, int | float) and 0 < scale < math.inf for scale in values):
-        raise UserError(f"expected inference.scales as positive numbers, as in [0.75,1.0,1.25], but got {scales!r}")
+    if not values or not all(isinstance(scale, int | float) and 0 < scale <= LARGEST_SCALE for scale in values):
+        raise UserError(
+            f"expected inference.scales as positive numbers up to {LARGEST_SCALE}, as in [0.75,1.0,1.25], but got "
+            f"{scales!r}"
+        )
     return tuple(float(scale) for scale in values)

@@ -33,7 +33,9 @@ def cross_entropy(
         0.0
     """
     mask_BHW = mask_BHW.long()
-    loss = F.cross_entropy(logits_BCHW, mask_BHW, class_weights_C, ignore_index=ignore_index, reduction="sum")
+    # Summed here: torch's own sum adds up in any order on a GPU, and so trainer.deterministic=true would refuse it.
+    loss_BHW = F.cross_entropy(logits_BCHW, mask_BHW, class_weights_C, ignore_index=ignore_index, reduction="none")
+    loss = loss_BHW.sum()
     valid_BHW = mask_BHW != ignore_index
     if class_weights_C is None:
         return loss / valid_BHW.sum().clamp_min(1)
@@ -67,7 +69,8 @@ def ohem_cross_entropy(
     loss_N = F.cross_entropy(logits_BCHW, mask_BHW, ignore_index=ignore_index, reduction="none").flatten()
     # exp(-CE) is the probability of the true class; ignored pixels must never be among the smallest.
     probability_N = torch.exp(-loss_N.detach()).masked_fill(~valid_N, 2.0)
-    kth = probability_N.kthvalue(min(min_kept, probability_N.numel())).values
+    # kthvalue would be one block of threads on a GPU, and trainer.deterministic=true would refuse it.
+    kth = probability_N.topk(min(min_kept, probability_N.numel()), largest=False, sorted=False).values.max()
     limit = torch.where(valid_N.sum() < min_kept, torch.full_like(kth, 2.0), kth.clamp_min(threshold))
     kept_N = valid_N & (probability_N <= limit)
     return (loss_N * kept_N).sum() / kept_N.sum().clamp_min(1)

@@ -34,7 +34,7 @@ class PseudoLabels:
     @classmethod
     @torch.no_grad()
     def from_logits(cls, logits_BCHW: Tensor, valid_BHW: Tensor) -> PseudoLabels:
-        """Take the argmax, and the softmax maximum as exp(max - logsumexp), which needs no (B, C, H, W) softmax."""
+        """Take the argmax, and the softmax maximum as exp(max - logsumexp), which is faster than a softmax."""
         logits_BCHW = logits_BCHW.detach()
         if logits_BCHW.dtype in (torch.float16, torch.bfloat16):
             logits_BCHW = logits_BCHW.float()

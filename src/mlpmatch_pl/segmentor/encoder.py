@@ -13,9 +13,9 @@ import timm
 from torch import Tensor, nn
 
 from mlpmatch_pl.errors import UserError, suggest
-from mlpmatch_pl.perturbation.network import bypass, has_shortcut
+from mlpmatch_pl.perturbation.network import has_shortcut
 from mlpmatch_pl.segmentor.features import Features
-from mlpmatch_pl.segmentor.runners import BlockRunner, block_runner, run_block
+from mlpmatch_pl.segmentor.runners import PLAIN, BlockRunner, block_runner
 from mlpmatch_pl.segmentor.weights import load_pretrained
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         """Run one full pass.
 
         Args:
-            image_BCHW: Normalised images, (B, in_chans, H, W), H and W at least 33.
+            image_BCHW: Normalized images, (B, in_chans, H, W), H and W at least 33.
             deactivated: Indices of the blocks to bypass.
 
         Returns:
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         statistics see the shared prefix once instead of twice. With nothing deactivated both are the same.
 
         Args:
-            image_BCHW: Normalised images, (B, in_chans, H, W).
+            image_BCHW: Normalized images, (B, in_chans, H, W).
             deactivated: Indices of the blocks to bypass in the perturbed pass.
             perturbed_context: Entered around the part that only the perturbed pass runs.
 
@@ -143,9 +143,9 @@ class Encoder(nn.Module):
         fork = min(deactivated, default=len(self.blocks))
         x = self._family.stem(self.model, image_BCHW)
         levels: tuple[Tensor, ...] = ()
-        run = self._runner()
+        runner = self._runner()
         for index, block in enumerate(self.blocks[:fork]):
-            x = run(block, x)
+            x = runner.run(block, x)
             levels = (*levels, x) if index + 1 == self._low_tap else levels
         plain = self._run(x, fork, levels, NOTHING)
         if not deactivated:
@@ -154,15 +154,15 @@ class Encoder(nn.Module):
             return plain, self._run(x, fork, levels, deactivated)
 
     def _run(self, x: Tensor, start: int, levels: tuple[Tensor, ...], deactivated: frozenset[int]) -> Features:
-        run = self._runner()
+        runner = self._runner()
         for index, block in enumerate(self.blocks[start:], start):
-            x = bypass(block, x) if index in deactivated else run(block, x)
+            x = (runner.bypass if index in deactivated else runner.run)(block, x)
             levels = (*levels, x) if index + 1 == self._low_tap else levels
         return Features((*levels, x))
 
     def _runner(self) -> BlockRunner:
         # Evaluation sees images of many sizes, and keeps nothing for a backward pass.
-        return self._run_in_training if self.training else run_block
+        return self._run_in_training if self.training else PLAIN
 
     def _stage(self, name: str) -> nn.Sequential:
         stage: nn.Sequential = self.model.get_submodule(name)

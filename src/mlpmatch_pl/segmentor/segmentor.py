@@ -1,4 +1,4 @@
-"""Image to logits: normalisation, encoder, decoder, upsampling."""
+"""Image to logits: normalization, encoder, decoder, upsampling."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 class Segmentor(nn.Module):
     """A timm encoder with a DeepLabV3+ decoder.
 
-    Images go in as they are stored, with values from 0 to 255 (or 65535) in any dtype; they are normalised here, so
+    Images go in as they are stored, with values from 0 to 255 (or 65535) in any dtype; they are normalized here, so
     that training, prediction and export cannot disagree about it.
 
     Args:
