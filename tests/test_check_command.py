@@ -90,6 +90,14 @@ def test_errors_are_counted_after_everything_is_written(folder_root, tmp_path):
     assert not (tmp_path / "out/views.png").exists()
 
 
+@pytest.mark.parametrize("held", ["config.yaml", "splits.json", "check.json", "labeled.txt", "val.txt", "views.png"])
+def test_a_folder_of_a_run_or_of_an_earlier_check_is_refused_and_left_as_it_is(held, tmp_path):
+    (tmp_path / held).write_text("mine")
+    with pytest.raises(UserError, match=f"new files only, but .*{held} exists; choose another folder by hydra.run.dir"):
+        run_check(tmp_path, *TINY)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(held, "mine")]
+
+
 def test_images_left_out_are_a_warning(folder_root, tmp_path):
     names = sorted(str(path.relative_to(folder_root)) for path in (folder_root / "images").rglob("*.*g"))
     (folder_root / "unlabeled.txt").write_text("\n".join(names))
@@ -122,6 +130,7 @@ def test_deep_images_with_many_channels_get_their_statistics(tmp_path, classes):
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_zero_on_good_data(tmp_path):
     done = run_command(*TINY, "hydra.run.dir=out", cwd=tmp_path, module="mlpmatch_pl.check")
     assert done.returncode == 0, done.stderr
@@ -132,6 +141,7 @@ def test_the_command_ends_with_zero_on_good_data(tmp_path):
     assert "warnings" in json.loads((tmp_path / "out/check.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_on_bad_data_and_names_the_file(folder_root, tmp_path):
     (folder_root / "images/img6.jpg").write_bytes(b"no image")
     done = run_command(
@@ -158,6 +168,7 @@ def test_wrong_arguments_are_explained(arguments, sentence, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_breaks_during_training_is_named_in_one_line(folder_root, tmp_path):
     """Only a part of a large data set is read before the first step."""
     save_image(folder_root / "images/wide.png", np.zeros((50, 60, 3), np.uint8))

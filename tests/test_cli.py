@@ -95,7 +95,11 @@ def test_questions_are_answered_at_once_without_heavy_imports(command, question,
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("dataset.labelled=4", "the configuration has no key dataset.labelled. Did you mean dataset.labeled"),
+        (
+            "dataset.labelet=4",
+            "the configuration has no key dataset.labelet. Did you mean dataset.labeled",
+        ),
+        ("output_dir=elsewhere", "expected the folder as hydra.run.dir=..., or hydra.sweep.dir=... with -m, but got"),
         ("method=mlpmach", "there is no method=mlpmach, only fixmatch, mlpmatch"),
         ("dataset.labeled=1_8", "but got 1_8, which Hydra reads as the number 18; write dataset.labeled=1/8"),
         ("dataset=folder", "expected a value for dataset.root, but none is set"),

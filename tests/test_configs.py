@@ -1,17 +1,32 @@
+import csv
 import inspect
 import re
 from dataclasses import asdict, fields
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import TINY, compose_train
+import torch
+from helpers import TINY, compose_config, compose_train
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+from torch import Tensor
 
+from mlpmatch_pl.annotations import parameters, read_options
+from mlpmatch_pl.benchmarking.run import Options as Benchmark
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.published import PUBLISHED, published_list
+from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.evaluating.options import Options as Evaluate
+from mlpmatch_pl.evaluating.options import Scoring
+from mlpmatch_pl.evaluation.windows import Inference
+from mlpmatch_pl.exporting.run import ExportOptions
 from mlpmatch_pl.methods import PRESETS, Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.predicting.run import Options as Predict
+from mlpmatch_pl.preparation.options import Options as Prepare
+from mlpmatch_pl.reporting.command import Options as Report
 from mlpmatch_pl.train import train
 
 
@@ -116,27 +131,106 @@ def test_every_method_trains_from_its_configuration(method, tmp_path):
     assert 0 <= metrics["test"]["test/miou"] <= 1
 
 
+# MLPMatch in four steps, two epochs of two; every pixel is confident, so that every term counts.
+FOUR_STEPS = (
+    *TINY, "dataset.train=12", "dataset.val=1", "dataset.test=1", "schedule.steps=4", "trainer.log_every_n_steps=1",
+    "objective.confidence_threshold=0", "callbacks.predictions.num_images=0",
+)  # fmt: skip
+WEIGHTS = {"s1": 0.25, "s2": 0.25, "fp": 0.25, "u_np": 0.25}
+NEVER, BY_EPOCH = (0, 0, 0, 0), (0, 0, 0.125, 0.125)
+
+
+def train_four_steps(folder: Path, *overrides: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Return the logged loss terms of every step, by their names in the step, and the last weights."""
+    train(compose_train(*FOUR_STEPS, *overrides, output_dir=folder))
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    columns = {"loss": "train/loss", "lambda": "train/lambda_np"}
+    columns |= {name: f"train/loss_{name}" for name in ("x", "x_np", *WEIGHTS)}
+    steps = [{name: float(row[key]) for name, key in columns.items() if row.get(key)} for row in rows]
+    return steps, torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def mlpmatch(tmp_path_factory):
+    """From weights of a short training: a new block adds nothing yet, and may be deactivated without a trace."""
+    folder = tmp_path_factory.mktemp("start")
+    train_four_steps(folder)
+    start = f"init_weights={folder}/checkpoints/last.ckpt"
+    return start, *train_four_steps(tmp_path_factory.mktemp("mlpmatch"), start)
+
+
 @pytest.mark.parametrize(
-    "ablation",
+    ("ablation", "lambdas", "weights", "gone", "changed"),
     [
-        "method.network_perturbation=null",
-        "method.lambda_max=0",
-        "method.network_weight=0",
-        "method.feature_weight=0",
-        "method.strong_weights=[0.25]",
-        "method.lambda_schedule=constant",
-        "method.lambda_schedule=linear_step",
-        "method.network_perturbation.sampler=single_stage",
-        "method.network_perturbation.sampler=n_blocks",
-        "method.cutmix.p=0",
-        "method.partner=same_image",
-        "method.network_updates_batchnorm=false",
+        ("network_perturbation=null", NEVER, {}, {"x_np", "u_np"}, set()),
+        ("lambda_max=0", NEVER, {}, set(), set()),
+        ("lambda_schedule=constant", (0.25, 0.25, 0.25, 0.25), {}, set(), set()),
+        ("lambda_schedule=linear_step", (0, 0.0625, 0.125, 0.1875), {}, set(), set()),
+        ("network_weight=0", BY_EPOCH, {"u_np": 0}, set(), set()),
+        ("feature_weight=0", BY_EPOCH, {}, {"fp"}, {"x", "s1", "s2", "u_np"}),  # the decoder's batch is smaller
+        ("strong_weights=[0.5]", BY_EPOCH, {"s1": 0.5}, {"s2"}, {"s1"}),  # so is that of the strong views
+        # Not single_stage: a stage of this encoder is a single block.
+        ("network_perturbation.sampler=n_blocks", BY_EPOCH, {}, set(), {"x_np", "u_np"}),
+        ("cutmix.p=0", BY_EPOCH, {}, set(), {"s1", "s2"}),
+        ("partner=same_image", BY_EPOCH, {}, set(), {"s1", "s2"}),
+        ("network_updates_batchnorm=false", BY_EPOCH, {}, set(), set()),
     ],
 )
-def test_an_ablation_is_one_override(ablation, tmp_path):
-    cfg = compose_train(*TINY, ablation, output_dir=tmp_path)
-    method = resolve_method(OmegaConf.to_container(cfg.method, resolve=True))
-    assert asdict(method) != asdict(PRESETS["mlpmatch"])
+def test_an_ablation_is_one_override(ablation, lambdas, weights, gone, changed, mlpmatch, tmp_path):
+    """Terms that it should change differ from MLPMatch's at the first step, no others, and the loss is their sum."""
+    start, (first, *_), plain_state = mlpmatch
+    steps, state = train_four_steps(tmp_path, start, f"method.{ablation}")
+    assert set(first) - set(steps[0]) == gone
+    assert {
+        name for name in WEIGHTS.keys() | {"x", "x_np"} if name in steps[0] and steps[0][name] != first[name]
+    } == changed
+    assert [step["lambda"] for step in steps] == pytest.approx(lambdas)
+    weights = {**WEIGHTS, **weights}
+    for step, volatile in zip(steps, lambdas, strict=True):
+        labeled = (1 - volatile) * step["x"] + volatile * step.get("x_np", 0)
+        unlabeled = sum(weights[name] * step[name] for name in weights if name in step)
+        assert step["loss"] == pytest.approx(0.5 * (labeled + unlabeled), rel=1e-5)
+    differing = {name.rsplit(".", 1)[1] for name, value in state.items() if not torch.equal(value, plain_state[name])}
+    if ablation == "network_updates_batchnorm=false":
+        assert differing - {"num_batches_tracked"} == {"running_mean", "running_var"}
+    else:
+        assert differing >= {"weight", "running_mean"}
+
+
+def test_a_key_at_the_top_that_nothing_reads_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the configuration has no key epochs\."):
+        train(compose_train(*TINY, "+epochs=3", output_dir=tmp_path / "run"))
+    with pytest.raises(UserError, match=r"no key see\. Did you mean seed"):
+        train(compose_train(*TINY, "+see=3", output_dir=tmp_path / "run"))
+    with pytest.raises(UserError, match=r"the configuration has no key benchmark\."):
+        train(compose_config("benchmark", *TINY, output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+COMMANDS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_a_command_are_the_keys_of_its_configuration(command):
+    assert set(compose_config(command)) == set(COMMANDS[command].__dataclass_fields__)
+
+
+@pytest.mark.parametrize("cls", [*COMMANDS.values(), Prepare, Report, Benchmark, Scoring, Inference])
+def test_every_option_of_a_command_has_a_type_that_is_compared(cls):
+    assert Any not in parameters(cls)[0].values()
+
+
+def test_evaluate_and_predict_infer_alike_by_default():
+    assert read_options(Inference, OmegaConf.to_container(compose_config("predict").inference)) == Inference()
+    assert compose_config("evaluate").inference == compose_config("predict").inference
+
+
+def test_the_configuration_of_prepare_is_no_group_of_the_training_s():
+    assert not files("mlpmatch_pl.conf").joinpath("prepare").is_dir()
+    assert set(OmegaConf.load(files("mlpmatch_pl.preparation").joinpath("prepare.yaml"))) == {
+        *Prepare.__dataclass_fields__, "hydra", "defaults",
+    }  # fmt: skip
 
 
 def test_another_project_uses_the_groups_through_its_search_path(tmp_path):

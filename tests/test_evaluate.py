@@ -7,6 +7,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from mlpmatch_pl.evaluate import evaluate
 from mlpmatch_pl.evaluating.data import open_part, require_fit
 from mlpmatch_pl.evaluating.files import FILES, LONGEST_SIDE, WRONG_COLOR, worst_images
 from mlpmatch_pl.evaluating.loop import Counts, Evaluator, read_ahead, same_size_batches
+from mlpmatch_pl.evaluating.options import Options
+from mlpmatch_pl.evaluating.run import FOR_TRAINING
 from mlpmatch_pl.evaluation.boundary import boundary_counts, boundary_iou
 from mlpmatch_pl.evaluation.windows import Inference
 
@@ -172,8 +175,11 @@ def test_the_worst_images_come_first_and_are_drawn(evaluated):
 
 def test_results_are_never_written_over_unless_told(trained, evaluated, tmp_path):
     before = {path: path.read_bytes() for path in evaluated.iterdir()}
-    with pytest.raises(UserError, match=r"without results, but .*metrics\.json exists; .*overwrite=true"):
+    with pytest.raises(UserError, match=r"new files only, but .*metrics\.json exists \(and 5 more\); .*overwrite=true"):
         run_evaluate(trained, evaluated)
+    for word in ("no", "off", "0", "2"):  # texts and numbers are no yes, as Hydra passes them
+        with pytest.raises(UserError, match="expected overwrite as true or false, but got "):
+            run_evaluate(trained, evaluated, f"overwrite={word}")
     assert {path: path.read_bytes() for path in evaluated.iterdir()} == before
     (tmp_path / "metrics.json").write_text("mine")
     run_evaluate(trained, tmp_path, "overwrite=true", "worst=0", "evaluation.boundary=null")
@@ -207,6 +213,28 @@ def test_images_of_one_s_own_and_of_several_sizes_are_evaluated(trained, make_fo
         run_evaluate(trained, tmp_path / "test", *lists, "part=test")
 
 
+def test_a_data_set_that_brings_options_for_training_is_evaluated_on(trained, tmp_path):
+    result = run_evaluate(trained, tmp_path / "out", "dataset=shapes", "dataset.test=2", "dataset.size=40")
+    assert (result["part"], result["count"], result["same_as_run"]) == ("test", 2, None)
+    with pytest.raises(UserError, match=r"the configuration has no key loader\."):
+        run_evaluate(trained, tmp_path / "none", "+loader.batch_size=2")
+
+
+@pytest.mark.parametrize("name", ["ade20k", "camvid", "cityscapes", "coco", "folder", "shapes", "voc"])
+def test_what_a_data_set_sets_for_training_is_known_to_evaluate(name, monkeypatch):
+    monkeypatch.setenv("MLPMATCH_DATA", "data")
+    brought = set(compose_config("evaluate", f"dataset={name}")) - set(Options.__dataclass_fields__)
+    assert brought <= set(FOR_TRAINING)
+
+
+def test_memory_that_runs_out_is_a_sentence_and_another_error_is_none(trained, tmp_path, monkeypatch):
+    for text, kind in (("DefaultCPUAllocator: can't allocate memory", UserError), ("a defect", RuntimeError)):
+        monkeypatch.setattr(Evaluator, "label", Mock(side_effect=RuntimeError(text)))
+        with pytest.raises(kind, match="the memory is large enough for" if kind is UserError else text):
+            run_evaluate(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_with_other_classes_or_channels_are_refused(trained, folder_root, tmp_path):
     root = f"dataset.root='{folder_root}'"
     with pytest.raises(UserError, match=r"data with 6 classes, as .*best\.ckpt was trained on, but they have 2"):
@@ -227,12 +255,20 @@ def test_data_with_other_classes_or_channels_are_refused(trained, folder_root, t
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("part=train", "part as val or test, but got 'train'"),
+        ("part=train", "part as 'val' or 'test' or null, but got 'train'"),
         ("worst=-1", "worst as a number of images from 0, but got -1"),
+        ("worst=true", "worst as a whole number, but got true"),
         ("batch_size=0", "batch_size as a whole number from 1, or null, but got 0"),
         ("num_workers=-1", "num_workers as a whole number from 0, or null, but got -1"),
         ("evaluation.boundary=2", "evaluation.boundary as a share of the diagonal"),
-        ("evaluation.absent=drop", "evaluation.absent as exclude or zero, but got 'drop'"),
+        ("num_workers=two", "num_workers as a whole number or null, but got 'two'"),
+        ("evaluation.boundary=abc", "evaluation.boundary as a number or null, but got 'abc'"),
+        ("evaluation=null", "evaluation as a mapping of keys to values, but got null"),
+        ("evaluation.absent=drop", "evaluation.absent as 'exclude' or 'zero' or null, but got 'drop'"),
+        ("inference.flip=1", "inference.flip as true or false, but got 1"),
+        ("+foo=1", r"no key foo\."),
+        ("+inference.wndow=3", r"no key inference\.wndow\. Did you mean window"),
+        ("checkpoint=''", "checkpoint as a path, but got ''"),
         ("inference.mode=slide", r"expected inference\.window"),
         ("checkpoint=nowhere.ckpt", r"nowhere\.ckpt does not exist"),
     ],
@@ -264,6 +300,7 @@ def test_a_checkpoint_without_its_run_needs_data_to_be_named(tmp_path):
         open_part(tmp_path / "best.ckpt", None, None)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_takes_keys_of_the_run_s_data(trained, tmp_path):
     checkpoint = f"checkpoint={trained / 'checkpoints/best.ckpt'}"
     done = run_command(checkpoint, "dataset.test=3", "output=out", cwd=tmp_path, module="mlpmatch_pl.evaluate")
@@ -274,7 +311,7 @@ def test_the_command_prints_the_table_and_takes_keys_of_the_run_s_data(trained, 
     assert "│ background │" in done.stdout
     again = run_command(checkpoint, "output=out", cwd=tmp_path, module="mlpmatch_pl.evaluate")
     assert again.returncode == 1
-    assert again.stderr.startswith("error: expected a folder without results, but ")
+    assert again.stderr.startswith("error: expected to write new files only, but ")
     assert len(again.stderr.splitlines()) == 1
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 from mlpmatch_pl import MLPMatch, UserError
+from mlpmatch_pl.annotations import read_options
 from mlpmatch_pl.export import export
 from mlpmatch_pl.exporting import run as exporting_module
 from mlpmatch_pl.exporting.formats import EXAMPLE, FORMATS, ExportedModel, SamePadding, replace_same_padding
@@ -125,10 +126,10 @@ def test_no_path_of_this_machine_is_in_the_files(checkpoint, onnx_file, tmp_path
 @pytest.mark.parametrize(
     ("backbone", "output_stride", "in_chans", "dtype", "forms"),
     [
-        ("test_resnet", 16, 1, "float32", ("onnx", "torch_export")),
-        ("resnet18", 8, 3, "uint8", ("onnx", "torch_export")),
+        pytest.param("test_resnet", 16, 1, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
+        pytest.param("resnet18", 8, 3, "uint8", ("onnx", "torch_export"), marks=pytest.mark.slow),
         ("resnet18", 16, 1, "uint8", ("torch_export",)),
-        ("mobilenetv2_100", 16, 1, "uint8", ("torch_export",)),
+        pytest.param("mobilenetv2_100", 16, 1, "uint8", ("torch_export",), marks=pytest.mark.slow),
         pytest.param("mobilenetv2_100", 8, 3, "float32", ("onnx",), marks=pytest.mark.slow),
         pytest.param("test_resnet", 32, 3, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
         pytest.param("resnet50s", 16, 3, "float32", ("onnx",), marks=pytest.mark.slow),
@@ -302,7 +303,7 @@ def test_files_are_not_written_over_unless_told(checkpoint, tmp_path):
         folder.mkdir()
         (folder / existing).write_text("mine")
         options = ExportOptions(checkpoint, "safetensors", folder / "weights.safetensors")
-        with pytest.raises(UserError, match=f"expected a new file, but .*{existing} exists; set overwrite=true"):
+        with pytest.raises(UserError, match=f"new files only, but .*{existing} exists; .*, or set overwrite=true"):
             export_checkpoint(options)
         assert (folder / existing).read_text() == "mine"
         export_checkpoint(replace(options, overwrite=True))
@@ -312,23 +313,26 @@ def test_files_are_not_written_over_unless_told(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "onxx"}, "expected format as one of onnx, torch_export, safetensors, but got onxx. Did you mean"),
-        ({"returns": "classes"}, "expected returns as one of logits, probabilities, but got classes"),
-        ({"input_dtype": "float16"}, "expected input_dtype as one of float32, uint8, but got float16. Did you mean fl"),
+        ({"format": "onxx"}, "expected format as 'onnx' or 'torch_export' or 'safetensors', but got 'onxx'. Did you"),
+        ({"returns": "classes"}, "expected returns as 'logits' or 'probabilities', but got 'classes'"),
+        ({"input_dtype": "float16"}, "expected input_dtype as 'float32' or 'uint8', but got 'float16'. Did you mean"),
+        ({"overwrite": "no"}, "expected overwrite as true or false, but got 'no'"),
+        ({"outptu": "a.onnx"}, "the configuration has no key outptu. Did you mean output?"),
+        ({"checkpoint": ""}, "expected checkpoint as a path, but got ''"),
         ({"output": "a.pt2"}, r"expected an output with the suffix .onnx for format=onnx, but got a.pt2; change"),
         ({"format": "safetensors", "returns": "probabilities"}, "expected returns=logits for format=safetensors"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UserError) as caught:
-        ExportOptions("best.ckpt", **options)
+        read_options(ExportOptions, {"checkpoint": "best.ckpt", **options})
     assert str(caught.value).startswith(message)
 
 
 def test_missing_packages_are_named_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(exporting_module, "find_spec", lambda name: None if name.startswith("onnx") else name)
     with pytest.raises(UserError) as caught:
-        export_checkpoint(ExportOptions("none.ckpt", "onnx"))
+        export_checkpoint(ExportOptions(Path("none.ckpt"), "onnx"))
     assert str(caught.value) == (
         "expected onnx, onnxscript, onnxruntime to be installed for format=onnx; run: pip install 'mlpmatch_pl[export]'"
     )
@@ -356,6 +360,7 @@ def test_whole_number_padding_equals_timms(kernel_size, stride, dilation):
         torch.testing.assert_close(plain(padding(x)), same(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_whole_number_padding_stays_free_in_both_formats(tmp_path):
     """As in the tf_ models of timm, whose strided convolutions pad by the size of their input."""
@@ -393,6 +398,7 @@ def test_the_configuration_exports_beside_the_checkpoint(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.ckpt", "best.json", "best.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_comparison_and_wrong_input_in_one_line(checkpoint, tmp_path):
     arguments = (f"checkpoint={checkpoint}", "format=safetensors", "output=out/model.safetensors")
     done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.export")
@@ -406,7 +412,8 @@ def test_the_command_prints_the_comparison_and_wrong_input_in_one_line(checkpoin
     again = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.export")
     assert again.returncode == 1
     assert again.stderr.strip() == (
-        "error: expected a new file, but out/model.safetensors exists; set overwrite=true, or choose another output"
+        "error: expected to write new files only, but out/model.safetensors exists (and 1 more); choose another "
+        "output, or set overwrite=true"
     )
 
 

@@ -143,8 +143,8 @@ def test_existing_files_are_refused_before_anything_is_written(checkpoint, photo
     with pytest.raises(UserError) as caught:
         run_predict(checkpoint, photos, tmp_path / "out")
     assert str(caught.value) == (
-        f"expected to write new files only, but 1 of 9 exist, the first {tmp_path / 'out/color/plain.png'}; choose "
-        "another output, or set overwrite=true"
+        f"expected to write new files only, but {tmp_path / 'out/color/plain.png'} exists; choose another output, or "
+        "set overwrite=true"
     )
     assert written(tmp_path / "out") == ["color/plain.png"]
     assert (tmp_path / "out/color/plain.png").read_bytes() == before
@@ -210,15 +210,21 @@ def test_an_output_that_cannot_be_written_is_named(checkpoint, photos, tmp_path)
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("save=[index,colour]", "expected save to be of index, color, .*, but got colour. Did you mean color?"),
+        (
+            "save=[index,colort]",
+            r"expected save as a list of 'index' or 'color' or .*'colort'\]\. Did you mean color",
+        ),
+        ("save=null", "expected save as a list of 'index' or .*, but got null"),
         ("save=[]", "expected something to save, but save is empty"),
-        ("overwrite=maybe", "expected overwrite to be true or false, but got 'maybe'"),
+        ("overwrite=no", "expected overwrite as true or false, but got 'no'"),
         ("opacity=1.5", "expected opacity from 0 to 1, but got 1.5"),
+        ("opacity=true", "expected opacity as a number, but got true"),
+        ("+foo=1", r"no key foo\."),
         ("inference.window=40", "set inference.mode=slide, or leave them out"),
         ("device=cuad", "expected device as auto, or one that this machine has, but got cuad"),
         ("input=none.jpg", "expected input as an image file, a folder or a glob pattern, but none.jpg does not exist"),
         ("input='*.none'", r"expected images \(.bmp, .*\) in input=\*.none, but found none"),
-        ("input=''", "expected input as a path, but it is empty"),
+        ("input=''", "expected input as a path, but got ''"),
         ("checkpoint=none.ckpt", "expected a checkpoint, but none.ckpt does not exist"),
     ],
 )
@@ -234,12 +240,18 @@ def test_an_output_that_is_a_file_is_refused(checkpoint, photos, tmp_path):
         run_predict(checkpoint, photos, tmp_path / "out")
 
 
-def test_an_image_too_large_for_the_device_is_left_out_and_named(checkpoint, photos, tmp_path, monkeypatch, capsys):
+MEMORY = (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=["gpu", "cpu"])
+def test_an_image_too_large_for_the_memory_is_left_out_and_named(
+    error, checkpoint, photos, tmp_path, monkeypatch, capsys
+):
     infer = Predictor.infer
 
     def fail_on_one(self, image):
         if image.shape[:2] == (41, 60):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return infer(self, image)
 
     monkeypatch.setattr(Predictor, "infer", fail_on_one)

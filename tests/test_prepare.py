@@ -9,6 +9,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -35,12 +36,13 @@ from archives import (
 )
 from PIL import Image
 
+from mlpmatch_pl.annotations import read_options
 from mlpmatch_pl.data.published import PUBLISHED
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.palette import default_palette
 from mlpmatch_pl.preparation import camvid, coco, lists, voc
 from mlpmatch_pl.preparation import download as download_module
-from mlpmatch_pl.preparation.options import DATASETS, read_options
+from mlpmatch_pl.preparation.options import Dataset, Options
 from mlpmatch_pl.preparation.run import prepare_dataset
 
 TINY_COMMAND = """
@@ -85,7 +87,7 @@ def run(*arguments, facts=None, cwd=None):
 
 
 def prepare(**values):
-    prepare_dataset(read_options({"num_workers": 0, **values}))
+    prepare_dataset(read_options(Options, {"num_workers": 0, **values}))
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +158,7 @@ def test_voc_is_downloaded_resumed_converted_and_verified(prepared_voc):
     assert "6 training images with masks (3 of them VOC's own), 2 validation images" in first.stdout
     assert "VOC2012" not in str(files_below(folder / "root"))
     assert f"python -m mlpmatch_pl.check dataset=voc dataset.root={folder / 'root'}" in first.stdout
-    assert "licence: Flickr photos" in first.stdout
+    assert "license: Flickr photos" in first.stdout
     assert "Everingham et al." in first.stdout
 
 
@@ -623,16 +625,17 @@ def test_the_real_lists_pass_through_the_real_command(real_data, tmp_path, datas
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["dataset=vco", "root=x"], "expected dataset to be one of voc, cityscapes, coco, ade20k, camvid, but got vco. "
-         "Did you mean voc?"),
+        (["dataset=vco", "root=x"], "expected dataset as 'voc' or 'cityscapes' or 'coco' or 'ade20k' or 'camvid', but "
+         "got 'vco'. Did you mean voc?"),
         (["root=x"], "expected a value for dataset, but none is set; add dataset=... to the command"),
         (["dataset=voc"], "expected a value for root, but none is set; add root=... to the command"),
         (["datase=voc", "root=x"], "the configuration has no key datase. Did you mean dataset"),
         (["dataset=coco", "root=x", "splits=unimatch"], "expected splits=unimatch with dataset=voc or "
          "dataset=cityscapes, but got dataset=coco"),
-        (["dataset=voc", "root=x", "splits=unimtach"], "but got unimtach. Did you mean unimatch?"),
+        (["dataset=voc", "root=x", "splits=unimtach"], "expected splits as 'unimatch' or null, but got 'unimtach'. "
+         "Did you mean unimatch?"),
         (["dataset=voc", "root=x", "data=false"], "expected something to do"),
-        (["dataset=voc", "root=x", "keep_archives=maybe"], "expected keep_archives to be true or false"),
+        (["dataset=voc", "root=x", "keep_archives=maybe"], "expected keep_archives as true or false, but got 'maybe'"),
         (["dataset=voc", "root=x", "num_workers=-1"], "expected num_workers to be a whole number from 0"),
         (["dataset=voc", "root=x", "mirror=/data"], "expected mirror to be a URL"),
         (["dataset=voc", "root=x", "archives=nowhere"], "expected archives to be a folder, but nowhere is none"),
@@ -653,7 +656,7 @@ def test_a_wrong_command_ends_with_one_line(tmp_path, arguments, sentence):
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
 def test_help_and_configuration_name_every_key(tmp_path, arguments):
     result = run(*arguments, cwd=tmp_path)
-    for key in read_options({"dataset": "voc", "root": "x"}).__dict__:
+    for key in Options.__dataclass_fields__:
         assert key in result.stdout
     assert files_below(tmp_path) == set()
 
@@ -679,7 +682,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", get_args(Dataset))
 def test_what_is_prepared_is_what_training_reads(tmp_path, tiny, capsys, dataset):
     facts = MAKERS[dataset](tmp_path / "source")
     tiny(facts)
@@ -695,11 +698,12 @@ def test_what_is_prepared_is_what_training_reads(tmp_path, tiny, capsys, dataset
             assert mask.shape == source.image(index).shape[:2] == (20, 30)
             assert set(np.unique(mask)) <= {*range(len(data.class_names)), data.ignore_index}
     output = capsys.readouterr().out
-    for fact in (module.INFO.title, module.INFO.licence, module.INFO.citation, module.INFO.homepage):
+    for fact in (module.INFO.title, module.INFO.license, module.INFO.citation, module.INFO.homepage):
         assert fact in output
     assert f"python -m mlpmatch_pl.train dataset={dataset} dataset.root={tmp_path / 'root'}" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_a_conversion_that_is_ended_leaves_no_process_and_goes_on(tmp_path, ending):
     facts = voc_archives(tmp_path / "source")

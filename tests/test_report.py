@@ -413,9 +413,7 @@ def test_a_report_is_written_over_only_when_asked(make_run, tmp_path):
     arguments = [str(tmp_path / "runs"), f"output={tmp_path / 'out'}"]
     assert report(arguments) == 0
     (tmp_path / "out" / "curves_gone_1_aaaaaaaa.svg").touch()
-    with pytest.raises(
-        UserError, match=r"expected a folder without a report, but .*report.html exists; .*overwrite=true"
-    ):
+    with pytest.raises(UserError, match=r"expected to write new files only, but .*report.html exists .*overwrite=true"):
         report(arguments)
     assert report([*arguments, "overwrite=true"]) == 0
     assert not (tmp_path / "out" / "curves_gone_1_aaaaaaaa.svg").exists()
@@ -429,9 +427,10 @@ def test_a_report_is_written_over_only_when_asked(make_run, tmp_path):
         (["gone"], "expected folders of runs, but gone does not exist"),
         (["."], "expected run folders in or below ., but there is none"),
         ([".", "outputs=x"], r"there is no option outputs, only output, .*Did you mean output\?"),
-        ([".", "pictures=-1"], "expected pictures as a whole number of at least 0, but got '-1'"),
-        ([".", "overwrite=yes"], "expected overwrite=true or overwrite=false, but got 'yes'"),
-        ([".", "output="], "expected output=FOLDER, but its value is empty"),
+        ([".", "pictures=-1"], "expected pictures as a whole number of at least 0, but got -1"),
+        ([".", "overwrite=yes"], "expected overwrite as true or false, but got 'yes'"),
+        ([".", "pictures=few"], "expected pictures as a whole number, but got 'few'"),
+        ([".", "output="], "expected output as a path, but got ''"),
         ([".", "output=file"], "expected output as a folder, but file is a file"),
     ],
 )

@@ -1,17 +1,19 @@
 """Plain values against type annotations: does 2 fit ``tuple[float, float]``, and how is that said in words.
 
-Strict, as nobody wants ``batch_size="8"`` or ``lr=True`` to pass; numbers are finite. Two things are forgiven, because
-YAML and the command line know no better: a list stands for a tuple, and a number for a text (a folder called 2019).
+Strict, as nobody wants ``batch_size="8"`` or ``lr=True`` to pass; numbers are finite. Three things are forgiven, as the
+command line knows no better: a list stands for a tuple, a number for a text (a folder called 2019), a text for a path.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -30,6 +32,7 @@ _ONE: dict[Any, str] = {
 _MANY: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six")
 LONGEST = 80  # characters of a wrong value that are shown
+Options = TypeVar("Options")
 
 
 def parameters(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
@@ -52,8 +55,88 @@ def parameters(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     return types, any(entry.kind is entry.VAR_KEYWORD for entry in found)
 
 
+def read_options(cls: type[Options], values: Any, key: str = "") -> Options:
+    """Build a dataclass from plain values: the door of every command.
+
+    Args:
+        cls: Each field's annotation says what its value must be; one that is a dataclass itself reads a mapping.
+        values: By the fields' names, as a configuration holds them. A single value stands for a list of one.
+        key: What they are called together; nothing at the top of a configuration.
+
+    Raises:
+        UserError: For the first value that does not fit, key that is missing, or key that nothing reads, and whatever
+            the dataclass itself refuses.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Draw:
+        ...     output: Path
+        ...     scales: tuple[float, ...] = (1.0,)
+        ...     overwrite: bool = False
+        >>> read_options(Draw, {"output": "x", "scales": 2}).scales
+        (2,)
+        >>> read_options(Draw, {"output": "x", "overwrite": "no"})
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.errors.UserError: expected overwrite as true or false, but got 'no'
+    """
+    node, types = mapping(key, values), parameters(cls)[0]
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    check_keys(key, node, types, needed)
+    return cls(**{name: _option(_below(key, name), value, types[name]) for name, value in node.items()})
+
+
+def _option(key: str, value: Any, annotation: Any) -> Any:
+    if is_dataclass(annotation):
+        return read_options(annotation, value, key)  # type: ignore[arg-type]
+    alone = get_origin(annotation) is tuple and isinstance(value, str | int | float)
+    return _tuples(fit(key, [value] if alone else value, annotation))
+
+
+def fitted(
+    key: str, node: Mapping[str, Any], types: Mapping[str, Any], required: Iterable[str] = (), is_open: bool = False
+) -> dict[str, Any]:
+    """Return a mapping whose values fit the types; keys without one are refused, unless it is open.
+
+    Raises:
+        UserError: For the first value that does not fit, key that is missing, or key that nothing reads.
+    """
+    check_keys(key, node, node if is_open else types, required)
+    return {name: fit(_below(key, name), value, types.get(name, Any)) for name, value in node.items()}
+
+
+def check_keys(key: str, node: Mapping[str, Any], known: Collection[str], required: Iterable[str]) -> None:
+    """Refuse a mapping without a key that is required, or with one that nothing reads.
+
+    Raises:
+        UserError: For the first such key.
+    """
+    if missing := [name for name in required if name not in node]:
+        raise UserError(f"expected a value for {_below(key, missing[0])}, but the configuration lacks it; put it back")
+    if unknown := [str(name) for name in node if name not in known]:
+        raise UserError(f"the configuration has no key {_below(key, unknown[0])}." + suggest(unknown[0], known))
+
+
+def mapping(key: str, value: Any) -> dict[str, Any]:
+    """Return a value that is a mapping.
+
+    Raises:
+        UserError: If it is none.
+    """
+    if not isinstance(value, dict):
+        raise UserError(
+            f"expected {key} as a mapping of keys to values, but got {_shown(value)}; set its keys, as {key}.a=1"
+        )
+    return value
+
+
+def _below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
 def fit(key: str, value: Any, annotation: Any) -> Any:
-    """Return a value that fits an annotation: the value itself, or with texts in place of numbers.
+    """Return a value that fits an annotation: the value itself, or with texts in place of numbers, or a path.
 
     Args:
         key: What the value is called in the message.
@@ -71,18 +154,22 @@ def fit(key: str, value: Any, annotation: Any) -> Any:
         ...
         mlpmatch_pl.errors.UserError: expected loader.scale as a list of two numbers, but got 2
     """
-    if annotation is Any or _fits(value, annotation):
-        return value
-    if _fits(texts := _texts(value), annotation):
-        return texts
-    shown = {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | NoneType) else repr(value)
-    shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} ..."
+    texts = _texts(value)
+    for form in (value, texts, _path(texts)):
+        if annotation is Any or _fits(form, annotation):
+            return form
     choices = [*map(str, _choices(annotation))]
-    raise UserError(f"expected {key} as {describe(annotation)}, but got {shown}" + _advice(str(value), choices))
+    raise UserError(f"expected {key} as {describe(annotation)}, but got {_shown(value)}" + _advice(value, choices))
 
 
-def _advice(value: str, choices: Sequence[str]) -> str:
-    near = suggest(value, choices)
+def _shown(value: Any) -> str:
+    shown = {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | NoneType) else repr(value)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} ..."
+
+
+def _advice(value: Any, choices: Sequence[str]) -> str:
+    wrong = [str(item) for item in (value if isinstance(value, list) else [value]) if str(item) not in choices]
+    near = suggest(wrong[0], choices) if wrong else ""
     return f".{near}" if near else ""
 
 
@@ -109,6 +196,11 @@ def _texts(value: Any) -> Any:
     if isinstance(value, list):
         return [_texts(item) for item in value]
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _path(value: Any) -> Any:
+    is_path = isinstance(value, str) and value and "\0" not in value
+    return Path(os.path.expanduser(value)) if is_path else value
 
 
 def describe(annotation: Any) -> str:
@@ -140,6 +232,8 @@ def _many(annotation: Any) -> str:
     if annotation in _MANY:
         return _MANY[annotation]
     inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, inner))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(dict.fromkeys(map(_many, inner)))
     if inspect.isclass(origin := get_origin(annotation)) and issubclass(origin, Sequence):

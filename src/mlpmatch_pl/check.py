@@ -25,7 +25,8 @@ def check(cfg: DictConfig) -> dict[str, Any]:
         What check.json holds: errors, warnings, sizes and classes of each set, mean and deviation of the channels.
 
     Raises:
-        UserError: If the data cannot be described, or after everything has been written, if there are errors in it.
+        UserError: If the data cannot be described, or ``output_dir`` holds a run or an earlier check; or after
+            everything has been written, if there are errors in the data.
     """
     from mlpmatch_pl.data_report import run
 

@@ -14,6 +14,7 @@ from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.processes import time_stamp
 
 _PATHS = ("checkpoint", "input", "output")
+_ELSEWHERE = {"prepare": "mlpmatch_pl.preparation"}  # primary configs that are not in conf/
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
 
 
@@ -83,7 +84,16 @@ def run_command(config_name: str, hydra_main: Callable[[], None]) -> None:
         os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
     with guarded(config_name):
         refuse_underscored_fractions(sys.argv[1:])
+        _refuse_output_dir(sys.argv[1:])
         hydra_main()
+
+
+def _refuse_output_dir(arguments: Sequence[str]) -> None:
+    """Refuse a second name for the folder: Hydra would write its log into the one, and the command into the other."""
+    if given := [argument for argument in arguments if argument.lstrip("+").startswith("output_dir=")]:
+        raise UserError(
+            f"expected the folder as hydra.run.dir=..., or hydra.sweep.dir=... with -m, but got {given[0]}; use those"
+        )
 
 
 def sweep_folder(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
@@ -188,7 +198,7 @@ def _similar_keys(wrong: str, config_name: str) -> list[str]:
 
     GlobalHydra.instance().clear()
     groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w-]+", argument)]
-    with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
+    with initialize_config_module(_ELSEWHERE.get(config_name, "mlpmatch_pl.conf"), version_base="1.3"):
         for overrides in (groups, []):
             try:
                 return [key for key in keys(compose(config_name, overrides)) if key.count(".") == wrong.count(".")]

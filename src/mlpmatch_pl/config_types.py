@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from mlpmatch_pl.annotations import fit, parameters
+from mlpmatch_pl.annotations import check_keys, fit, fitted, mapping, parameters
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.strong import StrongView
-from mlpmatch_pl.errors import UserError, suggest
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.methods import Method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import CutMix
@@ -28,9 +28,9 @@ _RUN: Types = {"seed": int, "resume": str | None, "init_weights": str | None, "o
 _SCHEDULE: Types = {"epochs": int | None, "steps": int | None, "reference_images": int} | {
     key: _MODULE[key] for key in ("lr", "lr_multi", "momentum", "weight_decay", "power")
 }
-_SET_BY_METHOD = ("data", "num_strong", "partner", "cutmix", "seed")
+_NOT_OF_LOADER = ("data", "method", "seed")
 _LOADER: Types = {
-    key: kind for key, kind in parameters(SemiSupervisedDataModule)[0].items() if key not in _SET_BY_METHOD
+    key: kind for key, kind in parameters(SemiSupervisedDataModule)[0].items() if key not in _NOT_OF_LOADER
 }
 _BACKBONE_KEYS = ("pretrained", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
 _BACKBONE: Types = {"name": str} | {key: _MODULE[key] for key in _BACKBONE_KEYS}
@@ -66,11 +66,12 @@ _GROUPS = ("backbone", "callbacks", "dataset", "evaluation", "loader", "logger",
            "trainer")  # fmt: skip
 
 
-def checked(config: dict[str, Any]) -> dict[str, Any]:
+def checked(config: dict[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
     """Check the types in a training's configuration.
 
     Args:
-        config: Plain data, as composed from ``conf/train.yaml``; keys beyond those of a training are left as they are.
+        config: Plain data, as composed from ``conf/train.yaml``.
+        others: Keys beyond those of a training, which the command reads itself; they are left as they are.
 
     Returns:
         The same, with numbers as texts where a text is meant.
@@ -78,61 +79,37 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: For the first value that is of another type, key that is missing, or key that nothing reads.
     """
-    _require(config, (*_RUN, *_GROUPS), "")
+    check_keys("", config, {*_RUN, *_GROUPS, *others}, (*_RUN, *_GROUPS))
     result = dict(config) | {key: fit(key, config[key], kind) for key, kind in _RUN.items()}
-    nodes = {key: _mapping(config[key], key) for key in _GROUPS}
-    loader = _fitted("loader", nodes["loader"], _LOADER)
+    nodes = {key: mapping(key, config[key]) for key in _GROUPS}
+    loader = fitted("loader", nodes["loader"], _LOADER)
     loader = _inner(loader, "loader", "strong", parameters(StrongView)[0])
-    method = _fitted("method", nodes["method"], parameters(Method)[0], ["name"])
+    method = fitted("method", nodes["method"], parameters(Method)[0], ["name"])
     method = _inner(method, "method", "cutmix", parameters(CutMix)[0])
     method = _inner(method, "method", "network_perturbation", _SAMPLER)
-    objective = _fitted("objective", nodes["objective"], _OBJECTIVE)
-    logger = _fitted("logger", nodes["logger"], _LOGGER, _LOGGER)
+    objective = fitted("objective", nodes["objective"], _OBJECTIVE)
+    logger = fitted("logger", nodes["logger"], _LOGGER, _LOGGER)
     return result | {
         "loader": loader,
         "method": method,
         "objective": _inner(objective, "objective", "criterion", _CRITERION),
         "logger": _inner(logger, "logger", "wandb", _WANDB, ["name", "mode"]),
-        "backbone": _fitted("backbone", nodes["backbone"], _BACKBONE, ["name"]),
-        "schedule": _fitted("schedule", nodes["schedule"], _SCHEDULE, _SCHEDULE),
-        "trainer": _fitted("trainer", nodes["trainer"], _TRAINER, _TRAINER_READ),
-        "evaluation": _fitted("evaluation", nodes["evaluation"], _EVALUATION, _EVALUATION),
+        "backbone": fitted("backbone", nodes["backbone"], _BACKBONE, ["name"]),
+        "schedule": fitted("schedule", nodes["schedule"], _SCHEDULE, _SCHEDULE),
+        "trainer": fitted("trainer", nodes["trainer"], _TRAINER, _TRAINER_READ),
+        "evaluation": fitted("evaluation", nodes["evaluation"], _EVALUATION, _EVALUATION),
         "dataset": checked_target("dataset", nodes["dataset"]),
         "callbacks": {
-            name: None if node is None else checked_target(f"callbacks.{name}", _mapping(node, f"callbacks.{name}"))
+            name: None if node is None else checked_target(f"callbacks.{name}", mapping(f"callbacks.{name}", node))
             for name, node in nodes["callbacks"].items()
         },
     }
 
 
-def _mapping(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"expected {key} as a mapping of keys to values, but got {value!r}; set its keys, as {key}.a=1")
-    return value
-
-
-def _require(node: Mapping[str, Any], required: Iterable[str], prefix: str) -> None:
-    if missing := [key for key in required if key not in node]:
-        raise UserError(f"expected a value for {prefix}{missing[0]}, but the configuration lacks it; put it back")
-
-
-def _fitted(
-    key: str, node: Mapping[str, Any], types: Types, required: Iterable[str] = (), is_open: bool = False
-) -> dict[str, Any]:
-    """Check the values of one mapping; a key that is not among the types is refused, unless the mapping is open."""
-    _require(node, required, f"{key}.")
-    for name in map(str, node):
-        if name not in types and not is_open:
-            raise UserError(f"the configuration has no key {key}.{name}." + suggest(name, types))
-    return {name: fit(f"{key}.{name}", value, types.get(name, Any)) for name, value in node.items()}
-
-
-def _inner(
-    node: dict[str, Any], key: str, name: str, types: Types, required: Iterable[str] = (), is_open: bool = False
-) -> dict[str, Any]:
+def _inner(node: dict[str, Any], key: str, name: str, types: Types, required: Iterable[str] = ()) -> dict[str, Any]:
     """Check a mapping inside of one; it may be left out, null, or a name alone."""
     value = node.get(name)
-    return node | {name: _fitted(f"{key}.{name}", value, types, required, is_open)} if isinstance(value, dict) else node
+    return node | {name: fitted(f"{key}.{name}", value, types, required)} if isinstance(value, dict) else node
 
 
 def checked_target(key: str, node: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +137,7 @@ def checked_target(key: str, node: dict[str, Any]) -> dict[str, Any]:
     target = _target(key, path)
     types, is_open = parameters(target)
     own = {name: value for name, value in node.items() if not str(name).startswith("_")}
-    return node | _fitted(key, own, types, is_open=is_open)
+    return node | fitted(key, own, types, is_open=is_open)
 
 
 def _target(key: str, path: str) -> Callable[..., Any]:

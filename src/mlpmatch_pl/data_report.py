@@ -17,18 +17,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mlpmatch_pl.announce import quiet
+from mlpmatch_pl.build import build_datamodule, read_config
 from mlpmatch_pl.data.checks import Finding, find, pixels_by_class, require_validation
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.inspection import PARTS, Inspected, all_jobs, inspect
 from mlpmatch_pl.data.sources import SegmentationData
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.launch import build_datamodule, quiet, read_config
 from mlpmatch_pl.methods import resolve_method
+from mlpmatch_pl.overwriting import OTHER_FOLDER, require_new
 from mlpmatch_pl.run_folder import describe_splits, save_lists
 from mlpmatch_pl.view_sheet import view_sheet
 
 log = logging.getLogger(__name__)
 MOST_PRINTED = 20  # findings; check.json has all
+FILES = ("check.json", "labeled.txt", "val.txt", "views.png")
+OF_A_RUN = ("config.yaml", "splits.json")  # its lists say what it was trained on
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -36,6 +40,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     config = read_config(cfg)
     output_dir = Path(config["output_dir"]).resolve()
+    require_new((output_dir / name for name in (*OF_A_RUN, *FILES)), OTHER_FOLDER)
     config["loader"] |= {"num_workers": 0}  # one batch is drawn
     datamodule = build_datamodule(config, resolve_method(config["method"]))
     data = datamodule.data

@@ -4,12 +4,12 @@
     python -m mlpmatch_pl.export checkpoint=best.ckpt format=torch_export output=model.pt2 returns=probabilities
     python -m mlpmatch_pl.export checkpoint=best.ckpt format=safetensors output=weights.safetensors
 
-Normalisation and upsampling are inside: images go in as they are stored, and the result has their size. The file is
+Normalization and upsampling are inside: images go in as they are stored, and the result has their size. The file is
 compared with the checkpoint before it gets its name.
 """
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -33,10 +33,12 @@ def export(cfg: DictConfig) -> "Parity":
         UserError: If the configuration is wrong, a package is missing, the checkpoint cannot be read, a file would be
             written over, or the file differs from the checkpoint.
     """
+    from mlpmatch_pl.annotations import read_options
     from mlpmatch_pl.exporting.run import ExportOptions, export_checkpoint
 
-    values = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    return export_checkpoint(ExportOptions(**values))
+    return export_checkpoint(
+        read_options(ExportOptions, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    )
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="export")  # type: ignore[untyped-decorator]

@@ -9,7 +9,6 @@ and ``--cfg job`` answer at once.
 """
 
 import sys
-from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -27,10 +26,10 @@ def predict(cfg: DictConfig) -> None:
         UserError: If the configuration is wrong or nothing can be done, or after everything has been written, if some
             images could not be read.
     """
-    values = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    from mlpmatch_pl.predicting.run import read_options, run
+    from mlpmatch_pl.annotations import read_options
+    from mlpmatch_pl.predicting.run import Options, run
 
-    run(read_options(values))
+    run(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="predict")  # type: ignore[untyped-decorator]

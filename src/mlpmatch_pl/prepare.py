@@ -9,8 +9,6 @@ Heavy imports are inside `prepare`, so that ``--help`` and ``--cfg job`` answer 
 """
 
 import sys
-from importlib.resources import files
-from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -22,26 +20,21 @@ def prepare(cfg: DictConfig) -> None:
     """Prepare what a composed configuration names.
 
     Args:
-        cfg: As composed from ``conf/prepare/prepare.yaml``.
+        cfg: As composed from ``preparation/prepare.yaml``.
 
     Raises:
         UserError: If the configuration is wrong, or something cannot be had, is damaged, or is not whole at the end.
     """
-    from mlpmatch_pl.preparation.options import read_options
+    from mlpmatch_pl.annotations import read_options
+    from mlpmatch_pl.preparation.options import Options
     from mlpmatch_pl.preparation.run import prepare_dataset
 
-    values = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    prepare_dataset(read_options(values))
+    prepare_dataset(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 
 
-# The folder of its own keeps the group dataset/ out of the search path: `dataset=voc` is a plain name here.
-_CONFIG_FOLDER = str(files("mlpmatch_pl.conf") / "prepare")
-_CONFIG_NAME = "prepare/prepare"  # as seen from mlpmatch_pl.conf, where the nearest key of a mistyped one is looked up
-
-
-@hydra.main(version_base="1.3", config_path=_CONFIG_FOLDER, config_name="prepare")  # type: ignore[untyped-decorator]
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.preparation", config_name="prepare")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> None:
-    with guarded(_CONFIG_NAME):
+    with guarded("prepare"):
         try:
             prepare(cfg)
         except KeyboardInterrupt:
@@ -51,7 +44,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1, an interruption with 130."""
-    with guarded(_CONFIG_NAME):
+    with guarded("prepare"):
         _hydra_main()
 
 

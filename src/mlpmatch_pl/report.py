@@ -8,11 +8,12 @@ Reads what is there: trainings may go on meanwhile, may have failed, or be half 
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlpmatch_pl.cli import guarded
 from mlpmatch_pl.errors import UserError, suggest
@@ -48,44 +49,29 @@ def read_arguments(arguments: Sequence[str]) -> "tuple[list[Path], Options]":
         >>> [str(folder) for folder in folders], str(options.output), options.pictures
         (['runs'], 'out', 0)
     """
+    from mlpmatch_pl.annotations import read_options
     from mlpmatch_pl.reporting.command import Options
 
-    given = {"output": f"reports/{time.strftime('%Y-%m-%d_%H-%M-%S')}"}
+    given: dict[str, Any] = {"output": f"reports/{time.strftime('%Y-%m-%d_%H-%M-%S')}"}
     folders = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key in _OPTIONS:
-            given[key] = value
+            given[key] = value if key == "output" else _plain(value)
         elif equals and not Path(argument).exists():
             raise UserError(f"there is no option {key}, only {', '.join(_OPTIONS)}.{suggest(key, _OPTIONS)}")
         else:
             folders.append(Path(argument))
     if not folders:
         raise UserError("expected a folder of runs, but got none; name one, as in: python -m mlpmatch_pl.report runs")
-    return folders, Options(
-        Path(_nonempty("output", given["output"])),
-        _flag("overwrite", given.get("overwrite", "false")),
-        _flag("pool_splits", given.get("pool_splits", "false")),
-        _count("pictures", given.get("pictures", "3")),
-    )
+    return folders, read_options(Options, given)
 
 
-def _nonempty(key: str, value: str) -> str:
-    if not value:
-        raise UserError(f"expected {key}=FOLDER, but its value is empty; leave it out for reports/<time>")
-    return value
-
-
-def _flag(key: str, value: str) -> bool:
-    if value.lower() not in ("true", "false"):
-        raise UserError(f"expected {key}=true or {key}=false, but got {value!r}")
-    return value.lower() == "true"
-
-
-def _count(key: str, value: str) -> int:
-    if not value.isdecimal():
-        raise UserError(f"expected {key} as a whole number of at least 0, but got {value!r}")
-    return int(value)
+def _plain(value: str) -> bool | int | str:
+    """Read a value as YAML would."""
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else value
 
 
 def report(arguments: Sequence[str]) -> int:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from mlpmatch_pl.build import build_data
 from mlpmatch_pl.config_types import checked_target
 from mlpmatch_pl.data.sources import SegmentationData, Source
 from mlpmatch_pl.errors import UserError, suggest
-from mlpmatch_pl.launch import build_data
 from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.plain_yaml import load_yaml
+from mlpmatch_pl.plain_yaml import load_yaml, unresolved
 from mlpmatch_pl.run_folder import describe_splits
 
-PARTS = ("val", "test")
+Part = Literal["val", "test"]
 # A function in a module of its name, and nothing that such a module imports.
 OWN_TARGET = re.compile(r"mlpmatch_pl\.data\.(?:datasets\.)?(\w+)\.\1")
 
@@ -35,7 +34,7 @@ class EvaluatedPart:
     """
 
     data: SegmentationData
-    part: str
+    part: Part
     split: dict[str, Any]
     same_as_run: bool | None
 
@@ -45,7 +44,7 @@ class EvaluatedPart:
         return self.data.test or self.data.val if self.part == "test" else self.data.val
 
 
-def open_part(checkpoint: Path, dataset: dict[str, Any] | None, part: str | None) -> EvaluatedPart:
+def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | None) -> EvaluatedPart:
     """Open a part of a data set.
 
     Args:
@@ -54,10 +53,8 @@ def open_part(checkpoint: Path, dataset: dict[str, Any] | None, part: str | None
         part: ``val``, ``test``, or None for test, or val where there are no test images.
 
     Raises:
-        UserError: If the run folder or the data are not there, or there is no such part.
+        UserError: If the run folder or the data are not there, or the data have no such part.
     """
-    if part not in (None, *PARTS):
-        raise UserError(f"expected part as val or test, but got {part!r}." + suggest(str(part), PARTS))
     data = build_data(checked_target("dataset", _dataset_config(checkpoint, dataset)))
     if part == "test" and not data.test:
         raise UserError("expected test images for part=test, but the data have none; use part=val")
@@ -103,8 +100,8 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
-def _dataset_config(checkpoint: Path, dataset: dict[str, Any] | None) -> dict[str, Any]:
-    given = dataset or {}
+def _dataset_config(checkpoint: Path, dataset: Mapping[str, Any] | None) -> dict[str, Any]:
+    given = dict(dataset or {})
     folder = run_folder_of(checkpoint)
     if folder is None and "_target_" not in given:
         raise UserError(
@@ -119,20 +116,25 @@ def _dataset_config(checkpoint: Path, dataset: dict[str, Any] | None) -> dict[st
             f"expected keys of the dataset in {folder / 'config.yaml'}, but it has no {unknown[0]}."
             + suggest(unknown[0], own)
         )
+    for key, text in [(key, text) for key, value in own.items() if key not in given for text in unresolved(value)]:
+        raise UserError(
+            f"expected a value for dataset.{key} in {folder / 'config.yaml'}, but found {text!r}, which is not looked "
+            f"up; set it, as in +dataset.{key}=..."
+        )
     return {**own, **given}
 
 
 def _saved_dataset(path: Path) -> dict[str, Any]:
     """Read the dataset of a run; a file that came with a checkpoint must not make anything else run."""
     try:
-        dataset = OmegaConf.select(load_yaml(path), "dataset")
+        content = load_yaml(path)
     except Exception as error:  # a broken file makes the reader raise nearly anything
         raise UserError(
             f"cannot read the run's configuration {path} ({type(error).__name__}); name the data"
         ) from error
-    if not OmegaConf.is_dict(dataset) or not isinstance(dataset.get("_target_"), str):
+    saved = content.get("dataset") if isinstance(content, dict) else None
+    if not isinstance(saved, dict) or not isinstance(saved.get("_target_"), str):
         raise UserError(f"expected the configuration of a training in {path}, but it describes no dataset")
-    saved: dict[str, Any] = OmegaConf.to_container(dataset, resolve=True)  # type: ignore[assignment]
     if not OWN_TARGET.fullmatch(saved["_target_"]) or _has_target([*saved.values()]):
         raise UserError(
             f"expected a dataset of mlpmatch_pl in {path}, but it calls {saved['_target_']}; if you trust it, name it "

@@ -14,7 +14,6 @@ from PIL import Image as PILImage
 from mlpmatch_pl.confusion_picture import confusion_picture
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.data.sources import SegmentationData
-from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluating.loop import Counts, Evaluator
 from mlpmatch_pl.pictures import IGNORED_COLOR, Array, colorize, sheet_of, to_rgb
 from mlpmatch_pl.predictor import Predictor
@@ -24,19 +23,6 @@ FILES = (METRICS, "classes.csv", "confusion.csv", "confusion.png", "images.csv",
 LONGEST_SIDE = 640  # of the images in the picture of the worst, in pixels
 LONGEST_NAME = 32  # characters of an image's name there
 RIGHT_COLOR, WRONG_COLOR = (190, 190, 190), (200, 30, 30)
-
-
-def require_free(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds results, unless they may be written over.
-
-    Raises:
-        UserError: With the first file that is there.
-    """
-    existing = [folder / name for name in FILES if (folder / name).exists()]
-    if existing and not overwrite:
-        raise UserError(
-            f"expected a folder without results, but {existing[0]} exists; choose another output, or set overwrite=true"
-        )
 
 
 def write_tables(folder: Path, result: dict[str, Any], counts: Counts, names: Sequence[str]) -> None:
@@ -87,7 +73,7 @@ def draw_worst(
         predictor: Has the network, which predicts them once more.
         evaluator: How it does.
         images: The data set's part.
-        data: Where classes and colours come from.
+        data: Where classes and colors come from.
         indices: Which images.
         counts: Their mean IoU.
     """

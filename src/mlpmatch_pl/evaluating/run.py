@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,44 +16,46 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import mlpmatch_pl
+from mlpmatch_pl.annotations import read_options
+from mlpmatch_pl.announce import quiet
 from mlpmatch_pl.callbacks.progress import duration
 from mlpmatch_pl.data.samples import WholeImages
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluating.data import EvaluatedPart, open_part, require_fit
-from mlpmatch_pl.evaluating.files import WORST, draw_worst, require_free, worst_images, write_tables
+from mlpmatch_pl.evaluating.files import FILES, WORST, draw_worst, worst_images, write_tables
 from mlpmatch_pl.evaluating.loop import Counts, Evaluator
+from mlpmatch_pl.evaluating.options import Options
 from mlpmatch_pl.evaluation import Scores
 from mlpmatch_pl.evaluation.boundary import boundary_iou
-from mlpmatch_pl.evaluation.confusion import Absent, check_absent, class_mean
-from mlpmatch_pl.evaluation.windows import Inference
-from mlpmatch_pl.launch import quiet
+from mlpmatch_pl.evaluation.confusion import Absent, class_mean
+from mlpmatch_pl.faults import is_out_of_memory
+from mlpmatch_pl.overwriting import OTHER_OUTPUT, require_new
 from mlpmatch_pl.predictor import load
 from mlpmatch_pl.summary import class_table
 
 log = logging.getLogger(__name__)
 PART_NAMES = {"val": "validation", "test": "test"}
+FOR_TRAINING = ("loader", "objective")  # set by the files in conf/dataset
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate what a configuration names. See `mlpmatch_pl.evaluate.evaluate`."""
     quiet()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    output, checkpoint = Path(config["output"]).resolve(), Path(str(config["checkpoint"])).expanduser()
-    require_free(output, config["overwrite"])
-    evaluator = _evaluator(config)
-    if not isinstance(config["worst"], int) or config["worst"] < 0:
-        raise UserError(f"expected worst as a number of images from 0, but got {config['worst']!r}")
-    predictor = load(checkpoint, config["device"])
+    options = read_options(Options, _without_training(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    output, checkpoint, evaluator = options.output.resolve(), options.checkpoint, options.evaluator
+    if not options.overwrite:
+        require_new((output / name for name in FILES), OTHER_OUTPUT)
+    predictor = load(checkpoint, options.device)
     module = predictor.module
-    absent = check_absent(config["evaluation"]["absent"] or module.absent)
-    part = open_part(checkpoint, config["dataset"], config["part"])
+    absent = options.evaluation.absent or module.absent
+    part = open_part(checkpoint, options.dataset, options.part)
     require_fit(module, part.data, checkpoint)
     _describe(part)
     images = WholeImages(part.source, len(part.data.class_names), part.data.ignore_index)
     started = time.monotonic()
     counts = _evaluate(evaluator, predictor.segmentor, images)
     seconds = time.monotonic() - started
-    worst = worst_images(counts, config["worst"])
+    worst = worst_images(counts, options.worst)
     result = {
         "checkpoint": str(checkpoint.resolve()),
         "part": part.part,
@@ -76,13 +77,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _evaluator(config: dict[str, Any]) -> Evaluator:
-    return Evaluator(
-        Inference(**config["inference"]),
-        config["evaluation"]["boundary"],
-        config["batch_size"],
-        config["num_workers"],
-    )
+def _without_training(values: Any) -> dict[str, Any]:
+    """Leave out what the configuration of a data set holds for trainings with it."""
+    chosen = isinstance(values.get("dataset"), dict) and "_target_" in values["dataset"]
+    return {key: value for key, value in values.items() if not (chosen and key in FOR_TRAINING)}
 
 
 def _describe(part: EvaluatedPart) -> None:
@@ -100,7 +98,15 @@ def _evaluate(evaluator: Evaluator, segmentor: nn.Module, images: WholeImages) -
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("evaluating", total=len(images))
-        return evaluator(segmentor, images, lambda count: progress.advance(task, count))
+        try:
+            return evaluator(segmentor, images, lambda count: progress.advance(task, count))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                "expected images that the memory is large enough for, but it ran out; set batch_size=1, or "
+                "inference.mode=slide and inference.window, lower inference.scales, or set device=cpu"
+            ) from error
 
 
 def _scores(counts: Counts, class_names: Sequence[str], absent: Absent) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,10 @@ from mlpmatch_pl.evaluation.inference import SMALLEST
 from mlpmatch_pl.segmentor import Segmentor
 
 EXAMPLE = (2, 65, 97)  # batch, height, width; torch.export would take a batch of 1 for a constant
-DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
-RETURNS = ("logits", "probabilities")
+Name = Literal["onnx", "torch_export", "safetensors"]
+Returns = Literal["logits", "probabilities"]
+InputDtype = Literal["float32", "uint8"]
+DTYPES: dict[InputDtype, torch.dtype] = {"float32": torch.float32, "uint8": torch.uint8}
 Model = Callable[[Tensor], Tensor]
 
 
@@ -201,7 +203,7 @@ def _read_weights(file: Path) -> Model:
     return segmentor
 
 
-FORMATS = {
+FORMATS: dict[Name, Format] = {
     "onnx": Format((".onnx",), ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
     "torch_export": Format((".pt2",), (), _write_program, _read_program),
     "safetensors": Format((".safetensors", ".json"), (), _write_weights, _read_weights),

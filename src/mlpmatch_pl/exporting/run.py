@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mlpmatch_pl
-from mlpmatch_pl.errors import UserError, suggest
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation.inference import SMALLEST
-from mlpmatch_pl.exporting.formats import DTYPES, FORMATS, RETURNS, Model
+from mlpmatch_pl.exporting.formats import DTYPES, FORMATS, InputDtype, Model, Name, Returns
+from mlpmatch_pl.overwriting import OTHER_OUTPUT, require_new
 from mlpmatch_pl.predictor import Predictor, load
 from mlpmatch_pl.segmentor import Segmentor
 
@@ -45,30 +46,25 @@ class ExportOptions:
         overwrite: Replace files that exist.
 
     Raises:
-        UserError: If a choice is not among those.
+        UserError: If they do not go together.
 
     Example:
-        >>> ExportOptions("run/best.ckpt", "onnx").path.as_posix()
+        >>> ExportOptions(Path("run/best.ckpt"), "onnx").path.as_posix()
         'run/best.onnx'
-        >>> ExportOptions("run/best.ckpt", "onnx", output="model.pt2")
+        >>> ExportOptions(Path("run/best.ckpt"), "onnx", output=Path("model.pt2"))
         Traceback (most recent call last):
         ...
         mlpmatch_pl.errors.UserError: expected an output with the suffix .onnx for format=onnx, but got model.pt2; ...
     """
 
-    checkpoint: str | Path
-    format: str = "onnx"
-    output: str | Path | None = None
-    returns: str = "logits"
-    input_dtype: str = "float32"
+    checkpoint: Path
+    format: Name = "onnx"
+    output: Path | None = None
+    returns: Returns = "logits"
+    input_dtype: InputDtype = "float32"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for key, choices in (("format", [*FORMATS]), ("returns", [*RETURNS]), ("input_dtype", [*DTYPES])):
-            if (value := getattr(self, key)) not in choices:
-                raise UserError(
-                    f"expected {key} as one of {', '.join(choices)}, but got {value}." + suggest(str(value), choices)
-                )
         if self.path.suffix != (suffix := FORMATS[self.format].suffixes[0]):
             raise UserError(
                 f"expected an output with the suffix {suffix} for format={self.format}, but got {self.path}; "
@@ -83,7 +79,7 @@ class ExportOptions:
     @property
     def path(self) -> Path:
         """The file to write."""
-        return Path(self.output or Path(self.checkpoint).with_suffix(FORMATS[self.format].suffixes[0]))
+        return self.output or self.checkpoint.with_suffix(FORMATS[self.format].suffixes[0])
 
 
 class Parity(NamedTuple):
@@ -118,7 +114,7 @@ def export_checkpoint(options: ExportOptions) -> Parity:
     form, path = FORMATS[options.format], options.path
     _require_packages(options.format)
     if not options.overwrite:
-        _refuse_existing(path, form.suffixes)
+        require_new(map(path.with_suffix, form.suffixes), OTHER_OUTPUT)
     predictor = load(options.checkpoint, device="cpu")
     segmentor, config = predictor.module.segmentor, describe(predictor, options)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,18 +208,12 @@ def _refuse_difference(parity: Parity, options: ExportOptions) -> None:
         )
 
 
-def _require_packages(name: str) -> None:
+def _require_packages(name: Name) -> None:
     missing = [package for package in FORMATS[name].packages if find_spec(package) is None]
     if missing:
         raise UserError(
             f"expected {', '.join(missing)} to be installed for format={name}; run: pip install 'mlpmatch_pl[export]'"
         )
-
-
-def _refuse_existing(path: Path, suffixes: tuple[str, ...]) -> None:
-    for file in map(path.with_suffix, suffixes):
-        if file.exists():
-            raise UserError(f"expected a new file, but {file} exists; set overwrite=true, or choose another output")
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Predicting files: from a configuration to masks, colours and overlays."""
+"""Predicting files: from a configuration to masks, colors and overlays."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import glob
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from mlpmatch_pl.pictures import IGNORED_COLOR, Colors, colorize, to_rgb
 Array = NDArray[Any]
 PNG_LEVEL = 1  # the default, 6, takes 3.5 times the time for an overlay of a photograph, which becomes no smaller
 
-KINDS = ("index", "color", "overlay", "confidence", "probabilities")
+Kind = Literal["index", "color", "overlay", "confidence", "probabilities"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """What can be written of an image: each kind in a folder of its own, so that ``index`` is a mask folder as it is."""
 
 
@@ -97,19 +98,6 @@ def refuse_same_outputs(images: Iterable[ImageFile]) -> None:
                 "write one file; rename one, or predict them into different folders"
             )
         first[image.name] = image.path
-
-
-def refuse_existing(paths: Sequence[Path]) -> None:
-    """Refuse to write over files.
-
-    Raises:
-        UserError: With their number and the name of the first.
-    """
-    if existing := [path for path in paths if os.path.lexists(path)]:
-        raise UserError(
-            f"expected to write new files only, but {len(existing):,} of {len(paths):,} exist, the first "
-            f"{existing[0]}; choose another output, or set overwrite=true"
-        )
 
 
 @dataclass(frozen=True)

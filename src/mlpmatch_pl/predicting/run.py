@@ -15,23 +15,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from mlpmatch_pl.data.image_reader import ImageReader
 from mlpmatch_pl.data.sources import Image
 from mlpmatch_pl.display import progress, say
-from mlpmatch_pl.errors import UserError, suggest
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation.windows import Inference
+from mlpmatch_pl.faults import is_out_of_memory
+from mlpmatch_pl.overwriting import OTHER_OUTPUT, require_new
 from mlpmatch_pl.pictures import Colors
 from mlpmatch_pl.predicting.files import (
     KINDS,
     ImageFile,
+    Kind,
     Prediction,
     encode,
     find_images,
-    refuse_existing,
     refuse_same_outputs,
     write_file,
 )
@@ -45,66 +47,38 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Options:
-    """The configuration of ``python -m mlpmatch_pl.predict``, checked.
+    """The configuration of ``python -m mlpmatch_pl.predict``.
 
     Attributes:
         checkpoint: Checkpoint of a training.
         input: An image file, a folder or a glob pattern.
         output: Folder to write to.
-        save: What to write of each image, from `prediction_files.KINDS`.
-        opacity: Share of the class colour in an overlay, 0..1.
+        save: What to write of each image.
+        opacity: Share of the class color in an overlay, 0..1.
         overwrite: Whether existing files may be replaced.
         device: See `mlpmatch_pl.predictor.load`.
         inference: How images are inferred.
 
     Raises:
-        UserError: If a value is not of its kind.
+        UserError: If nothing is to be saved, the opacity is out of range, or the output is a file.
     """
 
-    checkpoint: str
-    input: str
+    checkpoint: Path
+    input: Path
     output: Path
-    save: tuple[str, ...]
+    save: tuple[Kind, ...]
     opacity: float
     overwrite: bool
     device: str
     inference: Inference
 
     def __post_init__(self) -> None:
-        if wrong := [kind for kind in self.save if kind not in KINDS]:
-            raise UserError(
-                f"expected save to be of {', '.join(KINDS)}, but got {wrong[0]}." + suggest(str(wrong[0]), KINDS)
-            )
         if not self.save:
             raise UserError(f"expected something to save, but save is empty; choose of {', '.join(KINDS)}")
-        if not isinstance(self.overwrite, bool):
-            raise UserError(f"expected overwrite to be true or false, but got {self.overwrite!r}")
-        if isinstance(self.opacity, bool) or not isinstance(self.opacity, int | float) or not 0 <= self.opacity <= 1:
+        if not 0 <= self.opacity <= 1:
             raise UserError(f"expected opacity from 0 to 1, but got {self.opacity!r}")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"expected output to be a folder, but {self.output} is a file; choose another output")
-
-
-def read_options(values: dict[str, Any]) -> Options:
-    """Check the values of a configuration.
-
-    Raises:
-        UserError: If one is not of its kind.
-    """
-    for key in ("checkpoint", "input", "output"):
-        if not values[key]:
-            raise UserError(f"expected {key} as a path, but it is empty; add {key}=... to the command")
-    save = values["save"]
-    return Options(
-        checkpoint=str(values["checkpoint"]),
-        input=str(values["input"]),
-        output=Path(str(values["output"])).expanduser(),
-        save=(save,) if isinstance(save, str) else tuple(save or ()),
-        opacity=values["opacity"],
-        overwrite=values["overwrite"],
-        device=str(values["device"]),
-        inference=Inference(**values["inference"]),
-    )
 
 
 def run(options: Options) -> None:
@@ -113,10 +87,10 @@ def run(options: Options) -> None:
     Raises:
         UserError: If nothing can be done, or after everything has been written, if images were left out.
     """
-    images = find_images(options.input, options.output)
+    images = find_images(str(options.input), options.output)
     refuse_same_outputs(images)
     if not options.overwrite:
-        refuse_existing([image.output(options.output, kind) for image in images for kind in options.save])
+        require_new((image.output(options.output, kind) for image in images for kind in options.save), OTHER_OUTPUT)
     predictor = load(options.checkpoint, options.device, options.inference)
     write_classes(predictor, options.output / "classes.json", options.overwrite)
     started = time.monotonic()
@@ -134,7 +108,7 @@ def run(options: Options) -> None:
 
 
 def write_classes(predictor: Predictor, path: Path, overwrite: bool) -> None:
-    """Write name and colour of each class; refuse to put predictions of other classes into one folder.
+    """Write name and color of each class; refuse to put predictions of other classes into one folder.
 
     Raises:
         UserError: If the file is there with other classes, and must not be overwritten.
@@ -179,16 +153,18 @@ def infer(predictor: Predictor, image_HWC: Image, path: Path, save: Sequence[str
     """Predict an image.
 
     Raises:
-        UserError: If the device's memory is too small for it.
+        UserError: If the memory is too small for it.
     """
     try:
         probability_CHW = predictor.infer(image_HWC)
         confidence_HW, label_HW = probability_CHW.max(dim=0)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         height, width = image_HWC.shape[:2]
         raise UserError(
-            f"expected an image that the device's memory is large enough for, but {path} is {width} x {height} pixels; "
-            "set inference.mode=slide and inference.window, or device=cpu"
+            f"expected an image that the memory is large enough for, but {path} is {width} x {height} pixels; set "
+            "inference.mode=slide and inference.window, lower inference.scales, or set device=cpu"
         ) from error
     return Prediction(
         image_HWC,

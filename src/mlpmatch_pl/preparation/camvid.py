@@ -91,7 +91,7 @@ def convert_mask(content: bytes, name: str) -> bytes:
         name: Its name, for the message.
 
     Returns:
-        A grey PNG with the ids 0..10 and 255.
+        A gray PNG with the ids 0..10 and 255.
 
     Raises:
         UserError: If there are other ids.

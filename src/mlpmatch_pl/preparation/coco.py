@@ -138,7 +138,7 @@ def draw_mask(drawing: Drawing) -> NDArray[np.uint8]:
 
 
 def draw_png(drawing: Drawing) -> tuple[str, bytes]:
-    """Draw a mask as the content of a grey PNG; returned with the stem of the image."""
+    """Draw a mask as the content of a gray PNG; returned with the stem of the image."""
     from PIL import Image
 
     buffer = io.BytesIO()

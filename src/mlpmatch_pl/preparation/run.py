@@ -66,7 +66,7 @@ def _prepare_data(workspace: Workspace, preparation: Preparation) -> None:
 def _prepare_lists(workspace: Workspace) -> None:
     folder, count = workspace.root / "splits", len(list_hashes(workspace.options.dataset))
     if fetch_lists(workspace):
-        say(f"{folder} has UniMatch's {count} lists ({REPOSITORY}, commit {COMMIT[:7]}, MIT licence), hashes verified")
+        say(f"{folder} has UniMatch's {count} lists ({REPOSITORY}, commit {COMMIT[:7]}, MIT license), hashes verified")
     else:
         say(f"{folder} has UniMatch's {count} lists already, hashes verified, nothing to do")
 
@@ -76,7 +76,7 @@ def _say_the_rest(options: Options) -> None:
     info = import_module(f"mlpmatch_pl.data.datasets.{options.dataset}").INFO
     chosen = f"dataset={options.dataset} dataset.root={shlex.quote(str(options.root.absolute()))}"
     say(
-        f"\n{info.title}\n  licence: {info.licence}\n  cite: {info.citation}\n"
+        f"\n{info.title}\n  license: {info.license}\n  cite: {info.citation}\n"
         f"  {info.homepage}\n\ngo on with:\n"
         f"  python -m mlpmatch_pl.check {chosen}\n  python -m mlpmatch_pl.train {chosen}"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.overwriting import OTHER_OUTPUT, require_new
 from mlpmatch_pl.reporting.groups import Group, group_runs
 from mlpmatch_pl.reporting.page import Section, heading, page, pictures
 from mlpmatch_pl.reporting.plots import curve_plots, label_plot, series_names
@@ -35,12 +36,19 @@ class Options:
         overwrite: Whether a report that is there is replaced.
         pool_splits: Whether seeded splits of one size are averaged, see `mlpmatch_pl.reporting.groups.group_runs`.
         pictures: Prediction pictures of a run.
+
+    Raises:
+        UserError: If the number of pictures is negative.
     """
 
     output: Path
     overwrite: bool = False
     pool_splits: bool = False
     pictures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0:
+            raise UserError(f"expected pictures as a whole number of at least 0, but got {self.pictures}")
 
 
 @dataclass(frozen=True)
@@ -110,10 +118,8 @@ def _earlier_report(options: Options) -> list[Path]:
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"expected output as a folder, but {options.output} is a file; choose another output")
     found = [path for pattern in _FILES for path in sorted(options.output.glob(pattern))]
-    if found and not options.overwrite:
-        raise UserError(
-            f"expected a folder without a report, but {found[0]} exists; choose another output, or add overwrite=true"
-        )
+    if not options.overwrite:
+        require_new(found, OTHER_OUTPUT)
     return found
 
 

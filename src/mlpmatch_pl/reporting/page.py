@@ -84,7 +84,8 @@ def pictures(groups: Sequence[Group], count: int) -> tuple[str, list[Unreadable]
     for group in groups:
         shown = ""
         for run in group.runs:
-            for path in spread(sorted((run.folder / "predictions").glob("*.png")), count):
+            files = [path for path in (run.folder / "predictions").glob("*.png") if path.is_file()]  # no pipes
+            for path in spread(sorted(files), count):
                 try:
                     shown += _figure(path, f"seed {run.seed}: {path.stem}")
                 except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken PNG files

@@ -19,7 +19,7 @@ def label_plot(dataset: str, groups: Sequence[Group], names: Sequence[str]) -> s
     Args:
         dataset: Name for the title.
         groups: The groups of the data set.
-        names: All series of the data set, so that a colour means the same in every figure.
+        names: All series of the data set, so that a color means the same in every figure.
 
     Returns:
         An SVG document; empty if no run is finished.

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,21 +180,15 @@ def _reading(path: Path, read: Any) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Read a configuration into dotted keys."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     def read(path: Path) -> dict[str, Any]:
         try:
             config = load_yaml(path)
         except Exception as error:  # of the YAML reader's own kinds
             raise ValueError(str(error)) from error
-        if not isinstance(config, DictConfig):
+        if not isinstance(config, dict):
             raise TypeError("expected keys and values")
-        flat = dict(_flatten(OmegaConf.to_container(config, resolve=False)))
-        for key, value in flat.items():
-            if isinstance(value, str) and "${" in value:
-                with suppress(OmegaConfBaseException):  # such as an environment variable that is not set here
-                    flat[key] = OmegaConf.select(config, key)
+        flat = dict(_flatten(config))
         for key in ("seed", "dataset._target_", "method.name"):
             flat[key]  # a KeyError says which one is missing
         return flat

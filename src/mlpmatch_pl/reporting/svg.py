@@ -16,7 +16,7 @@ class Line:
 
     Attributes:
         points: x and y of each.
-        color: Its colour.
+        color: Its color.
         width: Its width.
         opacity: 0..1.
     """
@@ -35,7 +35,7 @@ class Point:
         x: Where it is.
         y: Its value.
         deviation: Half the length of its bar; None for none.
-        color: Its colour.
+        color: Its color.
         text: What a browser shows when the mouse is over it.
     """
 
@@ -70,7 +70,7 @@ class Plot:
 
 
 def series_color(index: int) -> str:
-    """Return the colour of the series with a number; different for any number of series."""
+    """Return the color of the series with a number; different for any number of series."""
     return _COLORS[index] if index < len(_COLORS) else f"hsl({index * 137.5 % 360:.0f}, 65%, 40%)"
 
 
@@ -79,7 +79,7 @@ def figure(plots: Sequence[Plot], legend: Sequence[tuple[str, str]], columns: in
 
     Args:
         plots: The plots.
-        legend: Name and colour of each series.
+        legend: Name and color of each series.
         columns: Plots in a row.
         width: Width of a plot.
         height: Height of a plot.
