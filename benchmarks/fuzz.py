@@ -20,12 +20,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from PIL import Image
 
+from mlpmatch_pl.build import read_config
 from mlpmatch_pl.cli import _message
 from mlpmatch_pl.data.cache import with_cache
 from mlpmatch_pl.data.checks import check_data
@@ -44,9 +45,15 @@ from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.data.splits import choose
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.launch import _build, read_config
+from mlpmatch_pl.evaluate import evaluate
+from mlpmatch_pl.export import export
+from mlpmatch_pl.kept_step import KeptStep, Precision
+from mlpmatch_pl.launch import _build
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.predict import predict
+from mlpmatch_pl.predicting.files import KINDS
 from mlpmatch_pl.predictor import Predictor, load
+from mlpmatch_pl.replay import replay
 from mlpmatch_pl.reporting.runs import Unreadable, read_run
 
 SECONDS = 30  # after which an input counts as a hang
@@ -105,14 +112,15 @@ def outcome(area: Area, drawn: Any) -> str:
 # --- configurations -----------------------------------------------------------------------------------------------
 
 
+def leaves(node: Any, prefix: str = ""):
+    for key, value in node.items_ex(resolve=False) if hasattr(node, "items_ex") else ():
+        yield f"{prefix}{key}", value
+        yield from leaves(value, f"{prefix}{key}.")
+
+
 @cache
 def config_keys() -> dict[str, Any]:
     """Return every key with its value."""
-
-    def leaves(node: Any, prefix: str = ""):
-        for key, value in node.items_ex(resolve=False) if hasattr(node, "items_ex") else ():
-            yield f"{prefix}{key}", value
-            yield from leaves(value, f"{prefix}{key}.")
 
     with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
         cfg = compose("train", ["callbacks=inspect", "logger=csv", "output_dir=x"])
@@ -182,19 +190,24 @@ FLOATS = st.one_of(st.floats(-0.5, 3, width=32), st.sampled_from([0.0, 1.0, 1e-3
 INTEGERS = st.one_of(st.integers(-1, 70), st.sampled_from([100, 255, 1000, 10**6, 2**31, 2**63, 10**30]))
 
 
-def changes() -> st.SearchStrategy[dict[str, Any]]:
-    """Draw keys with values: half of them of the key's own type."""
+def changes(keys: dict[str, Any], fitting: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Draw keys with values: two thirds of them fitting ones, or of the type of the key's value."""
 
     def value_of(key: str) -> st.SearchStrategy[tuple[str, Any]]:
-        default = config_keys()[key]
+        default = keys[key]
         kind = type(default[0] if isinstance(default, list | ListConfig) and default else default)
         alike = {bool: st.booleans(), int: INTEGERS, float: FLOATS}.get(kind, SCALARS)
         if isinstance(default, list | ListConfig):
             alike = st.lists(alike, min_size=max(len(default) - 1, 0), max_size=len(default) + 1)
+        alike = fitting.get(key, alike)
         return st.tuples(st.just(key), st.one_of(alike, alike, VALUES))
 
-    pairs = st.sampled_from([*config_keys()]).flatmap(value_of)
+    pairs = st.sampled_from([*keys]).flatmap(value_of)
     return st.lists(pairs, min_size=1, max_size=3).map(dict)
+
+
+def deleted(keys: dict[str, Any]) -> st.SearchStrategy[list[str]]:
+    return st.one_of(*[st.just([])] * 3, st.sampled_from([*keys]).map(lambda key: [key]))
 
 
 METHODS = ("mlpmatch", "mlpmatch_official", "unimatch", "fixmatch", "supervised")
@@ -206,28 +219,113 @@ def composed(method: str) -> Any:
         return compose("train", [*TINY, "callbacks=inspect", f"method={method}", "output_dir=x"])
 
 
+def change(cfg: DictConfig, changes: dict[str, Any], deleted: list[str]) -> None:
+    with open_dict(cfg):
+        for key, value in changes.items():
+            OmegaConf.update(cfg, key, value)
+        for parent, _, name in (key.rpartition(".") for key in deleted):
+            node = OmegaConf.select(cfg, parent) if parent else cfg
+            if isinstance(node, DictConfig):
+                node.pop(name, None)
+
+
+@contextmanager
+def explained(command: str):
+    """Raise what the command would print in a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (sentence := _message(error, command)) is None:
+            raise
+        raise UserError(sentence) from error
+
+
 def try_config(drawn: tuple[str, dict[str, Any], list[str]]) -> None:
     method, changes, deleted = drawn
     cfg = deepcopy(composed(method))
     with tempfile.TemporaryDirectory() as place:
         try:
-            with open_dict(cfg):
-                cfg.output_dir = place
-                for key, value in changes.items():
-                    OmegaConf.update(cfg, key, value)
-                for parent, _, name in (key.rpartition(".") for key in deleted):
-                    node = OmegaConf.select(cfg, parent) if parent else cfg
-                    if isinstance(node, DictConfig):
-                        node.pop(name, None)
-            _build(read_config(cfg))
-        except UserError:
-            raise
-        except Exception as error:
-            if (sentence := _message(error, "train")) is None:
-                raise
-            raise UserError(sentence) from error
+            cfg.output_dir = place
+            with explained("train"):
+                change(cfg, changes, deleted)
+                _build(read_config(cfg))
         finally:
             assert not os.listdir(place), f"something was written before it was refused: {os.listdir(place)}"
+
+
+# --- commands that take a checkpoint -------------------------------------------------------------------------------
+
+COMMANDS = {
+    "evaluate": (
+        evaluate,
+        [
+            "dataset=shapes",
+            "dataset.labeled=2",
+            "dataset.test=2",
+            "dataset.train=4",
+            "dataset.val=2",
+            "dataset.size=40",
+        ],
+    ),
+    "predict": (predict, []),
+    "export": (export, ["format=safetensors"]),  # the others take seconds
+}
+FITTING = {
+    "batch_size": INTEGERS,
+    "device": st.sampled_from(["cpu", "auto"]),
+    "evaluation.absent": st.sampled_from(["exclude", "zero", None]),
+    "inference.mode": st.sampled_from(["whole", "slide"]),
+    "inference.scales": st.one_of(FLOATS, st.lists(FLOATS, max_size=2)),
+    "inference.stride": st.integers(1, 40),
+    "inference.window": INTEGERS,
+    "input_dtype": st.sampled_from(["uint8", "float32"]),
+    "num_workers": INTEGERS,
+    "part": st.sampled_from(["val", "test"]),
+    "returns": st.sampled_from(["logits", "probabilities"]),
+    "save": st.lists(st.sampled_from(KINDS), max_size=3),
+}
+FIXED = ("checkpoint", "input", "output", "format")  # paths are for the area paths
+
+
+@cache
+def command_config(command: str) -> DictConfig:
+    with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
+        return compose(
+            command, [*COMMANDS[command][1], "checkpoint=x", "output=x", *["input=x"] * (command == "predict")]
+        )
+
+
+@cache
+def command_keys(command: str) -> dict[str, Any]:
+    found = dict(leaves(command_config(command)))
+    unread = {"foo": 1} if command == "export" else {"foo": 1, "inference.foo": 1}
+    own = {key: found[key] for key in found if key not in FIXED and not key.startswith(("loader", "objective"))}
+    return dict(sorted((own | unread).items()))
+
+
+def try_command(drawn: tuple[str, dict[str, Any], list[str], dict[str, Any]]) -> None:
+    command, changes, deleted, paths = drawn
+    cfg = deepcopy(command_config(command))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "best.ckpt").write_bytes(checkpoint(6))
+        write_folder(place / "data", count=2)
+        before = sorted(place.rglob("*"))
+        own = {
+            "checkpoint": "best.ckpt",
+            "output": "out.safetensors" if command == "export" else "out",
+            "input": "data",
+        }
+        refused = True
+        try:
+            with explained(command), chdir(place), redirect_stdout(io.StringIO()):
+                change(cfg, {key: value for key, value in (own | paths).items() if key in cfg} | changes, deleted)
+                COMMANDS[command][0](cfg)
+            refused = False
+        finally:
+            assert (sorted(place.rglob("*")) == before) == refused, "written although refused, or nothing was written"
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -370,9 +468,9 @@ class OneSize:
 
 
 @cache
-def network() -> Predictor:
+def network(num_classes: int = 3) -> Predictor:
     torch.manual_seed(0)
-    return Predictor(MLPMatch(3, backbone="test_resnet", decoder_channels=8))
+    return Predictor(MLPMatch(num_classes, backbone="test_resnet", decoder_channels=8))
 
 
 def try_size(drawn: tuple[int, int, int]) -> None:
@@ -389,8 +487,8 @@ def try_size(drawn: tuple[int, int, int]) -> None:
 
 
 @cache
-def checkpoint() -> bytes:
-    module, file = network().module, io.BytesIO()
+def checkpoint(num_classes: int = 3) -> bytes:
+    module, file = network(num_classes).module, io.BytesIO()
     content = {"global_step": 1, "hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
     torch.save(content, file)
     return file.getvalue()
@@ -419,6 +517,39 @@ def try_cache(drawn: Any) -> None:
         cached = with_cache(data, Path(place) / "cache", unlabeled=True)
         for index, image in enumerate(plain):
             assert cached.train.image(index).shape == image.shape
+
+
+@cache
+def kept_step() -> dict[str, bytes]:
+    """The files of a small step."""
+    labeled = {"image": torch.zeros(2, 3, 33, 33, dtype=torch.uint8), "index": torch.arange(2)}
+    labeled["mask"] = torch.zeros(2, 33, 33, dtype=torch.uint8)
+    module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder_channels=8)
+    step = KeptStep({"labeled": labeled}, {"x": 1.0, "loss": 1.0}, 3, 0.0, "32-true", "cpu", 1)
+    report = {"step": 3, "epoch": 1, "weights_not_finite": [], "images": {"labeled": ["a", "b"]}}
+    with tempfile.TemporaryDirectory() as place:
+        folder = step.save(Path(place) / "step_3", module, report)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def try_kept_step(drawn: Any) -> None:
+    name, change = drawn
+    with tempfile.TemporaryDirectory() as place:
+        for other, content in kept_step().items():
+            (Path(place) / other).write_bytes(content)
+        path = Path(place) / name
+        if isinstance(change, bytes):
+            path.write_bytes(change)
+        elif isinstance(change, tuple):
+            path.write_bytes(broken(path.read_bytes(), change))
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        else:
+            content = torch.load(path, weights_only=True)
+            content["batch"]["labeled"] |= change.get("labeled", {})
+            torch.save(content | {key: value for key, value in change.items() if key != "labeled"}, path)
+        with redirect_stdout(io.StringIO()):
+            replay(Path(place))
 
 
 def try_run_folder(drawn: dict[str, bytes]) -> None:
@@ -456,16 +587,51 @@ HPARAMS = (
 )
 ANY_BYTES = st.one_of(st.binary(max_size=80), st.text(max_size=80).map(lambda text: text.encode("utf-8", "ignore")))
 
+# What stands in the files of a step, in place of what belongs there.
+TENSORS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.lists(st.integers(0, 40), max_size=5).filter(lambda shape: np.prod([*shape, 1]) < 10**6),
+    st.sampled_from([torch.uint8, torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16]),
+    st.sampled_from([0, 1, 2, 3, 255, -1]),
+)
+STEP_FIELDS = {
+    "labeled": st.dictionaries(st.sampled_from(["image", "mask", "index"]), st.one_of(TENSORS, VALUES), min_size=1),
+    "batch": VALUES,
+    "terms": st.one_of(VALUES, st.dictionaries(st.sampled_from(["x", "loss", "s1"]), FLOATS)),
+    "draw_step": INTEGERS,
+    "lambda_np": FLOATS,
+    "precision": st.one_of(st.sampled_from(get_args(Precision)), VALUES),
+    "device": st.one_of(st.sampled_from(["cpu", "cuda", "mps", "xpu"]), VALUES),
+    "threads": INTEGERS,
+}
+REPORT_FIELDS = dict.fromkeys(("step", "epoch", "weights_not_finite", "images", "terms"), VALUES)
+
+
+def some_of(fields: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Draw one or two of the keys with values."""
+    keys = st.lists(st.sampled_from([*fields]), min_size=1, max_size=2, unique=True)
+    return keys.flatmap(lambda names: st.fixed_dictionaries({name: fields[name] for name in names}))
+
+
 AREAS = {
     "configs": Area(
         st.tuples(
             st.sampled_from(METHODS),
-            st.deferred(changes),
-            st.deferred(
-                lambda: st.one_of(*[st.just([])] * 3, st.sampled_from([*config_keys()]).map(lambda key: [key]))
-            ),
+            st.deferred(lambda: changes(config_keys(), {})),
+            st.deferred(lambda: deleted(config_keys())),
         ),
         try_config,
+    ),
+    "commands": Area(
+        st.sampled_from([*COMMANDS]).flatmap(
+            lambda command: st.tuples(
+                st.just(command),
+                changes(command_keys(command), FITTING),
+                deleted(command_keys(command)),
+                st.one_of(*[st.just({})] * 3, st.dictionaries(st.sampled_from(FIXED[:3]), SCALARS, max_size=1)),
+            )
+        ),
+        try_command,
     ),
     "files": Area(st.tuples(st.sampled_from(["images", "masks"]), st.sampled_from(SUFFIXES), HOW), try_file),
     "lists": Area(
@@ -479,9 +645,13 @@ AREAS = {
     "choices": Area(st.tuples(st.integers(0, 40), st.one_of(SCALARS, st.from_regex(r"\d{1,4}/\d{1,4}"))), try_choice),
     "masks": Area(
         st.tuples(
-            st.integers(2, 300),
-            st.lists(st.one_of(st.integers(0, 3), st.integers(0, 65535)), min_size=1, max_size=8),
+            st.one_of(st.integers(2, 6), st.integers(2, 300)),
             st.one_of(
+                st.lists(st.integers(0, 1), min_size=1, max_size=8),
+                st.lists(st.one_of(st.integers(0, 3), st.integers(0, 65535)), min_size=1, max_size=8),
+            ),
+            st.one_of(
+                st.none(),
                 st.none(),
                 st.dictionaries(
                     st.one_of(st.integers(-1, 70000), st.just("other"), st.text(max_size=3)),
@@ -489,7 +659,7 @@ AREAS = {
                     max_size=4,
                 ),
             ),
-            st.integers(-1, 300),
+            st.one_of(st.just(255), st.integers(-1, 300)),
         ),
         try_mask,
     ),
@@ -497,6 +667,14 @@ AREAS = {
     "sizes": Area(st.tuples(st.integers(1, 120), st.integers(1, 120), st.integers(30, 70)), try_size),
     "checkpoints": Area(
         st.one_of(HOW, st.dictionaries(st.sampled_from(HPARAMS), VALUES, min_size=1, max_size=2)), try_checkpoint
+    ),
+    "kept steps": Area(
+        st.one_of(
+            st.tuples(st.just("batch.pt"), st.one_of(some_of(STEP_FIELDS), some_of(STEP_FIELDS), HOW)),
+            st.tuples(st.just("report.json"), st.one_of(some_of(REPORT_FIELDS), HOW, ANY_BYTES)),
+            st.tuples(st.just("module.ckpt"), HOW),
+        ),
+        try_kept_step,
     ),
     "caches": Area(HOW, try_cache),
     "run folders": Area(

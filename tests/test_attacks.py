@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import socket
 import struct
 import zipfile
@@ -22,16 +23,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mlpmatch_pl
+from mlpmatch_pl.build import read_config
 from mlpmatch_pl.checkpoint_files import read_checkpoint
+from mlpmatch_pl.cores import usable_cores
+from mlpmatch_pl.data.checks import check_data
 from mlpmatch_pl.data.decoding import MOST_PIXELS
 from mlpmatch_pl.data.folder import folder
 from mlpmatch_pl.data.image_reader import ImageReader
 from mlpmatch_pl.data.mask_reader import MaskReader
 from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.kept_step import KeptStep
-from mlpmatch_pl.launch import read_config
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.predictor import load
+from mlpmatch_pl.resume import find_start
 from mlpmatch_pl.segmentor.weights import read_state_dict
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # as long as a key of W&B
@@ -188,7 +192,7 @@ def test_checkpoints_that_would_unpack_to_gigabytes_are_refused(content, tmp_pat
 
 def test_the_folder_of_a_step_from_somebody_is_not_trusted_either(content, tmp_path):
     module = MLPMatch(**content["hyper_parameters"])
-    path = KeptStep({}, {}, 3, 0.0, "32-true", "cpu", 1).save(tmp_path / "step_3", module, {})
+    path = KeptStep({}, {}, 3, 0.0, "32-true", "cpu", 1).save(tmp_path / "step_3", module, REPORT)
     assert KeptStep.load(path)[0].draw_step == 3
     torch.save(content | {"hyper_parameters": {"num_classes": 10**9}}, path / "module.ckpt")
     with pytest.raises(UserError, match="arguments and weights fit together"):
@@ -197,6 +201,93 @@ def test_the_folder_of_a_step_from_somebody_is_not_trusted_either(content, tmp_p
     with pytest.raises(UserError, match="UnpicklingError"):
         KeptStep.load(path)
     assert not (tmp_path / "marker").exists()
+
+
+REPORT = {"step": 3, "epoch": 1, "weights_not_finite": [], "images": {"labeled": ["a"]}}
+
+
+def kept_batch():
+    """What a supervised step needs."""
+    images = torch.zeros(2, 3, 33, 33, dtype=torch.uint8)
+    return {"labeled": {"image": images, "mask": images[:, 0].clone(), "index": torch.arange(2)}}
+
+
+CHANGES = {
+    "threads as text": lambda kept: kept.update(threads="2"),
+    "negative threads": lambda kept: kept.update(threads=-1),
+    "unknown precision": lambda kept: kept.update(precision="3-true"),
+    "precision as number": lambda kept: kept.update(precision=32),
+    "device as list": lambda kept: kept.update(device=["cpu"]),
+    "empty batch": lambda kept: kept.update(batch={}),
+    "no batch": lambda kept: kept.pop("batch"),
+    "batch as text": lambda kept: kept.update(batch="abc"),
+    "halves as numbers": lambda kept: kept.update(batch={"labeled": 3}),
+    "images as text": lambda kept: kept["batch"]["labeled"].update(image="abc"),
+    "images of stride 0": lambda kept: kept["batch"]["labeled"].update(
+        image=torch.zeros((), dtype=torch.uint8).expand(2, 3, 10**5, 10**5)
+    ),
+    "masks of no class": lambda kept: kept["batch"]["labeled"].update(mask=torch.full((2, 33, 33), 77)),
+    "images that do not fit": lambda kept: kept["batch"]["labeled"].update(image=torch.zeros(2, 7, 33, 33)),
+    "unknown terms": lambda kept: kept.update(terms={"foo": 1.0}),
+    "terms as text": lambda kept: kept.update(terms={"x": "1"}),
+    "endless draws": lambda kept: kept.update(draw_step=-(10**30)),
+    "lambda that is none": lambda kept: kept.update(lambda_np=float("nan")),
+    "an unknown key": lambda kept: kept.update(foo=1),
+}
+REPORTS = (
+    "[]",
+    "{}",
+    '{"step": 3}',
+    json.dumps(REPORT | {"images": ["a"]}),
+    json.dumps(REPORT | {"step": "x"}),
+    "[" * 10**5,
+)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The folder of a step, and a way to change what batch.pt holds."""
+    module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder_channels=8)
+    step = KeptStep(kept_batch(), {"x": 1.0, "loss": 1.0}, 3, 0.0, "32-true", "cpu", 1)
+    path = step.save(tmp_path / "step_3", module, REPORT)
+
+    def change(how):
+        content = torch.load(path / "batch.pt", weights_only=True)
+        how(content)
+        torch.save(content, path / "batch.pt")
+
+    return path, change
+
+
+@pytest.mark.parametrize("how", CHANGES.values(), ids=CHANGES)
+def test_a_changed_batch_of_a_kept_step_ends_with_a_sentence(command, kept, little_memory, how):
+    path, change = kept
+    assert command("replay", str(path))[0] == 0
+    change(how)
+    code, printed = command("replay", str(path))
+    assert code == 1
+    assert printed.splitlines()[-1].startswith("error: expected ")
+    assert len(printed) < 2000
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report[:20])
+def test_a_changed_report_of_a_kept_step_ends_with_a_sentence(command, kept, report):
+    path, _ = kept
+    (path / "report.json").write_text(report)
+    code, printed = command("replay", str(path))
+    assert code == 1
+    assert printed.startswith("error: expected the folder of a step, ")
+
+
+def test_a_kept_step_takes_no_more_threads_than_there_are_cores(command, kept, monkeypatch):
+    path, change = kept
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    change(lambda content: content.update(threads=100_000))
+    code, printed = command("replay", str(path))
+    assert code == 0, printed
+    assert asked == [usable_cores()]
+    assert f"different: x, loss (with {usable_cores()} threads, not 100000)" in printed
 
 
 @pytest.mark.parametrize("header", [struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{}" * 9, b"\0" * 4])
@@ -248,6 +339,35 @@ def test_a_configuration_of_a_run_folder_executes_nothing_through_the_command(co
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("value", ["${oc.env:WANDB_API_KEY}", "${.again}", "$${rest}"])
+def test_a_configuration_of_a_run_folder_does_not_learn_of_the_environment(
+    command, content, tmp_path, monkeypatch, value
+):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save(content, run / "checkpoints" / "best.ckpt")
+    again = "again: '${oc.env:WANDB_API_KEY}'"
+    dataset = f"{{_target_: mlpmatch_pl.data.folder.folder, root: '{value}', classes: [a, b, c], {again}}}"
+    (run / "config.yaml").write_text(
+        f"seed: 0\nrest: '{{oc.env:WANDB_API_KEY}}'\ndataset: {dataset}\n"
+        f"method: {{name: '{value}', {again}}}\nschedule: {{lr: '{value}', {again}}}\n"
+    )
+    (run / "splits.json").write_text('{"labeled": {"split": "1/8", "count": 3, "sha256": "0"}}')
+    code, printed = command("evaluate", "checkpoint=run/checkpoints/best.ckpt", "output=out")
+    assert code == 1
+    assert "expected a value for dataset.root in " in printed
+    assert "set it, as in +dataset.root=" in printed
+    code, reported = command("report", "run")
+    assert code == 0, reported
+    written = [
+        path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.suffix in (".html", ".csv", ".md")
+    ]
+    assert len(written) >= 3
+    assert any("${oc.env:WANDB_API_KEY}" in text for text in written)  # it is shown as it stands in the file
+    assert SECRET not in printed + reported + "".join(written)
+
+
 def test_names_in_a_report_are_text_not_markup(command, tmp_path):
     evil = "<script>alert(1)</script>"
     run = tmp_path / "<img src=x onerror=alert(1)>"
@@ -293,6 +413,44 @@ def test_a_listed_file_that_is_no_image_is_named_and_nothing_of_it_is_shown(fold
         with pytest.raises(UserError, match="cannot read the image") as caught:
             data.train.image(data.unlabeled[0])
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.fixture
+def limited():
+    """No more than 20 seconds: what waits for a pipe waits for ever."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_pipes_among_the_images_are_not_waited_for_and_links_are_followed(folder_root, classes, tmp_path, limited):
+    before = folder(str(folder_root), classes)
+    for kind in ("images", "masks"):
+        os.mkfifo(folder_root / kind / "z.png")
+        (folder_root / kind / "device.png").symlink_to("/dev/zero")
+    Image.new("RGB", (60, 60)).save(tmp_path / "outside.png")
+    (folder_root / "images" / "link.png").symlink_to(tmp_path / "outside.png")
+    data = folder(str(folder_root), classes)
+    assert check_data(data, 33)
+    names = {data.train.name(index) for index in range(len(data.train))}
+    assert names - {before.train.name(index) for index in range(len(before.train))} == {"images/link.png"}
+    (folder_root / "images" / "nothing.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises(UserError, match=r"cannot read the image .*nothing\.png"):
+        check_data(folder(str(folder_root), classes), 33)
+
+
+def test_pipes_in_a_run_folder_are_not_waited_for(command, tmp_path, limited):
+    run = tmp_path / "run"
+    for name in ("predictions", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 0\nmethod: {name: a}\ndataset: {_target_: x.y}\n")
+    (run / "splits.json").write_text('{"labeled": {"split": "1/8", "count": 3, "sha256": "0"}}')
+    for name in ("predictions/epoch_1.png", "metrics.csv", "metrics.json", "checkpoints/last.ckpt"):
+        os.mkfifo(run / name)
+    assert command("report", "run")[0] == 0
+    assert find_start("auto", run, first=False).checkpoint is None
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

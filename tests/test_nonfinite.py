@@ -1,5 +1,6 @@
 """A loss that is not finite: the step is named, kept, and repeated without the data."""
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule
 from mlpmatch_pl.callbacks.finite import FiniteLoss
 from mlpmatch_pl.data.shapes import shapes
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.kept_step import KeptStep
+from mlpmatch_pl.kept_step import DOUBLE, KeptStep
 from mlpmatch_pl.replay import replay
 
 pytestmark = [
@@ -63,10 +64,7 @@ def build(method="mlpmatch", **options):
     options = {"confidence_threshold": 0.0, **options}
     module = MLPMatch(6, method=method, backbone="test_resnet", decoder_channels=8, lr=0.01, **options)
     data = shapes(labeled=3, train=12, val=2, test=1, size=48)
-    partner, views = module.method.partner, len(module.method.strong_weights)
-    datamodule = SemiSupervisedDataModule(
-        data, crop_size=33, batch_size=2, num_workers=0, partner=partner, num_strong=views
-    )
+    datamodule = SemiSupervisedDataModule(data, method=method, crop_size=33, batch_size=2, num_workers=0)
     return module, datamodule
 
 
@@ -180,6 +178,18 @@ def test_a_step_in_bfloat16_is_repeated_in_bfloat16(tmp_path, capsys):
     assert output.endswith("all terms are the same, to the last bit\n")
 
 
+def test_a_step_in_float64_is_repeated_in_float64(tmp_path, capsys):
+    caught_by(tmp_path, spoil_strong_views(math.nan), precision=DOUBLE)
+    step, module, _ = KeptStep.load(tmp_path / "step_4")
+    repeated, _ = step.repeat(module)
+    assert {name: repeated[name] for name in ("x", "x_np", "fp")} == {
+        name: step.terms[name] for name in ("x", "x_np", "fp")
+    }
+    assert repeated["x"] != float(torch.tensor(repeated["x"]).float())  # no number of float32
+    replay(tmp_path / "step_4")
+    assert capsys.readouterr().out.startswith(f"step 4 of epoch 1, on cpu in {DOUBLE}; repeated on cpu in {DOUBLE}\n")
+
+
 def test_the_weights_that_are_kept_are_those_before_the_step(tmp_path):
     module, datamodule = build("mlpmatch_official")
     spoiler = Spoil(3, spoil_strong_views(math.nan))
@@ -228,6 +238,22 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     assert "the step could not be kept for a replay (" in message
 
 
+@pytest.mark.parametrize("name", ["module.ckpt", "batch.pt", "report.json"])
+def test_a_full_disk_leaves_no_part_of_a_step(tmp_path, monkeypatch, name):
+    original, full = os.fsync, OSError(errno.ENOSPC, "No space left on device")
+
+    def fsync(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"{name}.unfinished"):
+            raise full
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    message = caught_by(tmp_path, spoil_strong_views(math.nan))
+    assert "the step could not be kept for a replay (expected " in message
+    assert f"{name}, but the disk is full" in message
+    assert [*tmp_path.rglob("*")] == []
+
+
 @pytest.mark.parametrize("name", ["batch.pt", "module.ckpt", "report.json"])
 def test_a_folder_without_a_step_is_refused(tmp_path, name):
     caught_by(tmp_path, spoil_strong_views(math.nan))
@@ -242,6 +268,7 @@ def test_the_configuration_of_every_run_has_the_guard(tmp_path):
     assert node.dirpath == f"{tmp_path}/nonfinite"
 
 
+@pytest.mark.slow
 def test_the_command_stops_and_the_step_is_repeated_elsewhere(tmp_path):
     result = run_command(*TINY, "hydra.run.dir=run", "schedule.lr=1e30", cwd=tmp_path)
     assert result.returncode == 1
@@ -281,6 +308,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_no_process_waits_for_one_whose_loss_is_not_finite(tmp_path, request):
     (tmp_path / "script.py").write_text(SCRIPT)
     path = f"{request.path.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -1,13 +1,17 @@
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DistributedSampler
 
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler
 from mlpmatch_pl.data.shapes import shapes
+from mlpmatch_pl.errors import UserError
 
 sizes, lengths, worlds = st.integers(1, 40), st.integers(1, 60), st.integers(1, 6)
 seeds, epochs = st.integers(0, 1000), st.integers(0, 50)
@@ -156,3 +160,50 @@ def test_shards_do_not_change_with_the_epoch():
     first = list(sampler)
     sampler.set_epoch(3)
     assert list(sampler) == first == [1, 3, 5]
+
+
+@contextmanager
+def process(rank, world):
+    """As in one of several processes that torch knows of; the others need not be there."""
+    distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def build():
+    data = shapes(labeled=20, train=40, val=5, test=3, size=33)
+    return SemiSupervisedDataModule(data, crop_size=33, num_workers=0, batch_size=5)
+
+
+def loaders_of(datamodule):
+    streams = datamodule.train_dataloader().iterables
+    return [*streams.values(), datamodule.val_dataloader(), datamodule.test_dataloader()]
+
+
+def test_loaders_from_before_the_other_processes_are_refused():
+    """As in ``Trainer(devices=2).fit(module, datamodule.train_dataloader())``: all would train with the same images."""
+    loaders = loaders_of(build())
+    with process(0, 2):
+        for loader in loaders:
+            with pytest.raises(UserError, match=r"made for 2 processes, but they were made for 1, .* datamodule="):
+                next(iter(loader))
+    with process(0, 1):
+        assert all(next(iter(loader)) for loader in loaders)
+
+
+def test_loops_without_a_trainer_get_the_share_of_their_process():
+    dealt, alone = [], [[*loader.sampler] for loader in loaders_of(build())]
+    for rank in range(2):
+        with process(rank, 2):
+            dealt.append([[*loader.sampler] for loader in loaders_of(build())])
+    for single, *ranks in zip(alone, *dealt, strict=True):
+        assert sorted([*ranks[0], *ranks[1]]) == sorted(single)
+        assert not set(ranks[0]) & set(ranks[1])
+
+
+def test_a_place_that_is_given_counts():
+    with process(1, 2):
+        assert [*ShardSampler(5, 0, 1)] == [0, 1, 2, 3, 4]
+        assert len([*StreamSampler(5, 5, 0, 1)]) == 5

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
@@ -20,11 +21,26 @@ from lightning.fabric import Fabric
 from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
 from torch import Tensor, nn
 
+from mlpmatch_pl.annotations import fitted, mapping
+from mlpmatch_pl.checkpoint_files import read_checkpoint, read_tensors, refuse_expanded, write_checkpoint
+from mlpmatch_pl.cores import usable_cores
+from mlpmatch_pl.durable import write_durably
 from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.module import MLPMatch, total_loss
+from mlpmatch_pl.methods import total_loss
+from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.restoring import restore
 
 _BATCH, _MODULE, _REPORT = "batch.pt", "module.ckpt", "report.json"
+DOUBLE = "64-true"
+Precision = Literal[
+    "64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "transformer-engine",
+    "transformer-engine-float16",
+]  # fmt: skip
+_STEP = {
+    "batch": dict[str, dict[str, Any]], "terms": dict[str, Any], "draw_step": int, "lambda_np": float,
+    "precision": Precision, "device": str, "threads": int,
+}  # fmt: skip
+_READ_OF_REPORT = {"step": int, "epoch": int, "weights_not_finite": list[str], "images": dict[str, list[str]]}
 
 
 class Place(NamedTuple):
@@ -39,14 +55,15 @@ class Place(NamedTuple):
     precision: str
 
     def here(self) -> Place:
-        """Return the same place if there is such a device here, else the CPU, in float32.
+        """Return the same place if there is such a device here, else the CPU, in float32 or float64.
 
         Example:
             >>> Place("cpu", "bf16-mixed").here(), Place("xpu", "16-mixed").here()
             (Place(device='cpu', precision='bf16-mixed'), Place(device='cpu', precision='32-true'))
         """
-        known = self.device in ACCELERATOR_REGISTRY
-        return self if known and ACCELERATOR_REGISTRY.get(self.device).is_available() else Place("cpu", "32-true")
+        if self.device in ACCELERATOR_REGISTRY and ACCELERATOR_REGISTRY.get(self.device).is_available():
+            return self
+        return Place("cpu", DOUBLE if self.precision == DOUBLE else "32-true")
 
     def __str__(self) -> str:
         """Say it."""
@@ -76,7 +93,7 @@ class KeptStep:
     threads: int
 
     def save(self, folder: Path, module: MLPMatch, report: Mapping[str, Any]) -> Path:
-        """Write the folder at once, or nothing; where there is one of its name, beside it.
+        """Write the whole folder, or nothing; where there is one of its name, beside it.
 
         Args:
             folder: What to call it.
@@ -85,36 +102,46 @@ class KeptStep:
 
         Returns:
             The folder that was written.
+
+        Raises:
+            UserError: If the disk is full.
+            OSError: If it cannot be written.
         """
-        partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
         checkpoint = {
             "pytorch-lightning_version": lightning.__version__,
             "global_step": self.draw_step,
             "hyper_parameters": dict(module.hparams),
             "state_dict": module.state_dict(),
         }
-        torch.save(checkpoint, partial / _MODULE)
-        torch.save({**asdict(self), "batch": _on_cpu(self.batch)}, partial / _BATCH)
         details = {**report, "terms": {name: str(value) for name, value in self.terms.items()}}
-        (partial / _REPORT).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
-        return _rename(partial, folder)
+        folder = _new_folder(folder)
+        try:
+            write_checkpoint(checkpoint, folder / _MODULE)
+            write_checkpoint({**asdict(self), "batch": _on_cpu(self.batch)}, folder / _BATCH)
+            write_durably(folder / _REPORT, json.dumps(details, indent=2) + "\n")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
 
     @classmethod
     def load(cls, folder: Path) -> tuple[KeptStep, MLPMatch, dict[str, Any]]:
-        """Read a folder: the step, the module before it, and report.json.
+        """Read a folder, which may come from anybody: the step, the module before it, and report.json.
 
         Raises:
             UserError: If it holds no step.
         """
         try:
-            step = cls(**torch.load(folder / _BATCH, map_location="cpu", weights_only=True))
+            step = cls(**_read_step(folder / _BATCH))
             module = restore(folder / _MODULE)
-            report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+            if step.precision == DOUBLE:  # else float32 has lost nothing
+                module.double().load_state_dict(read_checkpoint(folder / _MODULE)["state_dict"])
+            report = mapping(_REPORT, json.loads((folder / _REPORT).read_text(encoding="utf-8")))
+            report = fitted(_REPORT, report, _READ_OF_REPORT, _READ_OF_REPORT, is_open=True)
         except Exception as error:  # a broken file makes the readers raise nearly anything
             raise UserError(
                 f"expected the folder of a step, as in runs/mine/nonfinite/step_13, but {folder} cannot be read as one "
-                f"({type(error).__name__}: {' '.join(str(error).split())})"
+                f"({_reason(error)})"
             ) from error
         return step, module, report
 
@@ -123,13 +150,33 @@ class KeptStep:
         """What it was computed on."""
         return Place(self.device, self.precision)
 
+    @property
+    def threads_here(self) -> int:
+        """Threads to compute it with: as then, where there are so many cores."""
+        return min(self.threads, usable_cores())
+
     def repeat(self, module: MLPMatch) -> tuple[dict[str, float], str | None]:
         """Compute the step again, where ``place.here()`` says.
 
         Returns:
             Its terms and its loss, and the first layer whose output is not finite, if there is one.
+
+        Raises:
+            UserError: If the batch, or the terms, are not those of the module's step.
         """
-        torch.set_num_threads(self.threads)
+        try:
+            repeated, layer = self._compute(module)
+        except Exception as error:  # as there is no end of wrong batches
+            raise UserError(
+                f"expected a batch for the {module.method.name} step of the kept network, but it cannot be computed "
+                f"({_reason(error)}); keep the files of a step together"
+            ) from error
+        if unknown := sorted(self.terms.keys() - repeated.keys()):
+            raise UserError(f"expected recorded terms of {', '.join(repeated)}, but found {unknown[0]!r} in {_BATCH}")
+        return repeated, layer
+
+    def _compute(self, module: MLPMatch) -> tuple[dict[str, float], str | None]:
+        torch.set_num_threads(self.threads_here)
         device, precision = self.place.here()
         fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         fabric.setup_module(module.train())  # in place
@@ -182,9 +229,35 @@ def _on_cpu(part: Any) -> Any:
     return part.cpu() if isinstance(part, Tensor) else part
 
 
-def _rename(partial: Path, folder: Path) -> Path:
+def _new_folder(folder: Path) -> Path:
     number, free = 1, folder
     while free.exists():
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
-    return partial.rename(free)
+    free.mkdir(parents=True)
+    return free
+
+
+def _read_step(path: Path) -> dict[str, Any]:
+    """Read the arguments of a step, none of which is believed."""
+    content = mapping(_BATCH, read_tensors(path))
+    refuse_expanded(_tensors(content.get("batch")), path)
+    step = fitted(_BATCH, content, _STEP, _STEP)
+    if step["threads"] < 1 or step["draw_step"] < 0:
+        raise UserError(f"expected threads from 1 and draw_step from 0, but got {step['threads']}, {step['draw_step']}")
+    if wrong := [name for name, value in step["terms"].items() if not isinstance(value, float)]:
+        raise UserError(f"expected numbers as terms, but {wrong[0]!r} is none")
+    return step
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping | list | tuple):
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(inner)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -23,7 +23,7 @@ def replay(folder: Path) -> dict[str, float]:
         folder: As `mlpmatch_pl.callbacks.finite.FiniteLoss` wrote it.
 
     Raises:
-        UserError: If the folder holds no step.
+        UserError: If the folder holds no step, or its files do not belong together.
     """
     from mlpmatch_pl.kept_step import KeptStep
 
@@ -56,7 +56,10 @@ def _verdict(step: "KeptStep", repeated: Mapping[str, float]) -> str:
     if step.place.here() != step.place:
         return f"not compared to the last bit: {step.precision} on {step.device} rounds, and overflows, elsewhere"
     different = [name for name, value in step.terms.items() if not same(value, repeated[name])]
-    return f"different: {', '.join(different)}" if different else "all terms are the same, to the last bit"
+    if not different:
+        return "all terms are the same, to the last bit"
+    fewer = f" (with {step.threads_here} threads, not {step.threads})" if step.threads_here != step.threads else ""
+    return f"different: {', '.join(different)}{fewer}"
 
 
 def main() -> None:

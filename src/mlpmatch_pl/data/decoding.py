@@ -89,7 +89,7 @@ def _rgb_png(content: NDArray[np.uint8]) -> NDArray[Any] | None:
     if pyspng is None:
         return None
     head = content[:26].tobytes()
-    if head[:8] != _PNG or head[24:] != b"\x08\x02":  # bits a channel, and colour type
+    if head[:8] != _PNG or head[24:] != b"\x08\x02":  # bits a channel, and color type
         return None
     data = content.tobytes()
     if b"eXIf" in data:  # it may have to be turned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -193,7 +194,7 @@ class Files:
 
 
 def image_files(folder: str) -> Iterator[str]:
-    """Yield the image files below a folder, hidden ones left out; links are followed once."""
+    """Yield the image files below a folder, hidden ones and pipes left out; links are followed once."""
     visited = set()  # links may lead back to a folder above
     for directory, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
@@ -203,8 +204,17 @@ def image_files(folder: str) -> Iterator[str]:
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield os.path.join(directory, name)
+            path = os.path.join(directory, name)
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") and _ends(path):
+                yield path
+
+
+def _ends(path: str) -> bool:
+    """Tell whether reading a path comes to an end: a pipe would be waited for, a device read for ever."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # a link to nothing is an image that cannot be read, and named as such
+        return True
 
 
 def _csv_rows(lines: Sequence[str], path: Path) -> Iterator[list[str]]:

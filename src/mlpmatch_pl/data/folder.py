@@ -57,12 +57,12 @@ def folder(
         unlabeled: Images without masks; the rest of the training images if left out.
         val: Images to choose a checkpoint by; also a fraction or count of the images with masks.
         test: Images to report on.
-        in_chans: Channels of an image. 3 also reads grey files, as RGB.
+        in_chans: Channels of an image. 3 also reads gray files, as RGB.
         bit_depth: 8 or 16 bits a channel, as the files have.
         mask_values: Class of each value in the mask files, as in ``{0: 0, 255: 1}``; the key ``other`` stands for
             all the rest. The values are the classes if left out.
-        palette: An RGB colour for each class, for pictures and to read masks that are saved in colours.
-        ignore_colors: RGB colours of pixels that do not count, in such masks.
+        palette: An RGB color for each class, for pictures and to read masks that are saved in colors.
+        ignore_colors: RGB colors of pixels that do not count, in such masks.
         ignore_index: Mask value of pixels that do not count.
         split_seed: Seed of choices by fraction or count.
         cover_classes: Whether a choice of labeled images starts with some that together hold every class.

@@ -25,7 +25,7 @@ class ImageReader:
     """Reads image files of one kind.
 
     Args:
-        in_chans: Channels of an image. 3 reads grey files as RGB, too, and leaves out an alpha channel; any other
+        in_chans: Channels of an image. 3 reads gray files as RGB, too, and leaves out an alpha channel; any other
             number must be that of the files, and more than 4 are read from TIFF files only.
         bit_depth: 8 or 16 bits a channel, as the files have.
 
@@ -55,11 +55,11 @@ class ImageReader:
         """
         if _is_tiff(path):
             pixels = read_tiff(path, as_rgb=self.in_chans == 3)
-        elif self.in_chans == 2:  # OpenCV reads grey with alpha as four channels
+        elif self.in_chans == 2:  # OpenCV reads gray with alpha as four channels
             pixels = _read_pillow(path)
         else:
-            grey = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-            pixels = decode(path, {1: grey, 3: RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED))
+            gray = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+            pixels = decode(path, {1: gray, 3: RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED))
         image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
         self._refuse_other(image, path)
         return image

@@ -24,16 +24,16 @@ class MaskReader:
     """Reads mask files into classes.
 
     Files with one channel, palette files included, hold ids: the classes themselves, or what ``values`` maps to them.
-    Files with three or four channels hold colours, which ``colors`` maps to classes.
+    Files with three or four channels hold colors, which ``colors`` maps to classes.
 
     Args:
         values: Class (or the ignore index) of each id in the files; the key ``other`` stands for all the rest.
-        colors: RGB colour of each class.
-        ignore_colors: RGB colours of pixels that do not count.
+        colors: RGB color of each class.
+        ignore_colors: RGB colors of pixels that do not count.
         ignore_index: Mask value of pixels that do not count.
 
     Raises:
-        UserError: If a value or a colour is out of range, or a colour stands for two classes.
+        UserError: If a value or a color is out of range, or a color stands for two classes.
 
     Example:
         >>> MaskReader({0: 0, 255: 1}).describe()
@@ -54,7 +54,7 @@ class MaskReader:
         self.ignore_index = ignore_index
         self._values = dict(values or {})
         self._ids = _id_table(self._values) if values else None
-        # With a palette for pictures only, two classes may share a colour.
+        # With a palette for pictures only, two classes may share a color.
         self._colors = [*enumerate(map(tuple, colors)), *((ignore_index, tuple(color)) for color in ignore_colors)]
         self._table: Array | None = None
 
@@ -62,7 +62,7 @@ class MaskReader:
         """Read a mask: (H, W) uint8, classes and the ignore index.
 
         Raises:
-            UserError: If the file cannot be read, or holds ids or colours that stand for no class.
+            UserError: If the file cannot be read, or holds ids or colors that stand for no class.
         """
         try:
             with PILImage.open(path) as file:
@@ -74,7 +74,7 @@ class MaskReader:
         if pixels.ndim == 3:
             return self._from_colors(pixels, mode, path)
         if pixels.dtype.kind not in "biu":
-            raise UserError(f"expected whole class ids, but {path} holds {pixels.dtype} values; save it as a grey PNG")
+            raise UserError(f"expected whole class ids, but {path} holds {pixels.dtype} values; save it as a gray PNG")
         return _as_ids(pixels, path) if self._ids is None else self._from_ids(pixels, path)
 
     def describe(self) -> str:
@@ -98,7 +98,7 @@ class MaskReader:
         if not self._colors or pixels.shape[2] < 3:
             raise UserError(
                 f"expected a mask with one channel of class ids, but {path} has {pixels.shape[2]} channels (mode "
-                f"{mode}); save class ids as a grey or palette PNG, or set dataset.palette to the colour of each class"
+                f"{mode}); save class ids as a gray or palette PNG, or set dataset.palette to the color of each class"
             )
         if self._table is None:
             self._table = _color_table(self._colors)
@@ -107,7 +107,7 @@ class MaskReader:
         if (unknown := classes == _UNKNOWN).any():
             color = pixels[unknown][0, :3].tolist()
             raise UserError(
-                f"expected the colours of dataset.palette, but the mask {path} has {color}; add it to dataset.palette "
+                f"expected the colors of dataset.palette, but the mask {path} has {color}; add it to dataset.palette "
                 "or dataset.ignore_colors"
             )
         labels: Mask = classes.astype(np.uint8)
@@ -144,13 +144,13 @@ def _id_table(values: Mapping[int | str, int]) -> Array:
 
 
 def _color_table(colors: Sequence[tuple[int, tuple[int, ...]]]) -> Array:
-    """Return the class of each colour, by its 24 bits."""
+    """Return the class of each color, by its 24 bits."""
     table = np.full(1 << 24, _UNKNOWN, np.uint16)
     for label, (red, green, blue) in colors:
         code = red << 16 | green << 8 | blue
         if table[code] not in (_UNKNOWN, label):
             raise UserError(
-                f"expected a colour of its own for each class, but {[red, green, blue]} stands for {table[code]} and "
+                f"expected a color of its own for each class, but {[red, green, blue]} stands for {table[code]} and "
                 f"{label}; correct dataset.palette or dataset.ignore_colors"
             )
         table[code] = label

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mlpmatch_pl.data.sources import Image
 
-LUMA = np.array([0.299, 0.587, 0.114])  # weights of R, G and B in grey (ITU-R 601), as PIL's
+LUMA = np.array([0.299, 0.587, 0.114])  # weights of R, G and B in gray (ITU-R 601), as PIL's
 BLUR_REACH = 2.5  # sigmas after which the Gaussian is cut off; PIL's boxes reach 2.4
 _LEVELS = np.arange(256, dtype=np.float32)[:, None]
 
@@ -38,7 +38,7 @@ def adjust_brightness(image: Image, factor: float) -> Image:
 def adjust_contrast(image: Image, factor: float) -> Image:
     """Multiply the distance to the mean by a factor of at least 0; 1 changes nothing.
 
-    The mean is that of the grey image for RGB, and each channel's own for any other number of channels.
+    The mean is that of the gray image for RGB, and each channel's own for any other number of channels.
 
     Example:
         >>> adjust_contrast(np.array([[[100], [200]]], np.uint8), 0.5).ravel().tolist()
@@ -50,7 +50,7 @@ def adjust_contrast(image: Image, factor: float) -> Image:
 
 
 def adjust_saturation(image: Image, factor: float) -> Image:
-    """Multiply the distance to grey by a factor of at least 0; 1 changes nothing, 0 is grey.
+    """Multiply the distance to gray by a factor of at least 0; 1 changes nothing, 0 is gray.
 
     Example:
         >>> adjust_saturation(np.array([[[100, 100, 200]]], np.uint8), 2.0).tolist()
@@ -62,7 +62,7 @@ def adjust_saturation(image: Image, factor: float) -> Image:
 
 
 def adjust_hue(image: Image, shift: float) -> Image:
-    """Turn the hue by a share of the colour circle, from -0.5 to 0.5.
+    """Turn the hue by a share of the color circle, from -0.5 to 0.5.
 
     Example:
         >>> adjust_hue(np.array([[[255, 0, 0]]], np.uint8), 1 / 3).tolist()
@@ -81,7 +81,7 @@ def adjust_hue(image: Image, shift: float) -> Image:
 
 
 def to_gray(image: Image) -> Image:
-    """Give all three channels the grey value.
+    """Give all three channels the gray value.
 
     Example:
         >>> to_gray(np.array([[[255, 0, 0]]], np.uint8)).tolist()

@@ -1,6 +1,6 @@
 """Published lists of labeled images: their names, and the hashes that tell an original from a changed copy.
 
-The lists are UniMatch's (MIT licence). They are fetched by ``python -m mlpmatch_pl.prepare dataset=voc
+The lists are UniMatch's (MIT license). They are fetched by ``python -m mlpmatch_pl.prepare dataset=voc
 splits=unimatch root=...`` into ``splits/`` below the data set's root, and are not part of this package.
 
 Three different choices of VOC images are called "1/16" in papers. ``92`` to ``1464`` choose among VOC's own train set;

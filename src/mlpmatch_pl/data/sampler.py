@@ -6,12 +6,44 @@ Both samplers are DistributedSamplers, because Lightning leaves those as they ar
 from collections.abc import Iterator
 
 import torch
+from torch import distributed
 from torch.utils.data import DistributedSampler
 
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.seeding import mix
 
 
-class StreamSampler(DistributedSampler[int]):
+def current_place() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, as far as torch knows them by now.
+
+    Example:
+        >>> current_place()
+        (0, 1)
+    """
+    started = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if started else (0, 1)
+
+
+class _Dealt(DistributedSampler[int]):
+    """Deals to a rank: the one that is given, or the present one, which must not change until it is iterated."""
+
+    def __init__(self, size: int, rank: int | None, world_size: int | None, shuffle: bool, seed: int = 0) -> None:
+        here = current_place()
+        self._assumed = rank is None or world_size is None
+        rank, world_size = here if rank is None or world_size is None else (rank, world_size)
+        super().__init__(range(size), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
+
+    def _check_place(self) -> None:
+        """Refuse to give all ranks the same images, because the loader is older than they are."""
+        here = current_place()
+        if self._assumed and here != (self.rank, self.num_replicas):
+            raise UserError(
+                f"expected loaders that were made for {here[1]} processes, but they were made for {self.num_replicas}, "
+                "before the others were started; give the Trainer datamodule=..., not its loaders"
+            )
+
+
+class StreamSampler(_Dealt):
     """An endless stream of shuffled passes, cut into epochs and dealt to the ranks.
 
     Every pass over the ``size`` images has its own permutation, also within an epoch. The ranks take turns, so a
@@ -20,9 +52,12 @@ class StreamSampler(DistributedSampler[int]):
     Args:
         size: Number of images.
         num_samples: Number of draws a rank and epoch.
-        rank: This process.
-        world_size: Number of processes.
+        rank: This process; found out if left out.
+        world_size: Number of processes; found out if left out.
         seed: Seed of the permutations; the labeled and the unlabeled stream need different ones.
+
+    Raises:
+        UserError: When iterated, if it was to find out, and there are more processes by then.
 
     Yields:
         ``(index, draw)``: the image, and the number of the draw over all ranks and epochs, which seeds its views.
@@ -33,8 +68,10 @@ class StreamSampler(DistributedSampler[int]):
         ([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5])
     """
 
-    def __init__(self, size: int, num_samples: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        super().__init__(range(size), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
+    def __init__(
+        self, size: int, num_samples: int, rank: int | None = None, world_size: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(size, rank, world_size, shuffle=True, seed=seed)
         self.size, self.num_samples = size, num_samples
         self.start = 0
 
@@ -42,6 +79,7 @@ class StreamSampler(DistributedSampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        self._check_place()
         total = self.num_samples * self.num_replicas
         passes = -(-total // self.size)
         order = torch.cat([self._permutation(self.epoch * passes + number) for number in range(passes)])[:total]
@@ -54,20 +92,29 @@ class StreamSampler(DistributedSampler[int]):
         return torch.randperm(self.size, generator=generator)
 
 
-class ShardSampler(DistributedSampler[int]):
+class ShardSampler(_Dealt):
     """Deals images to the ranks in order, each exactly once: no image is repeated to even out the ranks.
+
+    Args:
+        size: Number of images.
+        rank: This process; found out if left out.
+        world_size: Number of processes; found out if left out.
+
+    Raises:
+        UserError: When iterated, if it was to find out, and there are more processes by then.
 
     Example:
         >>> [list(ShardSampler(5, rank, world_size=2)) for rank in range(2)]
         [[0, 2, 4], [1, 3]]
     """
 
-    def __init__(self, size: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.indices = range(rank, size, world_size)
+    def __init__(self, size: int, rank: int | None = None, world_size: int | None = None) -> None:
+        super().__init__(size, rank, world_size, shuffle=False)
+        self.indices = range(self.rank, size, self.num_replicas)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
+        self._check_place()
         return iter(self.indices)

@@ -31,7 +31,7 @@ class Layout:
         class_names: Names of the classes, in the order of the mask values.
         read_image: Reads an image.
         read_mask: Reads a mask.
-        palette: An RGB colour for each class, for pictures.
+        palette: An RGB color for each class, for pictures.
         ignore_index: Mask value of pixels that do not count.
     """
 
@@ -70,7 +70,7 @@ def layout(
         UserError: If class names, ignore index or palette are wrong.
     """
     if palette is not None and len(palette) != len(classes):
-        raise UserError(f"expected {len(classes)} colours in dataset.palette, one a class, but got {len(palette)}")
+        raise UserError(f"expected {len(classes)} colors in dataset.palette, one a class, but got {len(palette)}")
     names = class_list(classes, read_mask.ignore_index)
     require_colors("dataset.palette", palette or ())
     colors = tuple((red, green, blue) for red, green, blue in palette or ())

@@ -1,6 +1,6 @@
 """Embedded data: generated scenes of textured shapes that occlude each other. No files, no download.
 
-A class has an outline, a pattern and a range of hues that overlaps its neighbours'; the light's colour, brightness and
+A class has an outline, a pattern and a range of hues that overlaps its neighbours'; the light's color, brightness and
 direction, the background and stray lines are drawn anew for every image. A few labeled scenes show too few of them.
 Every image is a function of (seed, part, index), so all machines see the same data.
 """
@@ -23,7 +23,7 @@ from mlpmatch_pl.seeding import mix
 CLASS_NAMES = ("background", "disk", "square", "triangle", "star", "cross")
 PALETTE = ((40, 40, 40), (230, 80, 70), (70, 140, 230), (90, 190, 90), (240, 190, 60), (170, 90, 200))
 MOST_SCENES, LARGEST_SCENE = 1_000_000, 4096  # they are drawn when they are asked for, and kept
-HUE_SPREAD = 0.09  # of the colour circle; classes are 0.2 apart
+HUE_SPREAD = 0.09  # of the color circle; classes are 0.2 apart
 Array = NDArray[Any]
 
 
@@ -122,7 +122,7 @@ def shapes(
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:
-    """Blend two colours by smooth noise, and scatter lines that belong to no class."""
+    """Blend two colors by smooth noise, and scatter lines that belong to no class."""
     coarse = rng.random((4, 4), dtype=np.float32)
     blend = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)[..., None].clip(0, 1)
     first, second = rng.random(3), rng.random(3)
@@ -158,7 +158,7 @@ def _add_object(rng: np.random.Generator, pixels: Array, mask: Mask) -> None:
 
 
 def _colors(rng: np.random.Generator, label: int) -> tuple[Array, Array]:
-    """Draw a light and a dark colour around the hue of the class."""
+    """Draw a light and a dark color around the hue of the class."""
     hue = (label / (len(CLASS_NAMES) - 1) + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1
     light = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 0.9), rng.uniform(0.7, 1.0))
     dark = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 0.9), rng.uniform(0.15, 0.5))

@@ -49,7 +49,7 @@ class SegmentationData:
         val: Images to choose a checkpoint by.
         test: Images to report on, if there are any beside ``val``.
         ignore_index: Mask value of pixels that do not count.
-        palette: An RGB colour for each class.
+        palette: An RGB color for each class.
         in_chans: Channels of an image.
         bit_depth: Bits a channel, 8 or 16.
         notes: What a user should know of how the sets came about, a sentence each.
@@ -75,7 +75,7 @@ class SegmentationData:
 
     @property
     def colors(self) -> tuple[tuple[int, int, int], ...]:
-        """The palette, or distinct colours where none is given."""
+        """The palette, or distinct colors where none is given."""
         return self.palette or default_palette(len(self.class_names))
 
 

@@ -1,4 +1,4 @@
-"""Strong views: colour jitter, grey and blur on top of the weak view.
+"""Strong views: color jitter, gray and blur on top of the weak view.
 
 Every draw comes from a generator made for the sample, never from a global one.
 """
@@ -23,15 +23,15 @@ _OPERATIONS: tuple[tuple[Callable[[Image, float], Image], float], ...] = (
 
 
 class StrongView:
-    """Colour jitter, grey and blur.
+    """Color jitter, gray and blur.
 
-    Images that are not RGB have no saturation, hue or grey: the jitter is then of brightness and contrast.
+    Images that are not RGB have no saturation, hue or gray: the jitter is then of brightness and contrast.
 
     Args:
         jitter: Strengths of brightness, contrast, saturation and hue: factors are drawn from U(1 - s, 1 + s), the hue's
-            shift from U(-s, s) of the colour circle. The four come in random order.
+            shift from U(-s, s) of the color circle. The four come in random order.
         jitter_p: Probability of the jitter.
-        gray_p: Probability of grey.
+        gray_p: Probability of gray.
         blur_sigma: Smallest and largest sigma of the Gaussian blur, in pixels.
         blur_p: Probability of the blur.
         extra: Pixel transforms of albumentations to apply afterwards, in order, as ``{"name": "RandomGamma"}`` with

@@ -33,7 +33,7 @@ def read_tiff(path: str | Path, as_rgb: bool) -> Array:
 
     Args:
         path: The file.
-        as_rgb: Whether grey is made RGB, and an alpha channel left out.
+        as_rgb: Whether gray is made RGB, and an alpha channel left out.
 
     Returns:
         (H, W) or (H, W, channels).
@@ -83,7 +83,7 @@ def _as_rgb(pixels: Array, alpha: bool) -> Array:
 
 
 def _without_codec(path: str | Path, as_rgb: bool, error: Exception) -> Array:
-    """Read with OpenCV what needs a codec that is not installed, as LZW does: grey and RGB; else explain."""
+    """Read with OpenCV what needs a codec that is not installed, as LZW does: gray and RGB; else explain."""
     if "imagecodecs" not in str(error):
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
@@ -91,7 +91,7 @@ def _without_codec(path: str | Path, as_rgb: bool, error: Exception) -> Array:
         pixels = decode(path, cv2.IMREAD_UNCHANGED)
     except UserError:
         pixels = None
-    if pixels is None or (pixels.ndim == 3 and pixels.shape[2] != 3):  # OpenCV multiplies colours by alpha
+    if pixels is None or (pixels.ndim == 3 and pixels.shape[2] != 3):  # OpenCV multiplies colors by alpha
         raise UserError(
             f"cannot read the image {path}, whose compression needs another package; pip install imagecodecs, or save "
             "it with deflate or without compression"

@@ -34,7 +34,7 @@ INFO = Benchmark(
         "bulletin board", "shower", "radiator", "glass", "clock", "flag",
     ),
     palette=(),
-    licence="images for non-commercial research and education; annotations BSD-3-Clause",
+    license="images for non-commercial research and education; annotations BSD-3-Clause",
     citation="Zhou et al., Scene Parsing through ADE20K Dataset, CVPR 2017",
     homepage="http://sceneparsing.csail.mit.edu",
 )  # fmt: skip

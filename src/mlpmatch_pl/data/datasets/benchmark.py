@@ -25,8 +25,8 @@ class Benchmark:
         key: Its name in ``dataset=...``.
         title: Its name in prose.
         class_names: Names of the classes, in the order of the mask values.
-        palette: Its usual RGB colours, one a class; the default colours if empty.
-        licence: Terms of use, in short; the publisher's own count.
+        palette: Its usual RGB colors, one a class; the default colors if empty.
+        license: Terms of use, in short; the publisher's own count.
         citation: What to cite.
         homepage: Where it comes from.
     """
@@ -35,7 +35,7 @@ class Benchmark:
     title: str
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    licence: str
+    license: str
     citation: str
     homepage: str
 

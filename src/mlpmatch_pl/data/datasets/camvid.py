@@ -20,7 +20,7 @@ INFO = Benchmark(
         (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
         (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
     ),
-    licence="CC BY-NC 4.0 as its source states; research use",
+    license="CC BY-NC 4.0 as its source states; research use",
     citation="Brostow et al., Semantic Object Classes in Video: A High-Definition Ground Truth Database, PRL 2009",
     homepage="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
 )  # fmt: skip

@@ -25,7 +25,7 @@ INFO = Benchmark(
         (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
         (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
     ),
-    licence="Cityscapes' own terms: non-commercial research and teaching, after registration",
+    license="Cityscapes' own terms: non-commercial research and teaching, after registration",
     citation="Cordts et al., The Cityscapes Dataset for Semantic Urban Scene Understanding, CVPR 2016",
     homepage="https://www.cityscapes-dataset.com",
 )  # fmt: skip

@@ -28,7 +28,7 @@ INFO = Benchmark(
         "toothbrush",
     ),
     palette=(),
-    licence="annotations CC BY 4.0; Flickr photos under Flickr's terms of use",
+    license="annotations CC BY 4.0; Flickr photos under Flickr's terms of use",
     citation="Lin et al., Microsoft COCO: Common Objects in Context, ECCV 2014",
     homepage="https://cocodataset.org",
 )  # fmt: skip

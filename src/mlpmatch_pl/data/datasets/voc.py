@@ -22,7 +22,7 @@ INFO = Benchmark(
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
     ),
     palette=default_palette(21),
-    licence="Flickr photos under Flickr's terms of use; research use",
+    license="Flickr photos under Flickr's terms of use; research use",
     citation=(
         "Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010; "
         "Hariharan et al., Semantic Contours from Inverse Detectors, ICCV 2011 (SBD)"
@@ -30,7 +30,7 @@ INFO = Benchmark(
     homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
 )  # fmt: skip
 
-VOID_COLOR = (224, 224, 192)  # of object borders, in masks that are saved in colours
+VOID_COLOR = (224, 224, 192)  # of object borders, in masks that are saved in colors
 
 
 def voc(
