@@ -12,33 +12,37 @@ help:  ## list the targets
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/developing: .venv/installed  # the same environment, completed: what tests, lint and docs need beyond training
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/installed  ## train MLPMatch on the embedded data: a table and pictures, in a few minutes
 	$(BIN)/python -m mlpmatch_pl.train
 
-test: .venv/installed lint  ## everything that CI runs
+test: .venv/developing lint  ## everything that CI runs
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-quick: .venv/installed  ## the tests that take seconds
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+quick: .venv/developing  ## the tests that take seconds: all but those marked slow
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
 
-lint: .venv/installed  ## lint, format, types, import contracts, spelling
+lint: .venv/developing  ## lint, format, types, import contracts, spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-format: .venv/installed  ## mend what can be mended automatically
+format: .venv/developing  ## mend what can be mended automatically
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: .venv/installed  ## the documentation as a site without network: build/docs/index.html
+docs: .venv/developing  ## the documentation as a site without network: build/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-transcripts: .venv/installed  ## run the commands in docs/commands.md and write what they print
+transcripts: .venv/developing  ## run the commands in docs/commands.md and write what they print
 	$(BIN)/python docs/transcripts.py
 
 gpu:  ## on a CUDA machine: GPU tests, step benchmark, a short training

@@ -9,7 +9,7 @@ from PIL import Image
 
 WIDTH, HEIGHT = 2048, 1024
 PNG_BYTES = (2.0e6, 2.6e6)  # the size of most of Cityscapes' own
-NOISE = (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)  # standard deviations that are tried, in grey levels
+NOISE = (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)  # standard deviations that are tried, in gray levels
 CLASSES = 19
 
 Pair = tuple[Path, Path]
@@ -53,7 +53,7 @@ def enlarge(pixels: np.ndarray) -> np.ndarray:
 def encode(pixels: np.ndarray, seed: int) -> bytes | None:
     """Return a PNG of a real one's size, or nothing where no noise gives one."""
     noise = np.random.default_rng(seed).standard_normal((HEIGHT, WIDTH, 1), np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), 0.8)  # neighbours share a sensor's noise
+    noise = cv2.GaussianBlur(noise, (0, 0), 0.8)  # neighbors share a sensor's noise
     noise = noise[..., None] / noise.std()
     for deviation in NOISE:
         file = io.BytesIO()

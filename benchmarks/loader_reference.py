@@ -1,7 +1,7 @@
 """The input pipeline of the published method in plain PIL and torchvision, to measure and to compare with.
 
 The whole image is resized, padded, cropped and flipped by PIL; torchvision jitters PIL images; views leave as
-normalised float tensors. A sample of unlabeled images is two views of an image, each loaded anew: the view itself, and
+normalized float tensors. A sample of unlabeled images is two views of an image, each loaded anew: the view itself, and
 the one that CutMix takes its boxes from. The draws come from Python's and torch's global generators.
 """
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 CLASSES = ("background", "road", "sky")
 FOLDERS = ("", "day/", "night/late/")
-LEVELS = 80  # grey levels between two classes in the images
+LEVELS = 80  # gray levels between two classes in the images
 
 
 def pytest_sessionstart():
@@ -54,8 +54,8 @@ def save_mask(path: Path, mask: np.ndarray, palette: bool) -> None:
 def make_folder(tmp_path) -> Callable[..., Path]:
     """A factory of small data sets: img0.jpg, day/img1.png, night/late/img2.jpg, ... all of different sizes.
 
-    Every image is a top and a bottom half of two classes (its grey level is 80 times the class), with a
-    border of the ignore value; the first `masked` of `count` images have masks, palette and grey by turns.
+    Every image is a top and a bottom half of two classes (its gray level is 80 times the class), with a
+    border of the ignore value; the first `masked` of `count` images have masks, palette and gray by turns.
     """
 
     def make(name: str = "data", count: int = 8, masked: int = 5, classes: int = 3) -> Path:

@@ -304,6 +304,7 @@ def command(data, tmp_path, *overrides):
     )
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_line_out_of_a_worker(data, tmp_path):
     result = command(data, tmp_path)
     assert result.returncode == 1
@@ -313,6 +314,7 @@ def test_the_command_ends_with_one_line_out_of_a_worker(data, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_it_skipped(data, tmp_path):
     result = command(data, tmp_path, "loader.on_bad_image=skip")
     assert result.returncode == 0, result.stderr
@@ -339,6 +341,7 @@ print(skipped.report())
 """
 
 
+@pytest.mark.slow
 def test_all_processes_are_counted(tmp_path):
     meeting = str(tmp_path / "meeting")
     processes = [

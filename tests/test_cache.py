@@ -315,6 +315,7 @@ def build(folder, path, results):
     results.put(int(sum(cached.image(index).sum() for index in range(6))))
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_the_same_time_do_not_disturb_each_other(files, path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -326,7 +327,7 @@ def test_processes_that_build_at_the_same_time_do_not_disturb_each_other(files, 
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_views_of_cached_images_equal_those_of_the_files_in_workers(files, path, context):
     cached = CachedSource(files, path, masked=range(6))
 

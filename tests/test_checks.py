@@ -153,7 +153,7 @@ def test_a_mask_of_colors_is_found(load, folder_root, role, mode, channels):
     converted.save(path)
     assert complaint(load()) == (
         f"expected a mask with one channel of class ids, but {path} has {channels} channels (mode {mode}); "
-        "save class ids as a grey or palette PNG, or set dataset.palette to the colour of each class"
+        "save class ids as a gray or palette PNG, or set dataset.palette to the color of each class"
     )
 
 

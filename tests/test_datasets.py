@@ -79,7 +79,7 @@ def test_what_is_known_of_a_data_set_fits_together(key):
     assert len(info.palette) in (0, CLASSES[key])
     assert len(set(info.palette)) == len(info.palette)
     assert all(0 <= value <= 255 for color in info.palette for value in color)
-    assert all((info.title, info.licence, info.citation))
+    assert all((info.title, info.license, info.citation))
     assert re.fullmatch(r"https?://\S+", info.homepage)
 
 
@@ -161,7 +161,7 @@ def test_voc_masks_may_be_in_colors(make_voc):
     before = [voc(str(base)).train.mask(index) for index in range(10)]
     for path in (base / "SegmentationClass").iterdir():
         ids = np.array(Image.open(path))
-        # VOC's colour map, bit by bit: bit 3 n + c of the id is bit 7 - n of channel c.
+        # VOC's color map, bit by bit: bit 3 n + c of the id is bit 7 - n of channel c.
         colors = np.zeros((256, 3), np.uint8)
         for value, channel, bit in np.ndindex(256, 3, 3):
             colors[value, channel] |= (value >> (3 * bit + channel) & 1) << (7 - bit)

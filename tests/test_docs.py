@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import transcripts  # noqa: E402  (a script beside the pages)
 
-SHOWN_ELSEWHERE = {"replay"}  # needs a training that failed
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -100,7 +99,7 @@ def test_every_command_has_a_transcript():
     shown = set(re.findall(r"python -m mlpmatch_pl\.(\w+)", " ".join(transcripts.outputs(page()))))
     files = (ROOT / "src/mlpmatch_pl").glob("*.py")
     there = {path.stem for path in files if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
-    assert shown == there - SHOWN_ELSEWHERE
+    assert shown == there
     assert all(output.strip() for output in transcripts.outputs(page()).values())
 
 

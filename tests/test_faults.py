@@ -47,6 +47,7 @@ NO_MEMORY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "options", "message"),
     [

@@ -117,8 +117,8 @@ def test_suffixes_may_be_upper_case(load, folder_root):
 
 
 def test_palette_masks_keep_their_indices(load, folder_root):
-    with Image.open(folder_root / MASKS[0]) as palette, Image.open(folder_root / MASKS[1]) as grey:
-        assert (palette.mode, grey.mode) == ("P", "L")
+    with Image.open(folder_root / MASKS[0]) as palette, Image.open(folder_root / MASKS[1]) as gray:
+        assert (palette.mode, gray.mode) == ("P", "L")
     data = load(val=1)
     source = data.train if IMAGES[0] in names(data.train) else data.val
     assert set(np.unique(source.mask(names(source).index(IMAGES[0])))) == {0, 1, 255}
@@ -490,7 +490,7 @@ def test_ignore_value_must_be_no_class(load, value):
 
 def test_palette_needs_a_color_for_each_class(load):
     assert sentence(load, palette=[[0, 0, 0], [1, 1, 1]]) == (
-        "expected 3 colours in dataset.palette, one a class, but got 2"
+        "expected 3 colors in dataset.palette, one a class, but got 2"
     )
 
 
@@ -601,7 +601,7 @@ def test_missing_files_of_a_csv_file_are_named(load, folder_root):
 
 
 def save_pairs(folder, count, images="images", masks="masks", mark="a"):
-    """Write small images with masks of 0 and 1, grey value `count`, named after a mark."""
+    """Write small images with masks of 0 and 1, gray value `count`, named after a mark."""
     mask = np.zeros((8, 10), np.uint8)
     mask[4:] = 1
     for index in range(count):

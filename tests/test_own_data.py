@@ -1,4 +1,4 @@
-"""A practitioner's way, by the commands: a folder of grey 16-bit TIFF files with a few masks, and more without any."""
+"""A practitioner's way, by the commands: a folder of gray 16-bit TIFF files with a few masks, and more without any."""
 
 import json
 import re
@@ -15,6 +15,8 @@ from mlpmatch_pl import MLPMatch
 from mlpmatch_pl.data.image_reader import ImageReader
 from mlpmatch_pl.data.mask_reader import MaskReader
 from mlpmatch_pl.data.samples import image_tensor
+
+pytestmark = pytest.mark.slow
 
 HEIGHT, WIDTH, MASKED, UNMASKED, EXTRA = 56, 72, 12, 4, 8
 

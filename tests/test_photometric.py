@@ -1,4 +1,4 @@
-"""Single operations beside torchvision's on PIL images: colours at random, and a picture with smooth ones."""
+"""Single operations beside torchvision's on PIL images: colors at random, and a picture with smooth ones."""
 
 import numpy as np
 import pytest

@@ -94,12 +94,12 @@ def test_every_kind_of_image_gives_the_same_labels(predictor, pixels, tmp_path):
 
 
 def test_grey_images_are_rgb_to_a_network_of_rgb(predictor, pixels, tmp_path):
-    grey = pixels[..., 0].copy()
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    expected = predictor.predict(np.repeat(grey[..., None], 3, axis=2))
+    gray = pixels[..., 0].copy()
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    expected = predictor.predict(np.repeat(gray[..., None], 3, axis=2))
     for image in (
-        grey, grey[..., None], torch.from_numpy(grey)[None], Image.fromarray(grey), Image.fromarray(grey).convert("P"),
-        Image.fromarray(grey).convert("LA"), tmp_path / "grey.png",
+        gray, gray[..., None], torch.from_numpy(gray)[None], Image.fromarray(gray), Image.fromarray(gray).convert("P"),
+        Image.fromarray(gray).convert("LA"), tmp_path / "gray.png",
     ):  # fmt: skip
         np.testing.assert_array_equal(predictor.predict(image), expected)
 
@@ -215,14 +215,32 @@ def test_a_device_that_is_not_there_is_refused(checkpoint, device):
         load(checkpoint, device=device)
 
 
-def test_it_works_where_hydra_is_not_installed(checkpoint, pixels, tmp_path, predictor):
+WITHOUT_HYDRA = """
+import sys
+sys.modules.update(dict.fromkeys(BLOCKED := ("hydra", "omegaconf", "wandb", "albumentations")))  # as if not installed
+import numpy
+import torch
+from mlpmatch_pl import MLPMatch, load
+checkpoint, image, labels, logits = sys.argv[1:]
+module = MLPMatch.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+assert (module.method.lambda_max, module.class_names) == (0.1, ["a", "b", "c", "d"])
+with torch.no_grad():
+    torch.save(module(torch.load(image)), logits)
+    assert MLPMatch(3, backbone="test_resnet").eval()(torch.zeros(1, 3, 40, 40)).shape == (1, 3, 40, 40)
+numpy.save(labels, load(checkpoint).predict(image.replace(".pt", ".png")))
+assert all(sys.modules[name] is None for name in BLOCKED)
+"""
+
+
+def test_everything_for_other_projects_works_where_hydra_is_not_installed(pixels, tmp_path):
+    """A module is built; a checkpoint gives the same network, with its options, and the same prediction."""
+    module = make_module(method={"name": "mlpmatch", "lambda_max": 0.1}, class_names=["a", "b", "c", "d"])
+    checkpoint = save_checkpoint(module, tmp_path / "last.ckpt")
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    code = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'wandb', 'albumentations')))\n"
-        "import numpy\nfrom mlpmatch_pl.predictor import load\n"
-        "numpy.save(sys.argv[3], load(sys.argv[1]).predict(sys.argv[2]))\n"
-    )
-    arguments = [str(checkpoint), str(tmp_path / "image.png"), str(tmp_path / "label.npy")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "label.npy"), predictor.predict(pixels))
+    image_BCHW = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    torch.save(image_BCHW, tmp_path / "image.pt")
+    paths = [str(path) for path in (checkpoint, *(tmp_path / name for name in ("image.pt", "labels.npy", "logits.pt")))]
+    subprocess.run([sys.executable, "-c", WITHOUT_HYDRA, *paths], check=True, timeout=300)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(paths[3]), module.eval()(image_BCHW), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.load(paths[2]), plain_labels(module, pixels))

@@ -48,10 +48,10 @@ def sentence(call, *arguments):
 
 def write_tiff(path, pixels, layout, **options):
     """Write (H, W, channels) interleaved, as planes, or a page for each channel."""
-    grey = pixels.shape[2] == 1
-    if layout == "interleaved" or grey:
-        array = pixels[..., 0] if grey else pixels
-        options |= {} if grey else {"planarconfig": "contig"}
+    gray = pixels.shape[2] == 1
+    if layout == "interleaved" or gray:
+        array = pixels[..., 0] if gray else pixels
+        options |= {} if gray else {"planarconfig": "contig"}
     else:
         array = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         options |= {"planarconfig": "separate"} if layout == "planar" else {}
@@ -124,9 +124,9 @@ def test_pixels_come_in_rgb_order_whatever_wrote_them(tmp_path, channels, bits, 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_three_channels_read_grey_as_rgb(tmp_path, bits, suffix):
-    grey = noise(*SHAPE, bits=bits)
-    Image.fromarray(grey).save(tmp_path / f"a.{suffix}")
-    assert (ImageReader(3, bits)(tmp_path / f"a.{suffix}") == np.stack([grey] * 3, axis=2)).all()
+    gray = noise(*SHAPE, bits=bits)
+    Image.fromarray(gray).save(tmp_path / f"a.{suffix}")
+    assert (ImageReader(3, bits)(tmp_path / f"a.{suffix}") == np.stack([gray] * 3, axis=2)).all()
 
 
 @pytest.mark.parametrize(("suffix", "bits"), [("png", 8), ("png", 16), ("tif", 8), ("tif", 16), ("webp", 8)])
@@ -174,10 +174,10 @@ def palette_picture(save, name):
 
 
 def test_tiff_pictures_of_other_color_models_are_read_as_they_look(save, tmp_path):
-    grey = noise(*SHAPE)
-    tifffile.imwrite(tmp_path / "a.tif", 255 - grey, photometric="miniswhite")
-    assert (ImageReader(1)(tmp_path / "a.tif")[..., 0] == grey).all()
-    assert (ImageReader(3)(tmp_path / "a.tif") == grey[..., None]).all()
+    gray = noise(*SHAPE)
+    tifffile.imwrite(tmp_path / "a.tif", 255 - gray, photometric="miniswhite")
+    assert (ImageReader(1)(tmp_path / "a.tif")[..., 0] == gray).all()
+    assert (ImageReader(3)(tmp_path / "a.tif") == gray[..., None]).all()
     expected = np.array(PALETTE)[noise(*SHAPE, most=2)]
     assert (ImageReader(3)(palette_picture(save, "a.tif")) == expected).all()
     rgb = noise(*SHAPE, 3)
@@ -207,7 +207,7 @@ def test_photos_are_turned_as_their_exif_tag_says(save, suffix, channels, orient
     path = save(f"a.{suffix}", pixels.squeeze(), exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
     image, expected = ImageReader(channels)(path), TURNS[orientation](pixels)
     assert image.shape == expected.shape
-    # In the middle of each square, JPEG is exact but for the colour model's rounding.
+    # In the middle of each square, JPEG is exact but for the color model's rounding.
     difference = image[8::16, 8::16].astype(int) - expected[8::16, 8::16]
     assert np.abs(difference).max() <= (3 if suffix == "jpg" else 0)
 
@@ -225,7 +225,7 @@ def test_a_mask_is_turned_like_its_image(save, suffix, orientation):
     assert (mask == TURNS[orientation](ids)).all()
 
 
-FOUND = {"grey.png": 1, "rgb.png": 3, "rgba.png": 4, "la.png": 2, "grey.tif": 1, "rgb.tif": 3, "five.tif": 5}
+FOUND = {"gray.png": 1, "rgb.png": 3, "rgba.png": 4, "la.png": 2, "gray.tif": 1, "rgb.tif": 3, "five.tif": 5}
 REFUSED = [
     (name, channels)
     for name, found in FOUND.items()
@@ -302,7 +302,7 @@ def test_files_that_were_cut_off_are_named(save, suffix, capfd):
 
 
 @pytest.mark.parametrize(
-    "reader", [ImageReader(1), ImageReader(3), ImageReader(4), MaskReader()], ids=["grey", "rgb", "rgba", "mask"]
+    "reader", [ImageReader(1), ImageReader(3), ImageReader(4), MaskReader()], ids=["gray", "rgb", "rgba", "mask"]
 )
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
 def test_damaged_files_raise_nothing_but_the_users_error(save, reader, suffix):
@@ -345,7 +345,7 @@ IDS = noise(*SHAPE, most=2)
 
 def test_grey_and_palette_files_hold_ids_and_a_palette_changes_nothing(save):
     for reader in (MaskReader(), MaskReader(colors=PALETTE[::-1])):
-        for path in (save("grey.png", IDS), palette_picture(save, "a.png"), palette_picture(save, "a.tif")):
+        for path in (save("gray.png", IDS), palette_picture(save, "a.png"), palette_picture(save, "a.tif")):
             mask = reader(path)
             assert (mask.dtype, mask.shape) == (np.uint8, SHAPE)
             assert (mask == IDS).all()
@@ -445,16 +445,16 @@ def test_many_colors_are_told_apart(save):
 def test_an_unknown_color_is_named(save):
     path = save("a.png", np.array([[PALETTE[0], (3, 2, 1), (9, 9, 9)]], np.uint8))
     assert sentence(MaskReader(colors=PALETTE), path) == (
-        f"expected the colours of dataset.palette, but the mask {path} has [3, 2, 1]; add it to dataset.palette or "
+        f"expected the colors of dataset.palette, but the mask {path} has [3, 2, 1]; add it to dataset.palette or "
         "dataset.ignore_colors"
     )
 
 
 def test_two_classes_of_one_color_are_refused_in_masks_of_colors_only(save):
     reader = MaskReader(colors=[PALETTE[0], PALETTE[1], PALETTE[0]])
-    assert (reader(save("grey.png", IDS)) == IDS).all()
+    assert (reader(save("gray.png", IDS)) == IDS).all()
     assert sentence(reader, save("a.png", np.zeros((4, 4, 3), np.uint8))) == (
-        "expected a colour of its own for each class, but [0, 0, 0] stands for 0 and 2; correct dataset.palette or "
+        "expected a color of its own for each class, but [0, 0, 0] stands for 0 and 2; correct dataset.palette or "
         "dataset.ignore_colors"
     )
     reader = MaskReader(colors=PALETTE, ignore_colors=[PALETTE[1]])
@@ -468,14 +468,14 @@ def test_channels_that_are_neither_ids_nor_colors_are_explained(save, channels, 
     path = save("a.png", noise(*SHAPE, channels))
     assert sentence(MaskReader(colors=colors), path) == (
         f"expected a mask with one channel of class ids, but {path} has {channels} channels (mode {mode}); save class "
-        "ids as a grey or palette PNG, or set dataset.palette to the colour of each class"
+        "ids as a gray or palette PNG, or set dataset.palette to the color of each class"
     )
 
 
 def test_masks_of_fractions_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", IDS.astype(np.float32))
     assert sentence(MaskReader(), tmp_path / "a.tif") == (
-        f"expected whole class ids, but {tmp_path / 'a.tif'} holds float32 values; save it as a grey PNG"
+        f"expected whole class ids, but {tmp_path / 'a.tif'} holds float32 values; save it as a gray PNG"
     )
 
 
@@ -528,7 +528,7 @@ def test_what_is_no_mapping_is_refused(values):
 def test_colors_that_are_none_are_refused(key, color):
     arguments = (None, [color], ()) if key == "palette" else (None, PALETTE, [color])
     assert sentence(MaskReader, *arguments) == (
-        f"expected colours as [red, green, blue] from 0 to 255 in dataset.{key}, but got {color}"
+        f"expected colors as [red, green, blue] from 0 to 255 in dataset.{key}, but got {color}"
     )
 
 

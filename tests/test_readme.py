@@ -2,19 +2,38 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
 from helpers import compose_config
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from mlpmatch_pl.annotations import fitted, parameters, read_options
+from mlpmatch_pl.benchmarking.run import Options as Benchmark
+from mlpmatch_pl.build import read_config
+from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluate import added_keys
+from mlpmatch_pl.evaluating.options import Options as Evaluate
+from mlpmatch_pl.exporting.run import ExportOptions
+from mlpmatch_pl.predicting.run import Options as Predict
+from mlpmatch_pl.preparation.options import Options as Prepare
 from mlpmatch_pl.report import read_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIKE_TRAIN = ("train", "check", "benchmark")  # the same overrides
+OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "prepare": Prepare}
+NEEDED = {  # by a command beside an override that stands alone
+    "train": ("dataset=folder", "dataset.root=x", "dataset.classes=[a,b]"),
+    "benchmark": (),
+    "evaluate": ("checkpoint=x",),
+    "predict": ("checkpoint=x", "input=x", "output=x"),
+    "export": ("checkpoint=x",),
+    "prepare": ("dataset=voc", "root=x"),
+}
+REFUSED = ("overwrite=no",)  # what the pages show as refused
 NOT_COMPOSED = {  # by their beginning
     "pip install": "would change the environment; tests/test_packaging.py installs the wheel",
     "export MLPMATCH_DATA=": "the environment of the commands below it; the tests set it",
@@ -39,12 +58,38 @@ PYTHON = [(page.name, code) for page in PAGES for code in blocks("python", page)
 
 
 def overrides_in_text() -> list[str]:
-    """Overrides that docs/ mention in tables and prose, such as `dataset.in_chans=5`."""
-    keys = r"(?:dataset|loader|method|backbone|objective|schedule|trainer|logger|callbacks|experiment)"
+    """Overrides that the pages mention in tables and prose, such as `dataset.in_chans=5`."""
+    keys = "|".join(sorted(set().union(*map(keys_of, NEEDED))))
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     spans = [span for text in texts for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
-    parts = [part for span in spans for part in _split(span) if re.fullmatch(rf"{keys}(\.[\w.]+)?=[^.<][^<]*", part)]
-    return sorted(set(parts))
+    parts = [part for span in spans for part in _split(span) if re.fullmatch(rf"({keys})(\.[\w.]+)?=[^<]+", part)]
+    return sorted({part for part in parts if "..." not in part} - {*REFUSED})
+
+
+@cache
+def keys_of(command: str) -> frozenset[str]:
+    return frozenset(map(str, compose_for(command)))
+
+
+def compose_for(command: str, *values: str) -> DictConfig:
+    if command == "prepare":
+        with initialize_config_dir(str(ROOT / "src/mlpmatch_pl/preparation"), version_base="1.3"):
+            return compose("prepare", list(values))
+    return compose_config(command, *values, output_dir=Path("out") if command in LIKE_TRAIN else None)
+
+
+def pass_the_door(command: str, cfg: DictConfig) -> None:
+    """Check the values as the command does, up to the first look at a file."""
+    if command in LIKE_TRAIN:
+        config = read_config(cfg, *(["benchmark"] if command == "benchmark" else []))
+        if command == "benchmark":
+            read_options(Benchmark, config["benchmark"], "benchmark")
+        return
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if command == "prepare":  # its options look for the folder of the archives
+        fitted("", values, parameters(Prepare)[0])
+    else:
+        read_options(OPTIONS[command], values)
 
 
 def _split(span: str) -> list[str]:
@@ -97,25 +142,32 @@ def compose_command(command: str, arguments: list[str]) -> None:
     if command == "replay":
         assert len(values) == 1  # a folder and nothing else
         return
-    if command == "prepare":
-        with initialize_config_dir(str(ROOT / "conf/prepare"), version_base="1.3"):
-            cfg = compose("prepare", values)
-    elif command == "evaluate":
-        cfg = compose_config(command, *added_keys(values))
-    else:
-        cfg = compose_config(command, *values, output_dir=Path("out") if command in LIKE_TRAIN else None)
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if command == "evaluate":
+        values = added_keys(values)
+    pass_the_door(command, compose_for(command, *values))
 
 
 @pytest.mark.parametrize("override", overrides_in_text())
-def test_every_override_in_the_pages_is_known(override, monkeypatch):
+def test_every_override_in_the_pages_is_known_and_of_its_type(override, monkeypatch):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
-    own = (
-        ()
-        if override.startswith(("dataset=", "experiment="))
-        else ("dataset=folder", "dataset.root=x", "dataset.classes=[a,b]")
-    )
-    compose_config("train", *own, override)
+    command = next(command for command in NEEDED if re.split("[.=]", override)[0] in keys_of(command))
+    needed = () if override.startswith(("dataset=", "experiment=")) else NEEDED[command]
+    pass_the_door(command, compose_for(command, *needed, override))
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        ("train", ["loader.batch_size=five"]),
+        ("benchmark", ["benchmark.steps=many"]),
+        ("evaluate", ["checkpoint=x", "evaluation.boundary=abc"]),
+        *(("predict", ["checkpoint=x", "input=x", "output=x", refused]) for refused in REFUSED),
+        ("prepare", ["dataset=voc", "root=x", "num_workers=all"]),
+    ],
+)
+def test_a_value_of_another_type_would_be_found(command, values):
+    with pytest.raises(UserError, match="expected"):
+        compose_command(command, values)
 
 
 def test_linked_files_exist():

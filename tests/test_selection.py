@@ -220,14 +220,14 @@ def test_sets_that_do_not_meet_need_no_note(root):
 @pytest.mark.parametrize("color", [[1, 2], [1, 2, 3, 4], [1, 2, 256], [-1, 2, 3], [1.0, 2, 3], ["a", 2, 3], 7, "abc"])
 def test_palettes_of_wrong_colors_are_refused(root, color):
     assert sentence(load, root, palette=[[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3], color]) == (
-        f"expected colours as [red, green, blue] from 0 to 255 in dataset.palette, but got {color}"
+        f"expected colors as [red, green, blue] from 0 to 255 in dataset.palette, but got {color}"
     )
 
 
 @pytest.mark.parametrize("count", [0, 4, 6])
 def test_palettes_need_a_color_for_each_class(root, count):
     assert sentence(load, root, palette=[[index, 0, 0] for index in range(count)]) == (
-        f"expected 5 colours in dataset.palette, one a class, but got {count}"
+        f"expected 5 colors in dataset.palette, one a class, but got {count}"
     )
 
 

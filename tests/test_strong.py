@@ -93,7 +93,7 @@ def test_blur_smooths_and_keeps_the_mean():
 
 
 def test_transforms_are_drawn_independently_of_each_other():
-    # Blur shows in noise, grey in equal channels; a flat colour jitter would hide neither.
+    # Blur shows in noise, gray in equal channels; a flat color jitter would hide neither.
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     strong = StrongView(jitter_p=0.0, gray_p=0.5, blur_p=0.5, blur_sigma=(1.5, 2.0))
     gray, blurred = np.array(
@@ -156,7 +156,7 @@ def test_any_channels_and_both_depths_are_changed_and_keep_their_type(channels, 
 
 
 def test_images_that_are_not_rgb_keep_the_order_of_the_draws():
-    # Grey is drawn, too, so that blur is as frequent as in RGB.
+    # Gray is drawn, too, so that blur is as frequent as in RGB.
     strong = StrongView(jitter_p=0.0, gray_p=0.5, blur_p=0.5, blur_sigma=(1.0, 2.0))
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 1), dtype=np.uint8)
     assert np.mean([(view != image).any() for view in strong_views(strong, image)]) == pytest.approx(0.5, abs=0.08)

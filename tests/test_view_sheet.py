@@ -12,10 +12,11 @@ from mlpmatch_pl.view_sheet import WIDTH, view_sheet
 SIZE = 56  # a quarter of a picture's width
 
 
-def batch_of(**options):
+def batch_of(method="mlpmatch"):
     data = shapes(labeled=4, train=12, val=1, test=1, size=64)
-    loader = {"crop_size": SIZE, "batch_size": 3, "unlabeled_batch_size": 4, "num_workers": 0, "cutmix": {"p": 1.0}}
-    return data, next(iter(SemiSupervisedDataModule(data, **loader, **options).train_dataloader()))[0]
+    loader = {"crop_size": SIZE, "batch_size": 3, "unlabeled_batch_size": 4, "num_workers": 0}
+    spec = {"name": method, "cutmix": {"p": 1.0}}
+    return data, next(iter(SemiSupervisedDataModule(data, method=spec, **loader).train_dataloader()))[0]
 
 
 def panel(sheet, row, column):
@@ -39,7 +40,7 @@ def what_the_network_sees(batch, method):
 
 def test_pictures_are_the_views_that_the_step_passes_to_the_network():
     for partner, method in (("batch", "mlpmatch"), ("same_image", "mlpmatch_official")):
-        data, batch = batch_of(partner=partner)
+        data, batch = batch_of(method)
         sheet = view_sheet(batch, data, seed=0)
         mixed = what_the_network_sees(batch, {"name": method})
         assert resolve_method(method).partner == partner

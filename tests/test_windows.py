@@ -221,6 +221,7 @@ def test_the_stride_is_two_thirds_of_the_window_if_left_out():
         ({"window_batch": True}, "expected inference.window_batch as a whole number from 1, but got True"),
         ({"scales": ()}, "expected inference.scales as positive numbers"),
         ({"scales": (1.0, 0)}, "expected inference.scales as positive numbers"),
+        ({"scales": (1.0, 1e30)}, "expected inference.scales as positive numbers up to 16"),
         ({"scales": "1.0"}, "expected inference.scales as positive numbers"),
         ({"scales": (math.inf,)}, "expected inference.scales as positive numbers"),
         ({"flip": "yes"}, "expected inference.flip as true or false, but got 'yes'"),

@@ -20,7 +20,7 @@ DARK = 50  # percent from which numbers are white
 
 
 def confusion_picture(counts_CC: NDArray[Any], class_names: Sequence[str]) -> PILImage.Image:
-    """Draw a confusion matrix, normalised by row.
+    """Draw a confusion matrix, normalized by row.
 
     Args:
         counts_CC: Pixels by true and predicted class, (C, C).

@@ -60,15 +60,22 @@ def _explain(error: Exception, datamodule: SemiSupervisedDataModule) -> str | No
             f"expected the processes that load images to live, but process {match[1]} was killed, as the system does "
             f"when memory runs out; lower loader.num_workers, {_RESUME}"
         )
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
+    if is_out_of_memory(error):
         return _out_of_memory("GPU" if isinstance(error, torch.OutOfMemoryError) else "machine", datamodule)
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether the memory of the device or of the machine was too small."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def _out_of_memory(where: str, datamodule: SemiSupervisedDataModule) -> str:
     labeled, unlabeled, size = datamodule.batch_size, datamodule.unlabeled_batch_size, datamodule.crop_size
     images = (
-        f"{labeled} labeled and {unlabeled} unlabeled" if datamodule.num_strong else f"{labeled + unlabeled} labeled"
+        f"{labeled} labeled and {unlabeled} unlabeled"
+        if datamodule.method.uses_unlabeled
+        else f"{labeled + unlabeled} labeled"
     )
     halve = "halve loader.batch_size with trainer.accumulate_grad_batches=2 (the same learning rate), "
     return (

@@ -1,4 +1,4 @@
-"""The colours of classes."""
+"""The colors of classes."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from mlpmatch_pl.errors import UserError
 
 
 def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Return distinct colours, the first black: PASCAL VOC's bit-interleaved colour map.
+    """Return distinct colors, the first black: PASCAL VOC's bit-interleaved color map.
 
     Example:
         >>> default_palette(3)
@@ -21,16 +21,16 @@ def _voc_color(index: int) -> tuple[int, int, int]:
 
 
 def require_colors(key: str, colors: Sequence[Sequence[int]]) -> None:
-    """Refuse what is no list of RGB colours.
+    """Refuse what is no list of RGB colors.
 
     Raises:
-        UserError: With the key of the configuration and the wrong colour.
+        UserError: With the key of the configuration and the wrong color.
 
     Example:
         >>> require_colors("dataset.palette", [[0, 0, 256]])
         Traceback (most recent call last):
         ...
-        mlpmatch_pl.errors.UserError: expected colours as [red, green, blue] from 0 to 255 in dataset.palette, ...
+        mlpmatch_pl.errors.UserError: expected colors as [red, green, blue] from 0 to 255 in dataset.palette, ...
     """
     for color in colors:
         if (
@@ -38,4 +38,4 @@ def require_colors(key: str, colors: Sequence[Sequence[int]]) -> None:
             or len(color) != 3
             or not all(isinstance(value, int) and 0 <= value <= 255 for value in color)
         ):
-            raise UserError(f"expected colours as [red, green, blue] from 0 to 255 in {key}, but got {color}")
+            raise UserError(f"expected colors as [red, green, blue] from 0 to 255 in {key}, but got {color}")

@@ -35,7 +35,7 @@ def prediction_sheet(
         label_HW: Predicted classes.
         confidence_HW: Probability of the predicted class, 0..1; black is unsure.
         class_names: Names for the legend.
-        colors: RGB colour of each class.
+        colors: RGB color of each class.
         threshold: Least confidence of a pseudo label; with it, the prediction is shown a second time, where it is sure
             enough.
 
@@ -67,7 +67,7 @@ def sheet_of(
     Args:
         rows: For each row its pictures by title, RGB, uint8, all of one size.
         class_names: Names for the legend.
-        colors: RGB colour of each class.
+        colors: RGB color of each class.
         width: Least width of a picture; smaller ones are enlarged.
     """
     drawn = [_panel_row(row, width) for row in rows]
@@ -120,7 +120,7 @@ def _panel_row(panels: Mapping[str, Array], least_width: int) -> PILImage.Image:
 
 
 def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> PILImage.Image:
-    """Draw a colour and a name for each class, in as many rows as the width needs."""
+    """Draw a color and a name for each class, in as many rows as the width needs."""
     font = ImageFont.load_default(FONT_SIZE)
     rows = _legend_rows([name for name, _ in entries], width, font)
     legend = PILImage.new("RGB", (width, TITLE * len(rows) + MARGIN), PAPER)

@@ -44,7 +44,7 @@ class Predictor:
             later changes of the module.
         inference: How images are inferred.
         class_names: A name for each class.
-        colors: An RGB colour for each class.
+        colors: An RGB color for each class.
         in_chans: Channels of the images that it takes.
         bit_depth: Their bits a channel, 8 or 16.
 
@@ -111,7 +111,7 @@ class Predictor:
         Args:
             image: A file; a PIL image; an array, (H, W) or (H, W, in_chans), RGB; or a tensor, (in_chans, H, W).
                 Arrays and tensors are uint8, or uint16 for a network of 16-bit images (a tensor int32, too), with
-                values as the files store them: nothing is scaled. Grey becomes RGB where the network takes RGB, and
+                values as the files store them: nothing is scaled. Gray becomes RGB where the network takes RGB, and
                 the alpha channel of files and PIL images is left out. Files are turned as their orientation tag says,
                 PIL images are not.
 
@@ -214,7 +214,7 @@ def _to_device(module: MLPMatch, device: str | torch.device) -> MLPMatch:
 
 def _from_pillow(image: PILImage.Image, in_chans: int) -> NDArray[Any]:
     """Return (H, W, channels): RGB where the network takes RGB, or else as the image's mode says."""
-    if image.mode == "I":  # so Pillow names 16-bit grey in some files
+    if image.mode == "I":  # so Pillow names 16-bit gray in some files
         pixels: NDArray[Any] = np.asarray(image)
         limits = np.iinfo(np.uint16)
         fits = pixels.size and limits.min <= pixels.min() and pixels.max() <= limits.max

@@ -14,7 +14,7 @@ from mlpmatch_pl.evaluation.confusion import Absent, class_mean
 def class_table(
     counts_CC: Tensor, class_names: Sequence[str], absent: Absent, title: str, boundary_C: Tensor | None = None
 ) -> str:
-    """Write IoU, Dice, accuracy and share of the pixels by class, and their means.
+    """Write IoU, Dice, recall and share of the pixels by class, and their means.
 
     Args:
         counts_CC: Confusion matrix, (C, C).
@@ -26,7 +26,7 @@ def class_table(
     Example:
         >>> import torch
         >>> print(class_table(torch.tensor([[3, 1], [0, 4]]), ["a", "b"], "exclude", "t").splitlines()[4])
-        │ a     │ 75.00 │  85.71 │       75.00 │     50.0 │
+        │ a     │ 75.00 │  85.71 │    75.00 │     50.0 │
     """
     scores = Scores.of(counts_CC, absent)
     table = Table(title=title, title_justify="left")
@@ -39,7 +39,7 @@ def class_table(
         [name, _percent(iou), _percent(dice), _percent(recall), f"{100 * float(share):.1f}"]
         for name, iou, dice, recall, share in rows
     ]
-    means = ["mean", _percent(scores.miou), _percent(scores.dice), f"{100 * scores.accuracy:.2f} (all)", ""]
+    means = ["mean", *map(_percent, (scores.miou, scores.dice, class_mean(scores.recall_C, absent))), ""]
     if boundary_C is not None:
         table.add_column("boundary IoU %", justify="right")
         for row, boundary in zip([*cells, means], [*boundary_C, class_mean(boundary_C, absent)], strict=True):

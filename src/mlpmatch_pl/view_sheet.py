@@ -23,7 +23,7 @@ def view_sheet(batch: Mapping[str, Any], data: SegmentationData, seed: int) -> P
 
     Args:
         batch: A batch as the training step gets it, see `mlpmatch_pl.steps`.
-        data: Where classes and colours come from.
+        data: Where classes and colors come from.
         seed: Seed of the CutMix partners.
     """
     limits = _limits(batch["labeled"]["image"])

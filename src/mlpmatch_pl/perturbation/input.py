@@ -104,9 +104,21 @@ def partner_shift(batch_size: int, seed: int, step: int) -> int:
         >>> partner_shift(2, seed=0, step=0)
         1
     """
+    require_partner(batch_size)
+    return random.Random(mix(seed, "partner", step)).randrange(1, batch_size)
+
+
+def require_partner(batch_size: int) -> None:
+    """Refuse a batch in which an image has no other one to be its partner.
+
+    Args:
+        batch_size: Number of unlabeled images in the batch.
+
+    Raises:
+        UserError: If there are fewer than two.
+    """
     if batch_size < 2:
         raise UserError(
             "expected at least 2 unlabeled images in a batch, so that CutMix finds a different partner, "
             f"but got {batch_size}; raise loader.unlabeled_batch_size or use method.partner=same_image"
         )
-    return random.Random(mix(seed, "partner", step)).randrange(1, batch_size)
