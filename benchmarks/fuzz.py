@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -71,6 +72,7 @@ TINY = (
     "schedule.steps=2",
 )
 SUFFIXES = ("png", "jpg", "bmp", "tif", "webp")
+MEMORY = 8 * 2**30
 CLEAN, CLEAR = "clean results", "clear errors"
 
 
@@ -88,11 +90,11 @@ def deadline(seconds: int):
         raise TimeoutError(f"still running after {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, as an exception in a finalizer or callback is lost
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -724,6 +726,9 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (MEMORY, MEMORY)
+    )  # found rather than the end of all
     counts, failures, started = {name: Counter() for name in options.only}, [], time.monotonic()
     seed = options.seed
     while time.monotonic() - started < 60 * options.minutes:
