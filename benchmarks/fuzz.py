@@ -726,9 +726,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (MEMORY, MEMORY)
-    )  # found rather than the end of all
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # found rather than the end of all
     counts, failures, started = {name: Counter() for name in options.only}, [], time.monotonic()
     seed = options.seed
     while time.monotonic() - started < 60 * options.minutes:

@@ -50,8 +50,8 @@ def train_and_test(
     log.info("%s", class_table(module.last_counts_CC, module.class_names, module.absent, f"{tested}, {part}"))
     log.info(
         "%s mIoU %.4f, accuracy %.4f (%s); best validation mIoU %s; trained %s",
-        part, *(test.get(f"test/{key}", float("nan")) for key in ("miou", "acc")), tested, "none" if best_val is None else f"{float(best_val):.4f}",
-        duration(seconds),
+        part, *(test.get(f"test/{key}", float("nan")) for key in ("miou", "acc")), tested,
+        "none" if best_val is None else f"{float(best_val):.4f}", duration(seconds),
     )  # fmt: skip
     return {
         **_identity(module, datamodule),
