@@ -35,6 +35,10 @@ class DataWait(Callback):
         self._collect()
         return self._seconds["wait"] / max(sum(self._seconds.values()), 1e-9)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to wait; a training that goes on within an epoch has no start of one."""
+        self._mark = now(pl_module.device)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to wait for the first batch."""
         self._mark = now(pl_module.device)
