@@ -1,8 +1,8 @@
 """Images a second of an evaluation: this package beside the usual loop over single images.
 
-    python benchmarks/evaluate.py --root /data/voc2012           # or MLPMATCH_DATA=/data with a folder voc2012
-    python benchmarks/evaluate.py --backbone resnet101s          # on a GPU
-    python benchmarks/evaluate.py --generated                    # without data
+    python -m benchmarks.evaluate --root /data/voc2012           # or MLPMATCH_DATA=/data with a folder voc2012
+    python -m benchmarks.evaluate --backbone resnet101s          # on a GPU
+    python -m benchmarks.evaluate --generated                    # without data
 
 The same network, untrained, on the same files, in one process, in turns; the figures are medians over the rounds, and
 the ratio is the median of the rounds' own:
@@ -27,16 +27,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from loader_photos import Pair, voc_pairs
 from PIL import Image
 
+from benchmarks.loader_photos import Pair, voc_pairs
 from mlpmatch_pl import Segmentor
-from mlpmatch_pl.data import file_source
-from mlpmatch_pl.data.image_reader import ImageReader
-from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.samples import WholeImages
-from mlpmatch_pl.data.shapes import Shapes
-from mlpmatch_pl.evaluating.loop import Evaluator
+from mlpmatch_pl.commands.evaluate.loop import Evaluator
+from mlpmatch_pl.data import files as file_source
+from mlpmatch_pl.data.dataset import EvalDataset
+from mlpmatch_pl.data.datasets.shapes import Shapes
+from mlpmatch_pl.data.readers.image import ImageReader
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.evaluation import predict_logits
 from mlpmatch_pl.evaluation.folding import for_inference
 
@@ -80,7 +80,7 @@ def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
     example = torch.zeros(1, 3, 65, 65, dtype=torch.uint8, device=arguments.device)
     folded = for_inference(segmentor, example)
     files = [file_source.Pair(*map(str, pair)) for pair in pairs]
-    images = WholeImages(file_source.FileSource(Path("/"), files, ImageReader(3, 8), MaskReader()), CLASSES, 255)
+    images = EvalDataset(file_source.FileSource(Path("/"), files, ImageReader(3, 8), MaskReader()), CLASSES, 255)
     options = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     loops: dict[str, Callable[[], np.ndarray]] = {
         "plain": lambda: plain(segmentor, pairs, torch.device(arguments.device)),

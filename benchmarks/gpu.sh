@@ -47,18 +47,18 @@ part() {  # NAME COMMAND...: one part, whose failure is noted
 
 gpu_tests() {
   # Only files with such tests are collected: others import what the tests alone need.
-  local files; mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  local files; mapfile -t files < <(grep -rl "mark\.gpu" tests --include="test_*.py")
   "$python" -m pytest "${files[@]}" -m gpu -q -p no:cacheprovider -o addopts= -o timeout=0 -o testpaths=tests
 }
 
 step() {  # INDEX
-  "$python" benchmarks/step.py --device "$device" --backbone "$backbone" --crop "${crops[$1]}" --batch "${batches[$1]}" \
+  "$python" -m benchmarks.step --device "$device" --backbone "$backbone" --crop "${crops[$1]}" --batch "${batches[$1]}" \
     --classes "${classes[$1]}" --criterion "${criteria[$1]}" --seconds "$seconds" \
     --out "$out/step_${crops[$1]}_$machine.json"
 }
 
 levers() {
-  "$python" benchmarks/levers.py --device "$device" --backbone "$backbone" --crop "${crops[0]}" --batch "${batches[0]}" \
+  "$python" -m benchmarks.levers --device "$device" --backbone "$backbone" --crop "${crops[0]}" --batch "${batches[0]}" \
     --seconds "$seconds" --out "$out/levers_${crops[0]}_$machine.json"
 }
 
@@ -69,12 +69,12 @@ benchmark_command() {  # on the embedded data: the command itself, its clock and
 }
 
 evaluation() {
-  "$python" benchmarks/evaluate.py --generated --device "$device" --backbone "$backbone" --images "${EVAL_IMAGES:-100}" \
+  "$python" -m benchmarks.evaluate --generated --device "$device" --backbone "$backbone" --images "${EVAL_IMAGES:-100}" \
     --rounds "${ROUNDS:-5}" --out "$out/evaluate_$machine.json"
 }
 
 loading() {
-  OMP_NUM_THREADS=1 "$python" benchmarks/loader.py --formats voc --rounds "${ROUNDS:-5}" --samples "${SAMPLES:-24}" \
+  OMP_NUM_THREADS=1 "$python" -m benchmarks.loader --formats voc --rounds "${ROUNDS:-5}" --samples "${SAMPLES:-24}" \
     --out "$out/loader_$machine.json"
 }
 

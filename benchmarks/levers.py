@@ -1,7 +1,7 @@
 """What each lever on the training step is worth, by itself: `mlpmatch` with and without it, in turns, in one process.
 
-    python benchmarks/levers.py --seconds 200 --out benchmarks/results/levers_cpu.json
-    python benchmarks/levers.py --levers compile_blocks     # on a CPU only when asked for: minutes to compile
+    python -m benchmarks.levers --seconds 200 --out benchmarks/results/levers_cpu.json
+    python -m benchmarks.levers --levers compile_blocks     # on a CPU only when asked for: minutes to compile
 
 Levers that the step always uses are taken away (`without ...`: a ratio under 1 is what they gain), options are switched
 on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, of all rounds; on a
@@ -15,8 +15,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from step import LAMBDA, SEED, THRESHOLD, Network, heaviest_step, own_blocks
-from step_timing import (
+from torch import Tensor, nn
+
+from benchmarks.step import LAMBDA, SEED, THRESHOLD, Network, heaviest_step, own_blocks
+from benchmarks.step_timing import (
     Contestant,
     alternate,
     gigaflop,
@@ -28,14 +30,12 @@ from step_timing import (
     start,
     write,
 )
-from torch import Tensor, nn
-
-from mlpmatch_pl.methods import resolve_method, total_loss
-from mlpmatch_pl.official_step import OfficialStep
+from mlpmatch_pl.methods.method import resolve_method, total_loss
+from mlpmatch_pl.methods.official_step import OfficialStep
+from mlpmatch_pl.methods.step import MultiLevelStep, WeakPass
 from mlpmatch_pl.segmentor import Features
+from mlpmatch_pl.segmentor.blocks import block_runner
 from mlpmatch_pl.segmentor.deeplabv3plus import AtrousConv2d
-from mlpmatch_pl.segmentor.runners import block_runner
-from mlpmatch_pl.steps import MultiLevelStep, WeakPass
 
 
 class WithoutFork(MultiLevelStep):

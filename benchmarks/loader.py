@@ -1,13 +1,13 @@
 """Samples a second on one core: the data sets of this package beside the published input pipeline.
 
-    python benchmarks/loader.py --root /data/voc2012             # or MLPMATCH_DATA=/data with a folder voc2012
-    python benchmarks/loader.py --root /data/voc2012 --formats voc --rounds 3
+    python -m benchmarks.loader --root /data/voc2012             # or MLPMATCH_DATA=/data with a folder voc2012
+    python -m benchmarks.loader --root /data/voc2012 --formats voc --rounds 3
 
 Files: VOC's own JPEGs, and PNGs of Cityscapes' size that are made from them in a temporary folder. Pipelines, all on
 the same files, in one process and thread, in turns of short rounds; the figures are medians over the rounds:
 
     reference       benchmarks/loader_reference.py: PIL and torchvision; a step loads two unlabeled samples
-    mlpmatch_pl     LabeledViews and UnlabeledViews
+    mlpmatch_pl     LabeledDataset and UnlabeledDataset
     with cache      the same, with decoded images in a memory-mapped file (loader.cache)
 
 A step is 1 labeled and 1 unlabeled sample (the reference: and its CutMix partner); the ratio is of steps a second.
@@ -27,15 +27,15 @@ from pathlib import Path
 
 import cv2
 import torch
-from loader_photos import CLASSES, Pair, make_cityscapes_pairs, voc_pairs
-from loader_reference import ReferenceLabeled, ReferenceUnlabeled, read_image
 
+from benchmarks.loader_photos import CLASSES, Pair, make_cityscapes_pairs, voc_pairs
+from benchmarks.loader_reference import ReferenceLabeled, ReferenceUnlabeled, read_image
+from mlpmatch_pl.data.base import ImageSource
 from mlpmatch_pl.data.cache import CachedSource
-from mlpmatch_pl.data.folder import folder
-from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews
-from mlpmatch_pl.data.sources import Source
-from mlpmatch_pl.data.strong import StrongView
-from mlpmatch_pl.data.weak import WeakView
+from mlpmatch_pl.data.dataset import LabeledDataset, UnlabeledDataset
+from mlpmatch_pl.data.datasets.folder import folder
+from mlpmatch_pl.data.transforms.strong import StrongView
+from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
 
 FORMATS = {"voc": 321, "cityscapes": 801}  # crop sizes
@@ -104,7 +104,7 @@ def line(row: dict) -> str:
     return start + "  ".join(rates) + f"  {row['ratio']:5.1f} x"
 
 
-def file_source(pairs: list[Pair], classes: int, scratch: Path) -> Source:
+def file_source(pairs: list[Pair], classes: int, scratch: Path) -> ImageSource:
     """Read the files as a run would: by the data set of folders and list files."""
     lists = {"labeled": pairs[:1], "unlabeled": pairs[1:-1], "val": pairs[-1:], "train": pairs}
     root = pairs[0][0].parent.parent
@@ -133,10 +133,10 @@ def reference(pairs: list[Pair], size: int) -> Pipeline:
     return {"labeled": load_labeled, "unlabeled": load_unlabeled}
 
 
-def own(source: Source, classes: int, size: int) -> Pipeline:
+def own(source: ImageSource, classes: int, size: int) -> Pipeline:
     weak, indices = WeakView(size), range(len(source))
-    labeled = LabeledViews(source, indices, classes, weak, seed=0)
-    unlabeled = UnlabeledViews(source, indices, weak, StrongView(), CutMix(), num_strong=2, second_view=False, seed=0)
+    labeled = LabeledDataset(source, indices, classes, weak, seed=0)
+    unlabeled = UnlabeledDataset(source, indices, weak, StrongView(), CutMix(), num_strong=2, second_view=False, seed=0)
     return {
         "labeled": lambda index, draw: labeled[index, draw],
         "unlabeled": lambda index, draw: unlabeled[index, draw],

@@ -1,6 +1,6 @@
 """Memory of a loader over a long list of images: the main process, and what each worker does not share with it.
 
-    python benchmarks/memory.py --images 100000
+    python -m benchmarks.memory --images 100000
 
 The images are links to one small file, so that their names are what takes memory. The reference holds the same names
 as Python lists of strings. Every measurement has a process of its own; Linux only (/proc).
@@ -78,7 +78,7 @@ def make_data(root: Path, count: int) -> int:
 def measure(root: Path, names: str, context: str) -> dict[str, float]:
     """Return what the description of the data takes in the main process, and what a worker has of its own, in MB."""
     from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-    from mlpmatch_pl.data.folder import folder
+    from mlpmatch_pl.data.datasets.folder import folder
 
     gc.collect()
     before = resident(os.getpid())

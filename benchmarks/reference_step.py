@@ -1,10 +1,10 @@
 """A plain training step of UniMatch and MLPMatch, pass for pass as the authors run it: what benchmarks/step.py times.
 
-Written from docs/method.md, apart from `mlpmatch_pl.steps` and `mlpmatch_pl.objective`; only the network is shared, so
-that the weights are the same. What it repeats on purpose, because the authors do it: float32 images from the loader, a
-pass of its own in eval mode over the CutMix partners, boolean indexing, feature-perturbed predictions of the labeled
-images that are thrown away, a full pass with the deactivated network, a whole softmax for the confidence, and
-denominators that wait for the device.
+Written from docs/method.md, independently of `mlpmatch_pl.methods`; only the network is shared, so that the weights
+are the same. What it repeats on purpose, because the authors do it: float32 images from the loader, a pass of its own
+in eval mode over the CutMix partners, boolean indexing, feature-perturbed predictions of the labeled images that are
+thrown away, a full pass with the deactivated network, a whole softmax for the confidence, and denominators that wait
+for the device.
 
 Letters: B images, C classes, D feature channels, H and W pixels.
 """

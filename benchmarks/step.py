@@ -1,8 +1,8 @@
 """Time and memory of a training step, beside the plain step of the method's authors, and what each perturbation costs.
 
-    python benchmarks/step.py --out benchmarks/results/step_cpu.json         # about 5 minutes
-    python benchmarks/step.py --crop 801 --batch 2 --classes 19 --criterion ohem    # on a GPU, as for Cityscapes
-    python benchmarks/step.py --backbone test_resnet --crop 65 --seconds 0   # to see that it runs
+    python -m benchmarks.step --out benchmarks/results/step_cpu.json         # about 5 minutes
+    python -m benchmarks.step --crop 801 --batch 2 --classes 19 --criterion ohem    # on a GPU, as for Cityscapes
+    python -m benchmarks.step --backbone test_resnet --crop 65 --seconds 0   # to see that it runs
 
 Two tables. **Against the reference**: `reference_step.py`, which repeats the authors' passes one by one in float32, and
 this package's step for the same method, at the same precision and (on a GPU) in bfloat16 and channels-last; `floor` is
@@ -23,8 +23,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from reference_step import ReferenceStep, reference_batch
-from step_timing import (
+from torch import Tensor
+
+from benchmarks.reference_step import ReferenceStep, reference_batch
+from benchmarks.step_timing import (
     STEPS,
     Contestant,
     alternate,
@@ -36,15 +38,13 @@ from step_timing import (
     start,
     write,
 )
-from torch import Tensor
-
-from mlpmatch_pl.methods import Method, resolve_method, total_loss
-from mlpmatch_pl.objective import build_criterion
-from mlpmatch_pl.official_step import OfficialStep
+from mlpmatch_pl.methods.build import build_step
+from mlpmatch_pl.methods.losses import build_criterion
+from mlpmatch_pl.methods.method import Method, resolve_method, total_loss
+from mlpmatch_pl.methods.official_step import OfficialStep
+from mlpmatch_pl.methods.step import MultiLevelStep
 from mlpmatch_pl.perturbation.network import SAMPLERS
 from mlpmatch_pl.segmentor import Features, Segmentor
-from mlpmatch_pl.step_choice import build_step
-from mlpmatch_pl.steps import MultiLevelStep
 
 THRESHOLD, SEED, LAMBDA = 0.95, 0, 0.125
 COSTS = {

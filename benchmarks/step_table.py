@@ -1,6 +1,6 @@
 """Writes the tables of step times into pages, from the results of benchmarks/step.py and benchmarks/levers.py.
 
-    python benchmarks/step_table.py docs/speed.md
+    python -m benchmarks.step_table docs/speed.md
 
 A page marks a table by `<!-- step_table: KIND RESULT.json -->` before it and `<!-- end -->` after it, where KIND is
 reference, perturbations or levers, and RESULT.json lies below the repository's root.

@@ -1,6 +1,6 @@
 """What the site does beyond Markdown: links into the code lead to the reference, and formulas are MathML.
 
-The pages are also read beside the code, where ``../src/mlpmatch_pl/steps.py`` is the right link and ``$x$`` a formula.
+The pages are also read beside the code, where ``../src/mlpmatch_pl/methods/step.py`` is the right link and ``$x$`` a formula.
 """
 
 import html
@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, FileIndex
 
 ROOT = Path(__file__).parents[1]
 _CODE = re.compile(r"\]\(\.\./src/([\w/]+)\.py\)")
@@ -28,7 +28,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = re.sub(r"::$", ":", text, flags=re.M)
 
 
-def on_files(files: Files, config: Any, **_: Any) -> Files:
+def on_files(files: FileIndex, config: Any, **_: Any) -> FileIndex:
     """Add the measured figures, to which pages link."""
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         uri = path.relative_to(ROOT).as_posix()

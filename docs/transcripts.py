@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mlpmatch_pl.data.shapes import Shapes
+from mlpmatch_pl.data.datasets.shapes import Shapes
 
 PAGE = Path(__file__).with_name("commands.md")
 _BLOCK = re.compile(r"```console\n\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:.*\n)*?)```")

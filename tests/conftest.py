@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.images import save_image, save_mask
 
 CLASSES = ("background", "road", "sky")
 FOLDERS = ("", "day/", "night/late/")
@@ -35,19 +35,6 @@ def _skip(items, marker, reason):
     for item in items:
         if marker in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def save_image(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
-
-
-def save_mask(path: Path, mask: np.ndarray, palette: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(mask)
-    if palette:
-        image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())  # L becomes P; ids stay
-    image.save(path)
 
 
 @pytest.fixture

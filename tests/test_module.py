@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from mlpmatch_pl import MLPMatch, UserError
-from mlpmatch_pl.methods import PRESETS
-from mlpmatch_pl.optimization import poly_decay
+from mlpmatch_pl.methods.method import PRESETS
+from mlpmatch_pl.methods.schedules import poly_decay
 
 CLASSES, SIZE = 3, 33
 TRAIN_KEYS = {"loss", "loss_x", "loss_x_np", "loss_s", "loss_fp", "loss_u_np", "confident_ratio", "lambda_np", "lr"}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from checkpoints import make_module, save_checkpoint
+from helpers.checkpoints import make_module, save_checkpoint
 from PIL import Image
 
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.evaluation.windows import Inference
+from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.predictor import Predictor, load
+from mlpmatch_pl.utils.errors import UserError
 
 
 def grey_network(bit_depth):
@@ -135,7 +135,7 @@ def test_grey_images_of_16_bits(pixels, tmp_path, suffix):
 
 
 def test_inference_options_are_those_of_the_predictor(checkpoint, predictor, pixels):
-    inference = Inference("slide", window=40, scales=(1.0, 1.5), flip=True)
+    inference = SlidingWindowInference("slide", window=40, scales=(1.0, 1.5), flip=True)
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     expected = inference(predictor.module.segmentor, image)[0].numpy()
     probabilities = load(checkpoint, inference=inference).probabilities(pixels)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-    from mlpmatch_pl.data.folder import folder
-    from mlpmatch_pl.data.shapes import shapes
-    from mlpmatch_pl.errors import UserError
+    from mlpmatch_pl.data.datasets.folder import folder
+    from mlpmatch_pl.data.datasets.shapes import shapes
     from mlpmatch_pl.module import MLPMatch
     from mlpmatch_pl.perturbation import CutMix, FeaturePerturbation, NetworkPerturbation
     from mlpmatch_pl.predictor import load
     from mlpmatch_pl.segmentor import Segmentor
+    from mlpmatch_pl.utils.errors import UserError
 
 __all__ = [
     "CutMix",
@@ -38,10 +38,10 @@ _HOMES = {
     "NetworkPerturbation": "perturbation",
     "Segmentor": "segmentor",
     "SemiSupervisedDataModule": "data.datamodule",
-    "UserError": "errors",
-    "folder": "data.folder",
+    "UserError": "utils.errors",
+    "folder": "data.datasets.folder",
     "load": "predictor",
-    "shapes": "data.shapes",
+    "shapes": "data.datasets.shapes",
 }
 
 try:

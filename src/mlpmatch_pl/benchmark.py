@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from mlpmatch_pl.cli import guarded_job, run_command
+from mlpmatch_pl.commands.cli import guarded_job, run_command
 
 
 def benchmark(cfg: DictConfig) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         UserError: If the configuration or the data is wrong, ``output_dir`` holds a benchmark.json already, or a batch
             does not fit on the device.
     """
-    from mlpmatch_pl.benchmarking.run import run
+    from mlpmatch_pl.commands.benchmark.run import run
 
     return run(cfg)
 

@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from mlpmatch_pl.cli import guarded_job, run_command
+from mlpmatch_pl.commands.cli import guarded_job, run_command
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
         UserError: If the data cannot be described, or ``output_dir`` holds a run or an earlier check; or after
             everything has been written, if there are errors in the data.
     """
-    from mlpmatch_pl.data_report import run
+    from mlpmatch_pl.commands.check import run
 
     return run(cfg)
 

@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from mlpmatch_pl.cli import guarded_job, literal_paths, run_command
+from mlpmatch_pl.commands.cli import guarded_job, literal_paths, run_command
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: If the configuration, the checkpoint or the data is wrong, before anything is written over.
     """
-    from mlpmatch_pl.evaluating.run import run
+    from mlpmatch_pl.commands.evaluate.run import run
 
     return run(cfg)
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mlpmatch_pl.cli import guarded_job, literal_paths, run_command
+from mlpmatch_pl.commands.cli import guarded_job, literal_paths, run_command
 
 if TYPE_CHECKING:
-    from mlpmatch_pl.exporting.run import Parity
+    from mlpmatch_pl.commands.export.run import Parity
 
 
 def export(cfg: DictConfig) -> "Parity":
@@ -33,8 +33,8 @@ def export(cfg: DictConfig) -> "Parity":
         UserError: If the configuration is wrong, a package is missing, the checkpoint cannot be read, a file would be
             written over, or the file differs from the checkpoint.
     """
-    from mlpmatch_pl.annotations import read_options
-    from mlpmatch_pl.exporting.run import ExportOptions, export_checkpoint
+    from mlpmatch_pl.commands.export.run import ExportOptions, export_checkpoint
+    from mlpmatch_pl.utils.validation import read_options
 
     return export_checkpoint(
         read_options(ExportOptions, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))

@@ -7,7 +7,7 @@ arXiv 2411.05307), with UniMatch, FixMatch and the supervised baseline as preset
     trainer.fit(MLPMatch(num_classes=21, lr=0.001), datamodule=SemiSupervisedDataModule(...))
 
 Any data module will do whose training batches are ``{"labeled": ..., "unlabeled": ...}`` as described in
-`mlpmatch_pl.steps`, and whose validation batches are ``{"image": ..., "mask": ...}``.
+`mlpmatch_pl.methods.step`, and whose validation batches are ``{"image": ..., "mask": ...}``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mlpmatch_pl.batches import halves
-from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
-from mlpmatch_pl.hyperparameters import check_architecture, check_palette, check_ranges, names_of_classes
-from mlpmatch_pl.length import Length
-from mlpmatch_pl.methods import resolve_method, total_loss
-from mlpmatch_pl.objective import build_criterion, volatile_weight
-from mlpmatch_pl.optimization import build_sgd, poly_decay
+from mlpmatch_pl.methods.batch import split_batch
+from mlpmatch_pl.methods.build import build_step
+from mlpmatch_pl.methods.losses import build_criterion
+from mlpmatch_pl.methods.method import resolve_method, total_loss
+from mlpmatch_pl.methods.schedules import Length, build_sgd, poly_decay, volatile_weight
+from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
-from mlpmatch_pl.step_choice import build_step
-from mlpmatch_pl.steps import step_values
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.hyperparameters import check_architecture, check_palette, check_ranges, names_of_classes
 
 
 class MLPMatch(LightningModule):
@@ -42,7 +41,7 @@ class MLPMatch(LightningModule):
     Args:
         num_classes: Number of classes, background included.
         method: A preset (``mlpmatch``, ``mlpmatch_official``, ``unimatch``, ``fixmatch``, ``supervised``) or a
-            mapping with its ``name`` and what differs from it, see `mlpmatch_pl.methods.Method`.
+            mapping with its ``name`` and what differs from it, see `mlpmatch_pl.methods.method.Method`.
         backbone: Name of a timm model, see `mlpmatch_pl.segmentor.Encoder`.
         pretrained: True, or the path of a local file with the encoder's weights.
         in_chans: Number of image channels.
@@ -51,7 +50,7 @@ class MLPMatch(LightningModule):
         atrous_rates: Dilations of the ASPP branches.
         mean: Mean of each channel, for values as they are stored.
         std: Standard deviation of each channel, likewise.
-        criterion: Labeled loss, see `mlpmatch_pl.objective.build_criterion`.
+        criterion: Labeled loss, see `mlpmatch_pl.methods.losses.build_criterion`.
         confidence_threshold: Least confidence of a pseudo label that counts (tau): 0.95 for VOC, 0 for Cityscapes.
         ignore_index: Mask value of pixels that do not count.
         lr: Learning rate of the encoder.
@@ -134,13 +133,13 @@ class MLPMatch(LightningModule):
         return predict_logits(self.segmentor, image_BCHW)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.steps`.
+        """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.methods.step`.
 
         Raises:
             UserError: If the batch is not what the method needs, or lambda's schedule needs a length that nobody knows.
         """
         lambda_np = self.volatile_weight()
-        labeled, unlabeled = halves(batch)
+        labeled, unlabeled = split_batch(batch)
         result = self.step(labeled, unlabeled, self.draw_step(batch_idx))
         self.own_step += self._trainer is None
         loss = total_loss(result.terms, self.method, lambda_np)

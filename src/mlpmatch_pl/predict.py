@@ -13,7 +13,7 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mlpmatch_pl.cli import guarded_job, literal_paths, run_command
+from mlpmatch_pl.commands.cli import guarded_job, literal_paths, run_command
 
 
 def predict(cfg: DictConfig) -> None:
@@ -26,8 +26,8 @@ def predict(cfg: DictConfig) -> None:
         UserError: If the configuration is wrong or nothing can be done, or after everything has been written, if some
             images could not be read.
     """
-    from mlpmatch_pl.annotations import read_options
-    from mlpmatch_pl.predicting.run import Options, run
+    from mlpmatch_pl.commands.predict.run import Options, run
+    from mlpmatch_pl.utils.validation import read_options
 
     run(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 

@@ -1,13 +1,13 @@
-"""A checkpoint, ready to predict images.
+"""A module out of a checkpoint that may come from anywhere: nothing in it is trusted.
 
-Needs no Hydra::
-
-    predictor = mlpmatch_pl.load("runs/x/checkpoints/best.ckpt")
-    label_HW = predictor.predict("photo.jpg")
+`torch.load` with ``weights_only=True`` keeps code out. Here the arguments are checked as well: their types, that they
+name no other file, and that the network which they describe is the one whose weights are in the file, before any
+memory is allocated for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,58 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mlpmatch_pl.data.image_reader import ImageReader
-from mlpmatch_pl.data.samples import image_tensor
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.data.dataset import image_tensor
+from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.evaluation.folding import for_inference
-from mlpmatch_pl.evaluation.windows import Inference
+from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.palette import default_palette
-from mlpmatch_pl.restoring import restore
+from mlpmatch_pl.utils.checkpoint import read_checkpoint
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.palette import default_palette
+from mlpmatch_pl.utils.validation import fit, parameters
+
+_CLASSIFIER = "segmentor.decoder.classifier.weight"
+
+
+def restore(path: Path) -> MLPMatch:
+    """Build the module that a checkpoint describes, with its weights, on the CPU.
+
+    Raises:
+        UserError: If the file is broken or no checkpoint of a training, or its arguments and its weights do not fit.
+    """
+    content = read_checkpoint(path)
+    try:
+        arguments, state = _arguments(content["hyper_parameters"]), dict(content["state_dict"])
+        if len(state[_CLASSIFIER]) != arguments["num_classes"]:
+            raise UserError(f"it has weights for {len(state[_CLASSIFIER])} classes")
+        with torch.device("meta"):  # shapes without memory
+            outline = MLPMatch(**arguments).state_dict()
+        _require_fit(state, outline)
+        module = MLPMatch(**arguments)
+        module.load_state_dict(state)
+    except Exception as error:  # values that nobody expects make the constructors raise nearly anything
+        reason = str(error) if isinstance(error, UserError) else type(error).__name__
+        raise UserError(
+            f"expected a checkpoint whose arguments and weights fit together, but those of {path} do not ({reason}); "
+            "name a file that mlpmatch_pl.train has written"
+        ) from error
+    return module
+
+
+def _arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the module's arguments; no other file is read, and nothing downloaded, whatever is asked for."""
+    types, _ = parameters(MLPMatch)
+    known = {key: value for key, value in hparams.items() if key in types and key != "pretrained"}
+    return {key: fit(key, value, types[key]) for key, value in known.items()}
+
+
+def _require_fit(state: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> None:
+    if different := sorted(state.keys() ^ outline.keys()):
+        raise UserError(f"{different[0]} is only in one of the two, of {len(different)} such tensors")
+    for name, tensor in outline.items():
+        if state[name].shape != tensor.shape:
+            raise UserError(f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+
 
 AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor
 MOST_CLASSES = 256  # that fit into uint8
@@ -58,8 +102,8 @@ class Predictor:
         ((40, 50), dtype('uint8'), ((0, 0, 0), (128, 0, 0), (0, 128, 0)))
     """
 
-    def __init__(self, module: MLPMatch, inference: Inference | None = None) -> None:
-        self.module, self.inference = module.eval(), inference or Inference()
+    def __init__(self, module: MLPMatch, inference: SlidingWindowInference | None = None) -> None:
+        self.module, self.inference = module.eval(), inference or SlidingWindowInference()
         self.class_names = tuple(module.class_names)
         if len(self.class_names) > MOST_CLASSES:
             raise UserError(
@@ -169,7 +213,9 @@ class Predictor:
         return tensor.expand(self.in_chans, -1, -1) if grey_for_rgb else tensor
 
 
-def load(path: str | Path, device: str | torch.device = "auto", inference: Inference | None = None) -> Predictor:
+def load(
+    path: str | Path, device: str | torch.device = "auto", inference: SlidingWindowInference | None = None
+) -> Predictor:
     """Load a checkpoint of a training to predict with.
 
     Nothing in the file is executed (``weights_only=True``).
@@ -189,7 +235,7 @@ def load(path: str | Path, device: str | torch.device = "auto", inference: Infer
         >>> load("runs/none/best.ckpt")
         Traceback (most recent call last):
         ...
-        mlpmatch_pl.errors.UserError: expected a checkpoint, but runs/none/best.ckpt does not exist; ...
+        mlpmatch_pl.utils.errors.UserError: expected a checkpoint, but runs/none/best.ckpt does not exist; ...
     """
     path = Path(path).expanduser()
     if not path.is_file():

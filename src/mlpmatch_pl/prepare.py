@@ -13,26 +13,26 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mlpmatch_pl.cli import guarded
+from mlpmatch_pl.commands.cli import guarded
 
 
 def prepare(cfg: DictConfig) -> None:
     """Prepare what a composed configuration names.
 
     Args:
-        cfg: As composed from ``preparation/prepare.yaml``.
+        cfg: As composed from ``commands/prepare/prepare.yaml``.
 
     Raises:
         UserError: If the configuration is wrong, or something cannot be had, is damaged, or is not whole at the end.
     """
-    from mlpmatch_pl.annotations import read_options
-    from mlpmatch_pl.preparation.options import Options
-    from mlpmatch_pl.preparation.run import prepare_dataset
+    from mlpmatch_pl.commands.prepare.options import Options
+    from mlpmatch_pl.commands.prepare.run import prepare_dataset
+    from mlpmatch_pl.utils.validation import read_options
 
     prepare_dataset(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 
 
-@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.preparation", config_name="prepare")  # type: ignore[untyped-decorator]
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.commands.prepare", config_name="prepare")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> None:
     with guarded("prepare"):
         try:

@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpmatch_pl.cli import guarded
+from mlpmatch_pl.commands.cli import guarded
 
 if TYPE_CHECKING:
-    from mlpmatch_pl.kept_step import KeptStep
+    from mlpmatch_pl.callbacks.kept_step import KeptStep
 
 
 def replay(folder: Path) -> dict[str, float]:
     """Repeat the step in a folder, print its terms beside those that were recorded, and return them.
 
     Args:
-        folder: As `mlpmatch_pl.callbacks.finite.FiniteLoss` wrote it.
+        folder: As `mlpmatch_pl.callbacks.finite_loss.FiniteLoss` wrote it.
 
     Raises:
         UserError: If the folder holds no step, or its files do not belong together.
     """
-    from mlpmatch_pl.kept_step import KeptStep
+    from mlpmatch_pl.callbacks.kept_step import KeptStep
 
     step, module, report = KeptStep.load(folder)
     repeated, layer = step.repeat(module)
@@ -51,7 +51,7 @@ def _table(recorded: Mapping[str, float], repeated: Mapping[str, float]) -> list
 
 
 def _verdict(step: "KeptStep", repeated: Mapping[str, float]) -> str:
-    from mlpmatch_pl.kept_step import same
+    from mlpmatch_pl.callbacks.kept_step import same
 
     if step.place.here() != step.place:
         return f"not compared to the last bit: {step.precision} on {step.device} rounds, and overflows, elsewhere"

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpmatch_pl.cli import guarded
-from mlpmatch_pl.errors import UserError, suggest
+from mlpmatch_pl.commands.cli import guarded
+from mlpmatch_pl.utils.errors import UserError, suggest
 
 if TYPE_CHECKING:
-    from mlpmatch_pl.reporting.command import Options
+    from mlpmatch_pl.commands.report.run import Options
 
 _HELP = """options:
   output=FOLDER      where to write; reports/<time> if left out
@@ -49,8 +49,8 @@ def read_arguments(arguments: Sequence[str]) -> "tuple[list[Path], Options]":
         >>> [str(folder) for folder in folders], str(options.output), options.pictures
         (['runs'], 'out', 0)
     """
-    from mlpmatch_pl.annotations import read_options
-    from mlpmatch_pl.reporting.command import Options
+    from mlpmatch_pl.commands.report.run import Options
+    from mlpmatch_pl.utils.validation import read_options
 
     given: dict[str, Any] = {"output": f"reports/{time.strftime('%Y-%m-%d_%H-%M-%S')}"}
     folders = []
@@ -83,8 +83,8 @@ def report(arguments: Sequence[str]) -> int:
     Raises:
         UserError: If the arguments are wrong, or there is nothing to report.
     """
-    from mlpmatch_pl.reporting.command import write_report
-    from mlpmatch_pl.reporting.terminal import show
+    from mlpmatch_pl.commands.report.run import write_report
+    from mlpmatch_pl.commands.report.terminal import show
 
     folders, options = read_arguments(arguments)
     result = write_report(folders, options)

@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from mlpmatch_pl.cli import guarded_job, run_command, sweep_folder
+from mlpmatch_pl.commands.cli import guarded_job, run_command, sweep_folder
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: If the configuration or the data is wrong, before anything is written over.
     """
-    from mlpmatch_pl.launch import run
+    from mlpmatch_pl.commands.train import run
 
     return run(cfg)
 

@@ -1,15 +1,86 @@
-"""The checkpoints of a run: best.ckpt, and last.ckpt with the one before it."""
+"""How Lightning writes and reads checkpoints: whole or not at all, and plain data only."""
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from mlpmatch_pl.callbacks.signals import Stopped, after_update, validates_next
-from mlpmatch_pl.checkpoint_files import LAST
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.callbacks.stop_signals import Stopped, after_update, validates_next
+from mlpmatch_pl.utils.checkpoint import LAST, write_checkpoint
+from mlpmatch_pl.utils.errors import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A plugin for the Trainer: ``Trainer(plugins=[AtomicCheckpointIO()])``.
+
+    Files are written as `mlpmatch_pl.utils.checkpoint.write_checkpoint` does, and never unpickled into code.
+
+    Attributes:
+        adapt: What to change in a checkpoint after it has been read, by its path; nothing if left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapt: dict[str, Callable[[dict[str, Any]], None]] = {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; a full disk is a UserError and leaves the file before."""
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint with ``weights_only=True``, whatever is asked for."""
+        content = super().load_checkpoint(path, map_location, weights_only=True)
+        if str(path) in self.adapt:
+            self.adapt[str(path)](content)
+        return content
+
+
+LENGTH = "length_of_training"
+"""The checkpoint's key for the length of the training, see `Resuming`."""
+
+
+class Resuming(Callback):
+    """Gives the restored optimizer the hyperparameters of the configuration; the schedule goes on at its place.
+
+    Lightning restores those of the checkpoint, and so ignores an override or another number of devices. Without such a
+    change this changes no bit.
+
+    Args:
+        length: ``steps`` as configured, or None, and the ``epochs`` and the validation interval ``every`` that came of
+            it. Checkpoints keep them, so that another number of devices does not make another schedule.
+
+    Attributes:
+        first_step: Optimizer steps done when this process began to train; None if it did not.
+    """
+
+    def __init__(self, length: Mapping[str, int | None]) -> None:
+        self.length = dict(length)
+        self.first_step: int | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the length."""
+        checkpoint[LENGTH] = self.length
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything has been restored."""
+        self.first_step = trainer.global_step
+        if trainer.ckpt_path is None:
+            return
+        configured = pl_module.configure_optimizers()["optimizer"].param_groups  # type: ignore[index, call-overload, union-attr]
+        groups = trainer.optimizers[0].param_groups
+        for group, fresh in zip(groups, configured, strict=True):
+            group.update({key: value for key, value in fresh.items() if key not in ("params", "lr")})
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
 
 METRICS = "logged_metrics"
 """The checkpoint's key for the metrics at the time it was written."""

@@ -17,13 +17,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mlpmatch_pl.bars import bar_picture
-from mlpmatch_pl.callbacks.showing import show
-from mlpmatch_pl.data.samples import WholeImages
-from mlpmatch_pl.data.sources import SegmentationData, has_mask
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.callbacks.images import show
+from mlpmatch_pl.data.base import SegmentationData, has_mask
+from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.evaluation import Scores, confidence_and_class, confusion_matrix
-from mlpmatch_pl.spread import spread
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.seeding import evenly_spaced
+from mlpmatch_pl.visualization.plots import bar_plot
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class PseudoLabelDiagnostics(Callback):
     def measure(self, module: Any, data: SegmentationData) -> dict[str, float]:
         """Return the metrics by name."""
         threshold, num_classes = module.hparams["confidence_threshold"], len(data.class_names)
-        labeled = _counts(module, data, spread(data.labeled_indices, self.num_images), threshold)
+        labeled = _counts(module, data, evenly_spaced(data.labeled_indices, self.num_images), threshold)
         metrics = {"pseudo/labeled_acc": Scores.of(labeled.all_CC).accuracy}
         chosen = [index for index in data.unlabeled if has_mask(data.train, index)]
         if not chosen:
             return metrics
-        unlabeled = _counts(module, data, spread(chosen, self.num_images), threshold)
+        unlabeled = _counts(module, data, evenly_spaced(chosen, self.num_images), threshold)
         accuracy = Scores.of(unlabeled.all_CC).accuracy
         metrics |= {
             "pseudo/unlabeled_acc": accuracy,
@@ -123,7 +123,7 @@ class DeactivatedBlocks(Callback):
     def _picture(self, module: Any) -> PILImage.Image:
         stages = module.segmentor.encoder.stages
         groups = [[(str(block), self.counts[str(block)]) for block in stage] for stage in stages]
-        return bar_picture(groups, f"steps, of {self.steps}, that deactivated a block; stages by color")
+        return bar_plot(groups, f"steps, of {self.steps}, that deactivated a block; stages by color")
 
     def _show(self, trainer: Trainer, picture: PILImage.Image) -> None:
         show(trainer, "train/deactivated_blocks", picture)
@@ -151,7 +151,7 @@ class _Counts:
 
 @torch.no_grad()
 def _counts(module: Any, data: SegmentationData, indices: Sequence[int], threshold: float) -> _Counts:
-    images, counts = WholeImages(data.train, len(data.class_names), data.ignore_index), _Counts(len(data.class_names))
+    images, counts = EvalDataset(data.train, len(data.class_names), data.ignore_index), _Counts(len(data.class_names))
     for index in indices:
         try:
             sample = images[index]

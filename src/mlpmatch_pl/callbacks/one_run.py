@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.errors import UserError
 
 
 class OneRun(Callback):

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from mlpmatch_pl.moments import Moment, has_passed, now, seconds_between
+from mlpmatch_pl.utils.timing import Moment, has_passed, now, seconds_between
 
 log = logging.getLogger(__name__)
 MOST_WAIT = 0.05  # share of the time that waiting for data may take

@@ -8,19 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlpmatch_pl.data.base import ImageSource, SegmentationData
     from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-    from mlpmatch_pl.data.sources import SegmentationData, Source
-    from mlpmatch_pl.data.strong import StrongView
-    from mlpmatch_pl.data.weak import WeakView
+    from mlpmatch_pl.data.transforms.strong import StrongView
+    from mlpmatch_pl.data.transforms.weak import WeakView
 
-__all__ = ["SegmentationData", "SemiSupervisedDataModule", "Source", "StrongView", "WeakView"]
+__all__ = ["ImageSource", "SegmentationData", "SemiSupervisedDataModule", "StrongView", "WeakView"]
 
 _HOMES = {
-    "SegmentationData": "sources",
+    "SegmentationData": "base",
     "SemiSupervisedDataModule": "datamodule",
-    "Source": "sources",
-    "StrongView": "strong",
-    "WeakView": "weak",
+    "ImageSource": "base",
+    "StrongView": "transforms.strong",
+    "WeakView": "transforms.weak",
 }
 
 

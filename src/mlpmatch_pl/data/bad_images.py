@@ -1,6 +1,6 @@
 """What becomes of an image or a mask that cannot be read, or does not fit, in the middle of training.
 
-At the start the files are checked (`mlpmatch_pl.data.checks`), but disks fail and files change while a training runs.
+The files are validated before training (`mlpmatch_pl.data.validation`), but disks fail and files change during a run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import default_collate
 
-from mlpmatch_pl.errors import UserError, suggest
-from mlpmatch_pl.seeding import mix
+from mlpmatch_pl.utils.errors import UserError, suggest
+from mlpmatch_pl.utils.seeding import derive_seed
 
 MOST_TRIES = 20  # if half of all files were gone, one draw in a million would find none
 SKIPPED = "skipped"  # the key under which samples and batches carry what was left out on the way to them
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
-    """Views of images, see `mlpmatch_pl.data.samples`."""
+    """Views of images, see `mlpmatch_pl.data.dataset`."""
 
     stream: str
     seed: int
@@ -153,7 +153,7 @@ class SkippedImages:
 def _places(stream: Stream, draw: Draw) -> Iterator[int]:
     place, number = draw
     yield place
-    rng = random.Random(mix(stream.seed, stream.stream, "replacement", number))
+    rng = random.Random(derive_seed(stream.seed, stream.stream, "replacement", number))
     others = rng.sample(range(len(stream)), min(MOST_TRIES, len(stream)))
     yield from [other for other in others if other != place][: MOST_TRIES - 1]
 

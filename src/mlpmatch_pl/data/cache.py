@@ -21,10 +21,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpmatch_pl.cores import reader_threads
+from mlpmatch_pl.data.base import Image, ImageSource, Mask, SegmentationData, has_mask
 from mlpmatch_pl.data.cache_file import ALIGNMENT, ArrayFile, write_arrays
-from mlpmatch_pl.data.sources import Image, Mask, SegmentationData, Source, has_mask
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.cpu import reader_threads
+from mlpmatch_pl.utils.errors import UserError
 
 SAMPLED = 32  # images that are decoded to estimate the room that all need
 _GB = 1e9
@@ -34,7 +34,7 @@ _Job = tuple[int, bool]  # an image's index, and whether its mask is meant
 log = logging.getLogger(__name__)
 
 
-class StampedSource(Source, Protocol):
+class StampedImageSource(ImageSource, Protocol):
     """A source that can tell whether an image or its mask has changed."""
 
     def stamp(self, index: int) -> str:
@@ -42,14 +42,14 @@ class StampedSource(Source, Protocol):
 
 
 class CachedSource:
-    """A source whose images are decoded once, see `mlpmatch_pl.data.sources.Source`.
+    """A source whose images are decoded once, see `mlpmatch_pl.data.base.ImageSource`.
 
     The file is made when the object is: at the first time, or again if a file, an option or the choice of images has
     changed since, or the file is incomplete. The images that it gives out cannot be written to. The object pickles
     to worker processes without its images.
 
     Args:
-        source: The images; it must have ``stamp(index)``, see `StampedSource`.
+        source: The images; it must have ``stamp(index)``, see `StampedImageSource`.
         path: The cache file. Its folder is created.
         indices: The images to keep, all of them if left out. Others are read from the source.
         masked: The images whose masks are kept, none if left out.
@@ -72,14 +72,14 @@ class CachedSource:
     """
 
     def __init__(
-        self, source: Source, path: Path, indices: Iterable[int] | None = None, masked: Iterable[int] = ()
+        self, source: ImageSource, path: Path, indices: Iterable[int] | None = None, masked: Iterable[int] = ()
     ) -> None:
         if not hasattr(source, "stamp"):
             raise UserError(
                 f"expected files for loader.cache, but {type(source).__name__} has no stamps to tell whether an image "
                 "has changed; set loader.cache=null, or give the source a method stamp(index)"
             )
-        self.source, self.path = cast(StampedSource, source), Path(path)
+        self.source, self.path = cast(StampedImageSource, source), Path(path)
         jobs = [(index, False) for index in sorted(set(range(len(source)) if indices is None else indices))]
         jobs += [(index, True) for index in sorted(set(masked))]
         self._images = _places(jobs, False, len(source))
@@ -161,15 +161,15 @@ def with_cache(data: SegmentationData, folder: Path, unlabeled: bool = True) -> 
     labeled = data.labeled_indices
     train = CachedSource(images, folder / f"masks_{_hash(data.train, labeled)}.cache", (), labeled)
     val, test = (None if source is None else _whole(source, folder) for source in (data.val, data.test))
-    return replace(data, train=train, val=cast(Source, val), test=test)
+    return replace(data, train=train, val=cast(ImageSource, val), test=test)
 
 
-def _whole(source: Source, folder: Path) -> CachedSource:
+def _whole(source: ImageSource, folder: Path) -> CachedSource:
     indices = range(len(source))
     return CachedSource(source, folder / f"evaluation_{_hash(source, indices)}.cache", indices, indices)
 
 
-def _hash(source: Source, indices: Iterable[int]) -> str:
+def _hash(source: ImageSource, indices: Iterable[int]) -> str:
     names = "\n".join(source.name(index) for index in indices)
     place = getattr(source, "root", "")  # two data sets may have equal names
     return hashlib.sha256(f"{os.path.realpath(place)}\n{names}".encode(errors="surrogateescape")).hexdigest()[:12]
@@ -184,14 +184,14 @@ def _places(jobs: Sequence[_Job], masks: bool, count: int) -> NDArray[np.int32]:
     return places
 
 
-def _key(source: StampedSource, jobs: Iterable[_Job]) -> bytes:
+def _key(source: StampedImageSource, jobs: Iterable[_Job]) -> bytes:
     digest = hashlib.sha256()
     for index, is_mask in jobs:
         digest.update(f"{is_mask} {source.name(index)}\0{source.stamp(index)}\n".encode())
     return digest.digest()
 
 
-def _decode(source: Source, job: _Job) -> NDArray[Any]:
+def _decode(source: ImageSource, job: _Job) -> NDArray[Any]:
     index, is_mask = job
     try:
         return source.mask(index)[..., None] if is_mask else source.image(index)
@@ -199,7 +199,7 @@ def _decode(source: Source, job: _Job) -> NDArray[Any]:
         raise UserError(f"cannot read {source.name(index)} for the cache ({error}); replace or remove it") from error
 
 
-def _decoded(source: Source, jobs: Sequence[_Job]) -> Iterator[NDArray[Any]]:
+def _decoded(source: ImageSource, jobs: Sequence[_Job]) -> Iterator[NDArray[Any]]:
     """Decode in threads, in order, and not much further ahead than the disk writes."""
     threads = reader_threads()
     with ThreadPoolExecutor(threads) as pool:  # decoding releases the interpreter lock
@@ -216,7 +216,7 @@ def _decoded(source: Source, jobs: Sequence[_Job]) -> Iterator[NDArray[Any]]:
                 future.cancel()
 
 
-def _check_room(source: Source, jobs: Sequence[_Job], path: Path) -> None:
+def _check_room(source: ImageSource, jobs: Sequence[_Job], path: Path) -> None:
     """Refuse a disk that is too small, by the size of some images.
 
     Raises:
@@ -231,7 +231,7 @@ def _check_room(source: Source, jobs: Sequence[_Job], path: Path) -> None:
         )
 
 
-def _estimate(source: Source, jobs: Sequence[_Job]) -> int:
+def _estimate(source: ImageSource, jobs: Sequence[_Job]) -> int:
     sampled = jobs[:: max(len(jobs) // SAMPLED, 1)]
     size = sum(_decode(source, job).nbytes + ALIGNMENT for job in sampled)
     return size * len(jobs) // max(len(sampled), 1)

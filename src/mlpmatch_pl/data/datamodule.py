@@ -1,10 +1,17 @@
-"""Paired batches of labeled and unlabeled images, exact over workers, ranks and resumes."""
+"""What a signal to the whole process group means to the processes that load images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_bool
+from functools import cache, partial
+from multiprocessing import util
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -12,17 +19,116 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlpmatch_pl.data.bad_images import SkippedImages, bad_image_policy, collate
+from mlpmatch_pl.data.base import ImageSource, SegmentationData
 from mlpmatch_pl.data.cache import with_cache
-from mlpmatch_pl.data.checks import check_data
-from mlpmatch_pl.data.loaders import build_loader, check_share, free_workers, share_workers
+from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset, UnlabeledDataset
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, current_place
-from mlpmatch_pl.data.samples import LabeledViews, UnlabeledViews, WholeImages
-from mlpmatch_pl.data.sources import SegmentationData, Source
-from mlpmatch_pl.data.strong import StrongView
-from mlpmatch_pl.data.weak import WeakView
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.methods import Method, resolve_method
+from mlpmatch_pl.data.transforms.strong import StrongView
+from mlpmatch_pl.data.transforms.weak import WeakView
+from mlpmatch_pl.data.validation import validate_dataset
+from mlpmatch_pl.methods.method import Method, resolve_method
 from mlpmatch_pl.perturbation import CutMix
+from mlpmatch_pl.utils.cpu import usable_cores
+from mlpmatch_pl.utils.errors import UserError
+
+
+def outlive_signals() -> Callable[[int], None]:
+    """Return what lets a loading process outlive Ctrl-C and SIGTERM: the main process needs it for its last step.
+
+    Terminals and clusters send them to all processes at once. The main process tells its workers to end itself; at its
+    own end it sends SIGTERM to those that are left and waits for them, and then, only then, it ends them.
+
+    Returns:
+        A `worker_init_fn` for a `torch.utils.data.DataLoader` of this process.
+    """
+    return partial(_outlive, _ending(os.getpid()))
+
+
+@cache
+def _ending(pid: int) -> Any:
+    """Return a flag, shared with the workers, which this process sets when it ends. A forked child needs its own."""
+    flag = multiprocessing.RawValue(c_bool, False)
+    # Finalizers of this priority run before multiprocessing sends SIGTERM, which an `atexit` function does not do in
+    # a process that multiprocessing started itself.
+    util.Finalize(None, setattr, args=(flag, "value", True), exitpriority=100)
+    return flag
+
+
+def _outlive(ending: Any, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, partial(_end_with_main, ending))
+
+
+def _end_with_main(ending: Any, signum: int, frame: FrameType | None) -> None:
+    if ending.value:
+        os._exit(0)  # as PyTorch's own handler does
+
+
+MOST_WORKERS = 16  # more seldom load faster, and each costs memory
+
+
+def build_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    sampler: Sampler[Any],
+    workers: int,
+    context: str | None = None,
+    *,
+    pinned: bool = False,
+    **options: Any,
+) -> DataLoader[Any]:
+    """Build a loader whose processes stay, and do not end before the main process.
+
+    Args:
+        dataset: Samples.
+        batch_size: Samples in a batch.
+        sampler: Which samples, and when.
+        workers: Processes; 0 loads in the main process.
+        context: How processes are started; the platform's default if left out.
+        pinned: Whether batches go to memory that a GPU reads directly.
+        options: Further ones of torch's DataLoader.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context=context if workers else None,
+        pin_memory=pinned,
+        worker_init_fn=outlive_signals(),
+        **options,
+    )
+
+
+def free_workers(processes: int) -> int:
+    """Return how many workers each of the training processes on this machine may have, so that cores are left."""
+    return min(max(usable_cores() // processes - 1, 0), MOST_WORKERS)
+
+
+def share_workers(total: int, loaders: int) -> dict[str, int]:
+    """Share workers out to one or two loaders: an unlabeled sample costs about three times a labeled one.
+
+    Example:
+        >>> share_workers(8, 2), share_workers(1, 2), share_workers(8, 1)
+        ({'labeled': 2, 'unlabeled': 6}, {'labeled': 0, 'unlabeled': 1}, {'labeled': 8})
+    """
+    if loaders == 1:
+        return {"labeled": total}
+    labeled = max(total // 4, 1) if total > 1 else 0
+    return {"labeled": labeled, "unlabeled": total - labeled}
+
+
+def check_share(name: str, source: ImageSource, world_size: int) -> None:
+    """Refuse fewer images to evaluate than there are processes.
+
+    Raises:
+        UserError: With the name of the set.
+    """
+    if len(source) < world_size:
+        raise UserError(
+            f"expected at least {world_size} {name} images, one a process, but got {len(source)}; use fewer devices"
+        )
 
 
 class SemiSupervisedDataModule(LightningDataModule):
@@ -32,7 +138,7 @@ class SemiSupervisedDataModule(LightningDataModule):
     time. Both streams and all views are functions of (seed, epoch, draw).
 
     Args:
-        data: The data set, from `mlpmatch_pl.data.folder.folder`, `mlpmatch_pl.data.shapes.shapes` or your own sources.
+        data: The dataset, from `mlpmatch_pl.folder`, `mlpmatch_pl.shapes` or your own sources.
         method: What the batches are for, as the module takes it, or the module's ``method`` itself: it says how many
             strong views there are, which boxes CutMix draws, and whether every unlabeled image comes with a second view
             to paste from. One without strong views gets labeled images only, ``unlabeled_batch_size`` more of them, so
@@ -41,7 +147,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         batch_size: Labeled images in a batch, a device.
         unlabeled_batch_size: Unlabeled images in a batch, a device; as many as labeled ones if left out.
         scale: Smallest and largest factor of the long side, in the weak view.
-        strong: Options of `mlpmatch_pl.data.strong.StrongView`.
+        strong: Options of `mlpmatch_pl.data.transforms.strong.StrongView`.
         eval_batch_size: Images in an evaluation batch; more than 1 only if all have the same size.
         num_workers: Worker processes in all; as many as there are free cores if left out.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
@@ -54,7 +160,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         UserError: If a value is out of range, or there are no unlabeled images for a method that needs them.
 
     Example:
-        >>> from mlpmatch_pl.data.shapes import shapes
+        >>> from mlpmatch_pl.data.datasets.shapes import shapes
         >>> data = shapes(labeled=4, train=16)
         >>> datamodule = SemiSupervisedDataModule(data, crop_size=64, batch_size=2, num_workers=0)
         >>> batch = next(iter(datamodule.train_dataloader()))[0]
@@ -99,8 +205,8 @@ class SemiSupervisedDataModule(LightningDataModule):
             )
         weak = WeakView(crop_size, (scale[0], scale[1]), ignore_index=data.ignore_index)
         num_classes = len(data.class_names)
-        self._labeled = LabeledViews(data.train, data.labeled_indices, num_classes, weak, seed, policy)
-        self._unlabeled = UnlabeledViews(
+        self._labeled = LabeledDataset(data.train, data.labeled_indices, num_classes, weak, seed, policy)
+        self._unlabeled = UnlabeledDataset(
             data.train,
             data.unlabeled,
             weak,
@@ -152,10 +258,10 @@ class SemiSupervisedDataModule(LightningDataModule):
                 check_share(name, source, world_size)
 
     def prepare_data(self) -> None:
-        """Check the files, see `mlpmatch_pl.data.checks.check_data`, and build the cache, once on a machine."""
+        """Validate the files with `validation.validate_dataset` and build the cache, once per machine."""
         if self._checked:
             return
-        sizes = check_data(self.data, self.crop_size, self._skips)
+        sizes = validate_dataset(self.data, self.crop_size, self._skips)
         if self.eval_batch_size > 1 and len(sizes) > 1:
             raise UserError(
                 f"expected evaluation images of one size for loader.eval_batch_size={self.eval_batch_size}, "
@@ -176,7 +282,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Return the paired loader; the first epoch after a resume starts where the run stopped."""
         (epoch, batch), self._resume = self._resume, (0, 0)
         if not self.method.uses_unlabeled:
-            sizes: dict[str, tuple[LabeledViews | UnlabeledViews, int]]
+            sizes: dict[str, tuple[LabeledDataset | UnlabeledDataset, int]]
             sizes = {"labeled": (self._labeled, self.images_per_step)}
         else:
             sizes = {
@@ -222,7 +328,13 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._resume = (epoch + 1, 0) if batch >= state_dict["batches"] else (epoch, batch)
 
     def _stream(
-        self, dataset: LabeledViews | UnlabeledViews, batch_size: int, name: str, epoch: int, batch: int, workers: int
+        self,
+        dataset: LabeledDataset | UnlabeledDataset,
+        batch_size: int,
+        name: str,
+        epoch: int,
+        batch: int,
+        workers: int,
     ) -> DataLoader[Any]:
         rank, world_size = self._place()
         num_samples = self.steps_per_epoch(world_size or current_place()[1]) * batch_size
@@ -231,12 +343,12 @@ class SemiSupervisedDataModule(LightningDataModule):
         sampler.start = batch * batch_size
         return self._loader(dataset, batch_size, sampler, workers, drop_last=True, collate_fn=collate)
 
-    def _whole(self, name: str, source: Source) -> DataLoader[Any]:
+    def _whole(self, name: str, source: ImageSource) -> DataLoader[Any]:
         rank, world_size = self._place()
         check_share(name, source, world_size or current_place()[1])
         sampler = ShardSampler(len(source), rank, world_size)
         workers = self._workers(1)["labeled"]
-        dataset = WholeImages(source, len(self.data.class_names), self.data.ignore_index)
+        dataset = EvalDataset(source, len(self.data.class_names), self.data.ignore_index)
         return self._loader(dataset, self.eval_batch_size, sampler, workers)
 
     def _loader(

@@ -1,4 +1,8 @@
-"""Finding and pairing files: below folders, or as list and CSV files name them."""
+"""Many file names in little memory: the names of a hundred thousand images as two tensors.
+
+A list of strings is copied into every worker process, a page at a time, because Python counts references inside the
+objects. Tensors are not: forked workers share their pages, and spawned ones get them as shared memory.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,49 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from mlpmatch_pl.data.file_source import Pair
-from mlpmatch_pl.data.image_reader import IMAGE_SUFFIXES
-from mlpmatch_pl.errors import UserError
+import numpy as np
+import torch
+
+from mlpmatch_pl.data.base import Image, Mask
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, ImageReader, stamp
+from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.utils.errors import UserError
 
 
-class Files:
+class PathTable:
+    """An immutable sequence of strings.
+
+    Args:
+        paths: The strings, as the file system gives them.
+
+    Example:
+        >>> table = PathTable(["images/a.jpg", "", "images/b.jpg"])
+        >>> len(table), table[2], list(table)
+        (3, 'images/b.jpg', ['images/a.jpg', '', 'images/b.jpg'])
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._text = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
+        self._ends = torch.from_numpy(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} paths")
+        index %= len(self)
+        start, end = self._ends[index : index + 2].tolist()
+        return os.fsdecode(self._text[start:end].numpy().tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+class FileIndex:
     """Finds and pairs the files below one or several roots.
 
     Args:
@@ -230,3 +270,67 @@ def _csv_rows(lines: Sequence[str], path: Path) -> Iterator[list[str]]:
     for row in rows:
         if image := (row["image"] or "").strip():
             yield [image, (row.get("mask") or "").strip()]
+
+
+class Pair(NamedTuple):
+    """An image and its mask, if it has one, as paths relative to a root (or absolute, outside of it)."""
+
+    image: str
+    mask: str | None
+
+
+class FileSource:
+    """Pairs of files, see `mlpmatch_pl.data.base.ImageSource`.
+
+    Args:
+        root: Folder that the paths are relative to.
+        pairs: The files.
+        read_image: Reads an image.
+        read_mask: Reads a mask.
+    """
+
+    def __init__(self, root: Path, pairs: Sequence[Pair], read_image: ImageReader, read_mask: MaskReader) -> None:
+        self.root, self.read_image, self.read_mask = str(root), read_image, read_mask
+        self._images = PathTable(pair.image for pair in pairs)
+        self._masks = PathTable(pair.mask or "" for pair in pairs)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """Return the image's path relative to the root."""
+        return self._images[index]
+
+    def pair(self, index: int) -> Pair:
+        """Return the paths of an image and its mask."""
+        return Pair(self._images[index], self._masks[index] or None)
+
+    def has_mask(self, index: int) -> bool:
+        """Tell whether an image has a mask."""
+        return bool(self._masks[index])
+
+    def listing(self, index: int) -> str:
+        """Return the line that names an image, and its mask if it has one, in a list file."""
+        image, mask = self.pair(index)
+        return f"{image}\t{mask}" if mask else image
+
+    def image(self, index: int) -> Image:
+        """Read an image, (H, W, channels)."""
+        return self.read_image(os.path.join(self.root, self._images[index]))
+
+    def mask(self, index: int) -> Mask:
+        """Read a mask, (H, W)."""
+        return self.read_mask(self._mask_path(index))
+
+    def stamp(self, index: int) -> str:
+        """Return what changes when the image, its mask, or how they are read changes."""
+        image = os.path.realpath(os.path.join(self.root, self._images[index]))
+        parts = [image, stamp(image), self.read_image.describe()]
+        if mask := self._masks[index]:
+            parts += [mask, stamp(os.path.join(self.root, mask)), self.read_mask.describe()]
+        return " ".join(parts)
+
+    def _mask_path(self, index: int) -> str:
+        if not (mask := self._masks[index]):
+            raise UserError(f"expected a mask for the image {self.name(index)}, but it has none")
+        return os.path.join(self.root, mask)

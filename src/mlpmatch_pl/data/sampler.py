@@ -9,8 +9,8 @@ import torch
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.seeding import mix
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.seeding import derive_seed
 
 
 def current_place() -> tuple[int, int]:
@@ -88,7 +88,7 @@ class StreamSampler(_Dealt):
             yield int(order[position]), self.epoch * total + position
 
     def _permutation(self, number: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(mix(self.seed, "permutation", number))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "permutation", number))
         return torch.randperm(self.size, generator=generator)
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.seeding import mix
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.seeding import derive_seed
 
 Choice = str | int | float
 _FRACTION = re.compile(r"(\d+)/(\d+)")
@@ -109,7 +109,7 @@ def choose(
             f"but got {spec}"
         )
     ordered = sorted(names)
-    random.Random(mix(seed, what)).shuffle(ordered)
+    random.Random(derive_seed(seed, what)).shuffle(ordered)
     label = f"{spec} (seed {seed}{', every class' if order else ''})"
     return Split(label, tuple(sorted((order(ordered) if order else ordered)[:count])))
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.errors import UserError
 
 DISTANCE = 0.02  # of the diagonal
 

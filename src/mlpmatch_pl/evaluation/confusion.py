@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.errors import UserError
 
 Absent = Literal["exclude", "zero"]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.seeding import mix
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.seeding import derive_seed
 
 
 class FeaturePerturbation:
@@ -37,7 +37,7 @@ class FeaturePerturbation:
         """Drop channels of each feature map, (B, D, H, W), independently."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator(features[0].device)
-        generator.manual_seed(mix(self.seed, "feature", step, rank))
+        generator.manual_seed(derive_seed(self.seed, "feature", step, rank))
         return tuple(self._drop(feature_BDHW, generator) for feature_BDHW in features)
 
     def _drop(self, feature_BDHW: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Input perturbation on a batch: CutMix boxes, and mixing a batch with its partner.
 
-The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.weak` and `strong`.
+The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.transforms.weak` and `strong`.
 """
 
 import itertools
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.seeding import mix
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def partner_shift(batch_size: int, seed: int, step: int) -> int:
         1
     """
     require_partner(batch_size)
-    return random.Random(mix(seed, "partner", step)).randrange(1, batch_size)
+    return random.Random(derive_seed(seed, "partner", step)).randrange(1, batch_size)
 
 
 def require_partner(batch_size: int) -> None:

@@ -22,8 +22,8 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from mlpmatch_pl.errors import UserError, suggest
-from mlpmatch_pl.seeding import mix
+from mlpmatch_pl.utils.errors import UserError, suggest
+from mlpmatch_pl.utils.seeding import derive_seed
 
 Stages = Sequence[Sequence[int]]
 """Indices of the blocks that may be deactivated, grouped by encoder stage."""
@@ -207,4 +207,4 @@ class NetworkPerturbation:
 
     def draw(self, stages: Stages, step: int) -> frozenset[int]:
         """Return the indices of the blocks to deactivate at a step (possibly none, for Bernoulli samplers)."""
-        return self._sample(stages, random.Random(mix(self.seed, "network", step)))
+        return self._sample(stages, random.Random(derive_seed(self.seed, "network", step)))

@@ -1,8 +1,7 @@
 """Image to logits, nothing else: timm encoders and decoders. Pure torch and timm."""
 
 from mlpmatch_pl.segmentor.deeplabv3plus import DeepLabV3Plus
-from mlpmatch_pl.segmentor.encoder import Encoder
-from mlpmatch_pl.segmentor.features import Features
+from mlpmatch_pl.segmentor.encoder import Encoder, Features
 from mlpmatch_pl.segmentor.segmentor import Segmentor
 
 __all__ = ["DeepLabV3Plus", "Encoder", "Features", "Segmentor"]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.segmentor.features import Features
+from mlpmatch_pl.segmentor.encoder import Features
+from mlpmatch_pl.utils.errors import UserError
 
 LOW_LEVEL_CHANNELS = 48
 # A typing error, or a checkpoint from somewhere, must not fill the memory.

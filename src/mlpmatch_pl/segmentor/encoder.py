@@ -1,22 +1,46 @@
-"""A timm model as an ordered list of residual blocks with feature taps.
+"""What an encoder hands to a decoder."""
 
-One small adapter for a family of models says where the stem, the stages and the unused classifier are.
-Parameter names stay timm's, so weight files load by name.
-"""
+from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
-from mlpmatch_pl.errors import UserError, suggest
 from mlpmatch_pl.perturbation.network import has_shortcut
-from mlpmatch_pl.segmentor.features import Features
-from mlpmatch_pl.segmentor.runners import PLAIN, BlockRunner, block_runner
+from mlpmatch_pl.segmentor.blocks import PLAIN, BlockRunner, block_runner
 from mlpmatch_pl.segmentor.weights import load_pretrained
+from mlpmatch_pl.utils.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Features:
+    """Feature maps of one batch, from low to high level.
+
+    Attributes:
+        levels: A map for each level, (B, D, H, W) with its own D, H and W.
+
+    Example:
+        >>> features = Features((torch.ones(3, 4, 8, 8), torch.ones(3, 6, 2, 2)))
+        >>> [tuple(level.shape) for level in Features.cat([features, features[1:]]).levels]
+        [(5, 4, 8, 8), (5, 6, 2, 2)]
+    """
+
+    levels: tuple[Tensor, ...]
+
+    def __getitem__(self, images: slice) -> Features:
+        """Select images of the batch."""
+        return Features(tuple(level[images] for level in self.levels))
+
+    @staticmethod
+    def cat(parts: Sequence[Features]) -> Features:
+        """Concatenate batches."""
+        return Features(tuple(torch.cat(levels) for levels in zip(*(part.levels for part in parts), strict=True)))
+
 
 OUTPUT_STRIDES = (8, 16, 32)
 NOTHING: frozenset[int] = frozenset()

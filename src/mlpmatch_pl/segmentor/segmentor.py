@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlpmatch_pl.errors import UserError
 from mlpmatch_pl.segmentor.deeplabv3plus import DeepLabV3Plus
-from mlpmatch_pl.segmentor.encoder import Encoder
-from mlpmatch_pl.segmentor.features import Features
+from mlpmatch_pl.segmentor.encoder import Encoder, Features
+from mlpmatch_pl.utils.errors import UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
-from mlpmatch_pl.checkpoint_files import refuse_inflated
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.checkpoint import refuse_inflated
+from mlpmatch_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Public benchmark data sets, as they lie on the disk after `python -m mlpmatch_pl.prepare`."""
+"""Descriptions of datasets: benchmarks, folders of your own, embedded scenes."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_data, find_root
-from mlpmatch_pl.data.file_source import Pair
-from mlpmatch_pl.data.files import Files
-from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.sources import SegmentationData
+from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.files import FileIndex, Pair
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.errors import UserError
 
 INFO = Benchmark(
     key="ade20k",
@@ -54,7 +53,7 @@ def ade20k(
 
     Args:
         root: The folder with these, or with ADEChallengeData2016 in it.
-        labeled: See `mlpmatch_pl.data.datasets.benchmark.Selection`.
+        labeled: See `mlpmatch_pl.data.datasets.base.Selection`.
         unlabeled: See there.
         val: See there.
         split_seed: See there.
@@ -66,7 +65,7 @@ def ade20k(
     base = find_root(root, "annotations", INFO, inside=("ADEChallengeData2016",))
     values: dict[int | str, int] = {0: 255, **{label + 1: label for label in range(len(INFO.class_names))}}
     train, own_val = _part(base, "training"), _part(base, "validation")
-    files = Files([base], "images", "annotations", known=[*train, *own_val])
+    files = FileIndex([base], "images", "annotations", known=[*train, *own_val])
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
     return benchmark_data(INFO, files, MaskReader(values), train, own_val, selection)
 

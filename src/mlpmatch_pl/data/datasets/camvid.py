@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_data, find_root
-from mlpmatch_pl.data.files import Files
-from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.sources import SegmentationData
+from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.files import FileIndex
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
 
 INFO = Benchmark(
@@ -40,7 +40,7 @@ def camvid(
 
     Args:
         root: The folder with these.
-        labeled: See `mlpmatch_pl.data.datasets.benchmark.Selection`.
+        labeled: See `mlpmatch_pl.data.datasets.base.Selection`.
         unlabeled: See there.
         val: See there.
         split_seed: See there.
@@ -49,7 +49,7 @@ def camvid(
     Raises:
         UserError: If files or lists are not there.
     """
-    files = Files([find_root(root, "splits", INFO)], "images", "masks")
+    files = FileIndex([find_root(root, "splits", INFO)], "images", "masks")
     train, own_val, test = (files.part(f"splits/{name}.txt") for name in ("train", "val", "test"))
     return benchmark_data(
         INFO, files, MaskReader(), train, own_val, Selection(labeled, unlabeled, val, split_seed, cover_classes), test

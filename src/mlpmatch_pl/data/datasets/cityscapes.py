@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_data, find_root
-from mlpmatch_pl.data.file_source import Pair
-from mlpmatch_pl.data.files import Files
-from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.sources import Mask, SegmentationData
+from mlpmatch_pl.data.base import Mask, SegmentationData
+from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.files import FileIndex, Pair
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.errors import UserError
 
 INFO = Benchmark(
     key="cityscapes",
@@ -63,7 +62,7 @@ def cityscapes(
 
     Args:
         root: The folder with these.
-        labeled: See `mlpmatch_pl.data.datasets.benchmark.Selection`; published lists are 1-30, 1-16, 1-8, 1-4 and 1-2.
+        labeled: See `mlpmatch_pl.data.datasets.base.Selection`; published lists are 1-30, 1-16, 1-8, 1-4 and 1-2.
         unlabeled: See there.
         val: See there.
         split_seed: See there.
@@ -78,7 +77,7 @@ def cityscapes(
         return name if (base / name).is_file() else name.replace(_TRAIN_IDS, _LABEL_IDS)
 
     train, own_val = _part(base, "train"), _part(base, "val")
-    files = Files([base], "leftImg8bit", "gtFine", [*train, *own_val], find_mask)
+    files = FileIndex([base], "leftImg8bit", "gtFine", [*train, *own_val], find_mask)
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
     return benchmark_data(INFO, files, CityscapesMasks(), train, own_val, selection)
 

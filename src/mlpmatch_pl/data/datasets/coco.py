@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_data, find_root
-from mlpmatch_pl.data.file_source import Pair
-from mlpmatch_pl.data.files import Files
-from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.sources import SegmentationData
+from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.files import FileIndex, Pair
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
-from mlpmatch_pl.errors import UserError
+from mlpmatch_pl.utils.errors import UserError
 
 INFO = Benchmark(
     key="coco",
@@ -49,7 +48,7 @@ def coco(
 
     Args:
         root: The folder with these.
-        labeled: See `mlpmatch_pl.data.datasets.benchmark.Selection`.
+        labeled: See `mlpmatch_pl.data.datasets.base.Selection`.
         unlabeled: See there.
         val: See there.
         split_seed: See there.
@@ -65,7 +64,7 @@ def coco(
     def find_mask(name: str) -> str:
         return masks.get(name.rpartition("/")[2], name)
 
-    files = Files([base], "train2017", "masks/train2017", [*train, *own_val], find_mask)
+    files = FileIndex([base], "train2017", "masks/train2017", [*train, *own_val], find_mask)
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
     return benchmark_data(INFO, files, MaskReader(), train, own_val, selection)
 

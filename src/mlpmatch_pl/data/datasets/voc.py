@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpmatch_pl.data.datasets.benchmark import Benchmark, Selection, benchmark_data, find_root
-from mlpmatch_pl.data.file_source import Pair
-from mlpmatch_pl.data.files import Files
-from mlpmatch_pl.data.mask_reader import MaskReader
-from mlpmatch_pl.data.sources import SegmentationData
+from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.files import FileIndex, Pair
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
-from mlpmatch_pl.errors import UserError
-from mlpmatch_pl.palette import default_palette
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.palette import default_palette
 
 INFO = Benchmark(
     key="voc",
@@ -46,7 +45,7 @@ def voc(
 
     Args:
         root: The folder with these, or with VOC2012 or VOCdevkit/VOC2012 in it.
-        labeled: See `mlpmatch_pl.data.datasets.benchmark.Selection`; published lists are 92, 183, 366, 732 and 1464 (of
+        labeled: See `mlpmatch_pl.data.datasets.base.Selection`; published lists are 92, 183, 366, 732 and 1464 (of
             VOC's own train set), blended/1-16, 1-8 and 1-4, and u2pl/1-16, 1-8 and 1-4.
         unlabeled: See there.
         val: See there.
@@ -59,7 +58,7 @@ def voc(
     """
     base = find_root(root, "JPEGImages", INFO, inside=("VOC2012", "VOCdevkit/VOC2012"))
     train, own_val = _image_set(base, image_set), _image_set(base, "val")
-    files = Files([base], "JPEGImages", "SegmentationClass", known=[*train, *own_val])
+    files = FileIndex([base], "JPEGImages", "SegmentationClass", known=[*train, *own_val])
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
     return benchmark_data(
         INFO, files, MaskReader(colors=INFO.palette, ignore_colors=(VOID_COLOR,)), train, own_val, selection

@@ -1,1 +1,0 @@
-"""What a training costs on this machine, see `mlpmatch_pl.benchmark`."""

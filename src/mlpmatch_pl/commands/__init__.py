@@ -1,0 +1,1 @@
+"""The commands: what `python -m mlpmatch_pl.<verb>` runs."""

@@ -1,0 +1,1 @@
+"""How fast a training will be here, and what slows it down."""

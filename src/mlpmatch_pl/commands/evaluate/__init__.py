@@ -1,0 +1,1 @@
+"""Evaluate a checkpoint on a dataset."""

@@ -1,0 +1,1 @@
+"""Write a checkpoint as ONNX, torch.export or safetensors."""

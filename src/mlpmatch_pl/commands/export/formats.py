@@ -1,0 +1,210 @@
+"""Formats that a segmentor is exported to: how a file is written, and how it is run.
+
+The smallest image is 33 x 33 pixels. At output stride 32 a smaller one becomes a single pixel of features, and
+torch.export takes a size of 1 for a constant, not for one value of a free size. Pad smaller images by their border, as
+`mlpmatch_pl.evaluation.predict_logits` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from timm.layers import AvgPool2dSame, Conv2dSame
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mlpmatch_pl.evaluation.sliding_window import SMALLEST
+from mlpmatch_pl.segmentor import Segmentor
+
+EXAMPLE = (2, 65, 97)  # batch, height, width; torch.export would take a batch of 1 for a constant
+Name = Literal["onnx", "torch_export", "safetensors"]
+Returns = Literal["logits", "probabilities"]
+InputDtype = Literal["float32", "uint8"]
+DTYPES: dict[InputDtype, torch.dtype] = {"float32": torch.float32, "uint8": torch.uint8}
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format.
+
+    Attributes:
+        suffixes: Suffix of the file, then of those that are written beside it.
+        packages: What it needs beyond this package's own dependencies.
+        write: Writes a segmentor and its config (see `mlpmatch_pl.commands.export.run.describe`) to a file.
+        read: Returns what a written file computes.
+    """
+
+    suffixes: tuple[str, ...]
+    packages: tuple[str, ...]
+    write: Callable[[Segmentor, dict[str, Any], Path], None]
+    read: Callable[[Path], Model]
+
+
+class ExportedModel(nn.Module):
+    """What goes into a file: images as they are stored to logits or probabilities at their size.
+
+    Args:
+        segmentor: The trained network, which is copied.
+        returns: ``logits`` or ``probabilities``.
+
+    Example:
+        >>> model = ExportedModel(Segmentor(5, "test_resnet", decoder_channels=8), "probabilities")
+        >>> model(torch.zeros(1, 3, 33, 40, dtype=torch.uint8)).sum(dim=1).allclose(torch.ones(1, 33, 40))
+        True
+    """
+
+    def __init__(self, segmentor: Segmentor, returns: str) -> None:
+        super().__init__()
+        self.segmentor = deepcopy(segmentor).eval()
+        # Channels-last weights, a choice for training, would be traced as copies between memory formats.
+        self.segmentor.to(memory_format=torch.contiguous_format)
+        replace_same_padding(self.segmentor)
+        self.probabilities = returns == "probabilities"
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Map (B, in_chans, H, W) to (B, num_classes, H, W), float32."""
+        logits: Tensor = self.segmentor(image_BCHW)
+        return logits.softmax(dim=1) if self.probabilities else logits
+
+
+class SamePadding(nn.Module):
+    """Zero padding of TensorFlow's kind, as timm's, but computed in whole numbers: torch.export.save refuses `ceil`.
+
+    Args:
+        kernel_size: Of the convolution or pooling that follows.
+        stride: Likewise.
+        dilation: Likewise.
+
+    Example:
+        >>> SamePadding((3, 3), (2, 2))(torch.zeros(1, 1, 6, 7)).shape
+        torch.Size([1, 1, 7, 9])
+    """
+
+    def __init__(
+        self, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+    ) -> None:
+        super().__init__()
+        self.windows = [((k - 1) * d + 1, s) for k, s, d in zip(kernel_size, stride, dilation, strict=True)]
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        """Pad so that ``size / stride``, rounded up, outputs follow; an odd pixel goes to the end."""
+        padding: list[Any] = []
+        for size, (window, stride) in zip(x_BDHW.shape[2:], self.windows, strict=True):
+            outputs = (size + stride - 1) // stride  # no negative number: ONNX divides those towards zero
+            total = torch.sym_max((outputs - 1) * stride + window - size, 0)
+            padding = [total // 2, total - total // 2, *padding]
+        return F.pad(x_BDHW, padding)
+
+
+def replace_same_padding(module: nn.Module) -> None:
+    """Replace timm's layers with padding of this kind by `SamePadding` and the plain layer, in place."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, AvgPool2dSame):
+            pool = nn.AvgPool2d(child.kernel_size, child.stride)
+            setattr(module, name, nn.Sequential(SamePadding(child.kernel_size, child.stride), pool))
+        elif isinstance(child, Conv2dSame):
+            padding = SamePadding(child.kernel_size, child.stride, child.dilation)
+            setattr(module, name, nn.Sequential(padding, _unpadded(child)))
+        else:
+            replace_same_padding(child)
+
+
+def _unpadded(same: Conv2dSame) -> nn.Conv2d:
+    conv = nn.Conv2d(
+        same.in_channels, same.out_channels, same.kernel_size, same.stride, dilation=same.dilation, groups=same.groups,
+        bias=same.bias is not None,
+    )  # fmt: skip
+    conv.load_state_dict(same.state_dict())
+    return conv
+
+
+def trace(segmentor: Segmentor, config: dict[str, Any]) -> ExportedProgram:
+    """Trace a segmentor for any batch and any height and width from 33.
+
+    Args:
+        segmentor: The trained network.
+        config: Says what to return, and the type of the images.
+    """
+    batch, *size = EXAMPLE
+    example = torch.zeros(batch, config["segmentor"]["in_chans"], *size, dtype=DTYPES[config["input_dtype"]])
+    program = torch.export.export(
+        ExportedModel(segmentor, config["returns"]),
+        (example,),
+        dynamic_shapes={"image_BCHW": _free_sizes()},
+        # Pooling in ceil mode (ResNet-D) asks for inequalities that hold for every size, but are too hard to prove.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)  # would write this machine's paths into the file
+    return program
+
+
+def _free_sizes() -> dict[int, Any]:
+    return {0: Dim("batch", min=1), 2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
+
+
+def _write_onnx(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
+    import onnx
+
+    program = torch.onnx.export(
+        trace(segmentor, config),
+        dynamo=True,
+        dynamic_shapes={"image_BCHW": _free_sizes()},  # for the names of the dimensions
+        input_names=["image"],
+        output_names=[config["returns"]],
+        verbose=False,
+    )
+    assert program is not None  # as always with dynamo=True
+    model = program.model_proto
+    for part in (model.graph, *model.graph.node, *model.graph.value_info):
+        part.ClearField("metadata_props")  # how PyTorch came to it, of no use to others
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in config.items()})
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+
+
+def _read_onnx(file: Path) -> Model:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    return lambda image_BCHW: torch.from_numpy(session.run(None, {"image": image_BCHW.numpy()})[0])
+
+
+def _write_program(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
+    torch.export.save(trace(segmentor, config), file, extra_files={"config.json": json.dumps(config)})
+
+
+def _read_program(file: Path) -> Model:
+    return torch.export.load(file).module()
+
+
+def _write_weights(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
+    state = {name: value.contiguous() for name, value in segmentor.state_dict().items()}
+    file.write_bytes(save(state, metadata={"config": json.dumps(config)}))  # save_file's are for their owner only
+    file.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_weights(file: Path) -> Model:
+    config = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    segmentor = Segmentor(**config["segmentor"]).eval()
+    segmentor.load_state_dict(load_file(file))
+    return segmentor
+
+
+FORMATS: dict[Name, Format] = {
+    "onnx": Format((".onnx",), ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
+    "torch_export": Format((".pt2",), (), _write_program, _read_program),
+    "safetensors": Format((".safetensors", ".json"), (), _write_weights, _read_weights),
+}

@@ -1,0 +1,229 @@
+"""A checkpoint in another format, compared with the checkpoint before the file gets its name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mlpmatch_pl
+from mlpmatch_pl.commands.export.formats import DTYPES, FORMATS, InputDtype, Model, Name, Returns
+from mlpmatch_pl.evaluation.sliding_window import SMALLEST
+from mlpmatch_pl.predictor import Predictor, load
+from mlpmatch_pl.segmentor import Segmentor
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
+
+log = logging.getLogger(__name__)
+
+PARITY = ((1, SMALLEST, SMALLEST), (3, 47, 78), (1, 128, 50), (2, 161, 131))  # batch, height, width; not the example
+TOLERANCE = 1e-4  # relative to the largest output, or to 1; float32 sums in another order differ by about 1e-6
+ROUNDING = 4  # so many times the checkpoint's own rounding error is not held against a file, either
+ARGUMENTS = ("num_classes", "backbone", "in_chans", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and how.
+
+    Attributes:
+        checkpoint: A checkpoint of a training.
+        format: ``onnx``, ``torch_export`` or ``safetensors``.
+        output: File to write; None for the checkpoint's name with the suffix of the format.
+        returns: ``logits`` or ``probabilities``; ``logits`` for safetensors, which holds weights only.
+        input_dtype: ``float32`` or ``uint8``, type of the images that go in, with values as they are stored.
+        overwrite: Replace files that exist.
+
+    Raises:
+        UserError: If they do not go together.
+
+    Example:
+        >>> ExportOptions(Path("run/best.ckpt"), "onnx").path.as_posix()
+        'run/best.onnx'
+        >>> ExportOptions(Path("run/best.ckpt"), "onnx", output=Path("model.pt2"))
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected an output with the suffix .onnx for format=onnx, but got ...
+    """
+
+    checkpoint: Path
+    format: Name = "onnx"
+    output: Path | None = None
+    returns: Returns = "logits"
+    input_dtype: InputDtype = "float32"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.path.suffix != (suffix := FORMATS[self.format].suffixes[0]):
+            raise UserError(
+                f"expected an output with the suffix {suffix} for format={self.format}, but got {self.path}; "
+                "change output or format"
+            )
+        if self.format == "safetensors" and self.returns != "logits":
+            raise UserError(
+                f"expected returns=logits for format=safetensors, which holds weights only, but got {self.returns}; "
+                "leave it out, or choose another format"
+            )
+
+    @property
+    def path(self) -> Path:
+        """The file to write."""
+        return self.output or self.checkpoint.with_suffix(FORMATS[self.format].suffixes[0])
+
+
+class Parity(NamedTuple):
+    """How an exported file compares with its checkpoint, over images of several sizes and batches.
+
+    Attributes:
+        difference: Largest absolute difference of the outputs.
+        rounding: Largest absolute difference of the checkpoint's outputs from those computed in float64.
+        largest: Largest absolute output of the checkpoint.
+        equal_classes: Share of the pixels with the same class, 0..1.
+    """
+
+    difference: float
+    rounding: float
+    largest: float
+    equal_classes: float
+
+
+def export_checkpoint(options: ExportOptions) -> Parity:
+    """Write a checkpoint in another format, compare the file with it, and log the comparison.
+
+    Args:
+        options: What to export, and how.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: If a package is missing, a file would be written over, the checkpoint cannot be read, or the file
+            differs from the checkpoint; then nothing is left behind.
+    """
+    form, path = FORMATS[options.format], options.path
+    _require_packages(options.format)
+    if not options.overwrite:
+        refuse_overwrite(map(path.with_suffix, form.suffixes), OTHER_OUTPUT)
+    predictor = load(options.checkpoint, device="cpu")
+    segmentor, config = predictor.module.segmentor, describe(predictor, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _finished_files(path.parent) as folder:
+        form.write(segmentor, config, folder / path.name)
+        parity = compare(segmentor, form.read(folder / path.name), config)
+        _refuse_difference(parity, options)
+    sizes = ", ".join(" x ".join(map(str, size)) for size in PARITY)
+    log.info("%s: %.1f MB, from %s", path, path.stat().st_size / 1e6, options.checkpoint)
+    log.info(
+        "compared with the checkpoint on images (batch x height x width) of %s: %s differ by at most %.1e (the "
+        "largest is %.3g; the checkpoint's own differ by %.1e from float64), equal classes on %.4f %% of the pixels",
+        sizes, options.returns, parity.difference, parity.largest, parity.rounding, 100 * parity.equal_classes,
+    )  # fmt: skip
+    return parity
+
+
+def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
+    """Return what a file carries about itself, as plain data.
+
+    Returns:
+        The arguments of `Segmentor` (mean, std and in_chans among them), class_names, palette, bit_depth of the
+        training's images, what the file takes and returns, and the version of this package.
+
+    Raises:
+        UserError: If the images of the training do not fit into the input's type.
+    """
+    if predictor.bit_depth > 8 and options.input_dtype == "uint8":
+        raise UserError(
+            f"expected input_dtype=float32 for {options.checkpoint}, which was trained on {predictor.bit_depth}-bit "
+            "images, but got uint8; leave it out"
+        )
+    return {
+        "segmentor": {key: _plain(predictor.module.hparams[key]) for key in ARGUMENTS},
+        "class_names": list(predictor.class_names),
+        "palette": _plain(predictor.colors),
+        "bit_depth": predictor.bit_depth,
+        "input_dtype": options.input_dtype,
+        "smallest_size": SMALLEST,
+        "returns": options.returns,
+        "mlpmatch_pl": mlpmatch_pl.__version__,
+    }
+
+
+@torch.no_grad()
+def compare(segmentor: Segmentor, exported: Model, config: dict[str, Any]) -> Parity:
+    """Compare a file with its checkpoint on random images whose sizes and batches tracing has not seen.
+
+    Args:
+        segmentor: The checkpoint's, in eval mode.
+        exported: What the file computes.
+        config: See `describe`.
+    """
+    precise = deepcopy(segmentor).double()
+    probabilities = config["returns"] == "probabilities"
+    difference, rounding, largest, equal, pixels = 0.0, 0.0, 0.0, 0, 0
+    for seed, size in enumerate(PARITY):
+        image_BCHW = _random_image(size, seed, config)
+        expected_BCHW, precise_BCHW = segmentor(image_BCHW), precise(image_BCHW)
+        if probabilities:
+            expected_BCHW, precise_BCHW = expected_BCHW.softmax(dim=1), precise_BCHW.softmax(dim=1)
+        rounding = max(rounding, float((expected_BCHW - precise_BCHW).abs().max()))
+        largest = max(largest, float(expected_BCHW.abs().max()))
+        found_BCHW = exported(image_BCHW)
+        if found_BCHW.shape != expected_BCHW.shape or not found_BCHW.isfinite().all():
+            return Parity(float("inf"), rounding, largest, 0.0)
+        difference = max(difference, float((found_BCHW - expected_BCHW).abs().max()))
+        equal += int((found_BCHW.argmax(dim=1) == expected_BCHW.argmax(dim=1)).sum())
+        pixels += expected_BCHW[:, 0].numel()
+    return Parity(difference, rounding, largest, equal / pixels)
+
+
+def _random_image(size: tuple[int, int, int], seed: int, config: dict[str, Any]) -> Tensor:
+    """Draw blobs with noise over the whole range of values: noise alone averages out to one class."""
+    rng = torch.Generator().manual_seed(seed)
+    (batch, height, width), channels = size, config["segmentor"]["in_chans"]
+    blobs = torch.rand(batch, channels, height // 16 + 1, width // 16 + 1, generator=rng)
+    noise = torch.rand(batch, channels, height, width, generator=rng)
+    image_BCHW = 0.8 * F.interpolate(blobs, size=(height, width), mode="bilinear") + 0.2 * noise
+    highest = 2 ** config["bit_depth"] - 1
+    stored_BCHW: Tensor = (image_BCHW * highest).round().to(DTYPES[config["input_dtype"]])
+    return stored_BCHW
+
+
+def _refuse_difference(parity: Parity, options: ExportOptions) -> None:
+    if not parity.difference <= max(TOLERANCE * max(parity.largest, 1.0), ROUNDING * parity.rounding):
+        raise UserError(
+            f"expected a file with the {options.returns} of {options.checkpoint}, but in {options.format} they differ "
+            f"by up to {parity.difference:.2g} (the largest is {parity.largest:.3g}), so nothing was kept; try another "
+            "format or another version of PyTorch"
+        )
+
+
+def _require_packages(name: Name) -> None:
+    missing = [package for package in FORMATS[name].packages if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"expected {', '.join(missing)} to be installed for format={name}; run: pip install 'mlpmatch_pl[export]'"
+        )
+
+
+@contextmanager
+def _finished_files(folder: Path) -> Iterator[Path]:
+    """Give a place to write to; what is in it moves to the folder if nothing fails, and is gone otherwise."""
+    with TemporaryDirectory(prefix=".export-", dir=folder) as unfinished:
+        yield Path(unfinished)
+        for file in Path(unfinished).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""Predict masks for image files."""

@@ -1,0 +1,172 @@
+"""Which images are predicted, and which files are written of them."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from mlpmatch_pl.data.base import Image
+from mlpmatch_pl.data.files import image_files
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Colors, colorize, to_rgb
+
+Array = NDArray[Any]
+PNG_LEVEL = 1  # the default, 6, takes 3.5 times the time for an overlay of a photograph, which becomes no smaller
+
+Kind = Literal["index", "color", "overlay", "confidence", "probabilities"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What can be written of an image: each kind in a folder of its own, so that ``index`` is a mask folder as it is."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to predict.
+
+    Attributes:
+        path: The file.
+        name: Its path below the input folder, without suffix.
+
+    Example:
+        >>> ImageFile(Path("photos/day/a.b.jpg"), "day/a.b").output(Path("out"), "index").as_posix()
+        'out/index/day/a.b.png'
+    """
+
+    path: Path
+    name: str
+
+    def output(self, folder: Path, kind: str) -> Path:
+        """Return the file of a kind below the output folder."""
+        return folder / kind / f"{self.name}{'.npz' if kind == 'probabilities' else '.png'}"
+
+
+def find_images(pattern: str, output: Path) -> list[ImageFile]:
+    """Return the images that a file, a folder (with its sub-folders) or a glob pattern names, sorted.
+
+    Args:
+        pattern: The file, folder or pattern; ``**`` stands for any folders.
+        output: Folder to write to: what an earlier run has written to it is no input.
+
+    Raises:
+        UserError: If there are none.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [_named(path, path.parent)]
+    if path.is_dir():
+        found, base = map(Path, image_files(str(path))), path
+    elif glob.has_magic(pattern):
+        found, base = map(Path, glob.glob(str(path), recursive=True)), _plain_part(path)
+    else:
+        raise UserError(f"expected input as an image file, a folder or a glob pattern, but {pattern} does not exist")
+    written = [os.path.abspath(output / kind) + os.sep for kind in KINDS]
+    images = [
+        _named(path, base)
+        for path in sorted(found)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not os.path.abspath(path).startswith(tuple(written))
+    ]
+    if not images:
+        raise UserError(
+            f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in input={pattern}, but found none; name another "
+            f"file, folder or pattern outside of what is written to {output}"
+        )
+    return images
+
+
+def refuse_same_outputs(images: Iterable[ImageFile]) -> None:
+    """Refuse two images that would write one file.
+
+    Raises:
+        UserError: With the names of the first two.
+    """
+    first: dict[str, Path] = {}
+    for image in images:
+        if image.name in first:
+            raise UserError(
+                f"expected images whose names differ without suffix, but {first[image.name]} and {image.path} would "
+                "write one file; rename one, or predict them into different folders"
+            )
+        first[image.name] = image.path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is known of an image.
+
+    Attributes:
+        image_HWC: As stored.
+        label_HW: Classes, uint8.
+        confidence_HW: Probability of the class, float32.
+        probability_CHW: float32, if it is wanted.
+    """
+
+    image_HWC: Image
+    label_HW: Array
+    confidence_HW: Array
+    probability_CHW: Array | None
+
+
+def encode(prediction: Prediction, kind: str, colors: Colors, opacity: float) -> bytes:
+    """Return the content of a file of one of the `KINDS`."""
+    buffer = io.BytesIO()
+    if kind == "probabilities":
+        np.savez(buffer, probabilities=prediction.probability_CHW)  # type: ignore[arg-type]
+    else:
+        _draw(prediction, kind, colors, opacity).save(buffer, format="PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def _draw(prediction: Prediction, kind: str, colors: Colors, opacity: float) -> PILImage.Image:
+    if kind == "index":
+        picture = PILImage.fromarray(prediction.label_HW)
+        table = np.full((256, 3), IGNORED_COLOR, np.uint8)
+        table[: len(colors)] = colors
+        picture.putpalette(table.tobytes())  # L becomes P; the values stay
+        return picture
+    if kind == "confidence":
+        return PILImage.fromarray((prediction.confidence_HW * 255).round().astype(np.uint8))
+    color_HWC = colorize(prediction.label_HW, colors)
+    if kind == "overlay":
+        blended = (1 - opacity) * to_rgb(prediction.image_HWC).astype(np.float32) + opacity * color_HWC
+        color_HWC = blended.round().astype(np.uint8)
+    return PILImage.fromarray(color_HWC)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all, so that an interruption leaves no half of one."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"expected to write {path}, but {error.strerror or error}; mend that, or choose another output"
+        ) from error
+
+
+def _named(path: Path, base: Path) -> ImageFile:
+    return ImageFile(path, os.path.splitext(os.path.relpath(path, base))[0])
+
+
+def _plain_part(pattern: Path) -> Path:
+    """Return the folder that all matches of a pattern are below.
+
+    Example:
+        >>> _plain_part(Path("photos/day*/x/*.jpg")).as_posix()
+        'photos'
+    """
+    parts = pattern.parts
+    count = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:count])

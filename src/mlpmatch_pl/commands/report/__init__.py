@@ -1,0 +1,1 @@
+"""Tables, plots and an HTML page from the folders of finished runs."""

@@ -1,0 +1,149 @@
+"""What a data set is to this package: named images with masks, as arrays.
+
+A source knows nothing of splits, views, batches or Lightning. Write one for data that `folder` cannot read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.palette import default_palette
+
+Image = NDArray[np.uint8] | NDArray[np.uint16]
+Mask = NDArray[np.uint8]
+
+
+class ImageSource(Protocol):
+    """Named images, some of them with masks."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def name(self, index: int) -> str:
+        """Return a stable name, as split lists and messages use it."""
+
+    def image(self, index: int) -> Image:
+        """Return an image, uint8 or uint16, (H, W, channels); RGB if there are three."""
+
+    def mask(self, index: int) -> Mask:
+        """Return the mask, uint8, (H, W): 0..C-1 or the ignore index. Asked of labeled and evaluated images only."""
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """A data set, split.
+
+    Attributes:
+        class_names: A name for each class, in the order of the mask values.
+        train: Labeled and unlabeled training images.
+        labeled: The training images whose masks are used, a named list.
+        unlabeled: Indices into ``train`` of the images that are used without mask.
+        val: Images to choose a checkpoint by.
+        test: Images to report on, if there are any beside ``val``.
+        ignore_index: Mask value of pixels that do not count.
+        palette: An RGB color for each class.
+        in_chans: Channels of an image.
+        bit_depth: Bits a channel, 8 or 16.
+        notes: What a user should know of how the sets came about, a sentence each.
+    """
+
+    class_names: tuple[str, ...]
+    train: ImageSource
+    labeled: Split
+    unlabeled: tuple[int, ...]
+    val: ImageSource
+    test: ImageSource | None = None
+    ignore_index: int = 255
+    palette: tuple[tuple[int, int, int], ...] = ()
+    in_chans: int = 3
+    bit_depth: int = 8
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def labeled_indices(self) -> tuple[int, ...]:
+        """Indices into ``train`` of the labeled images, in the order of the list."""
+        index = {self.train.name(i): i for i in range(len(self.train))}
+        return tuple(index[name] for name in self.labeled.names)
+
+    @property
+    def colors(self) -> tuple[tuple[int, int, int], ...]:
+        """The palette, or distinct colors where none is given."""
+        return self.palette or default_palette(len(self.class_names))
+
+
+def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
+    """Check the names of the classes.
+
+    Raises:
+        UserError: If there are fewer than two, a name comes twice, or the ignore index is one of the classes.
+
+    Example:
+        >>> class_list(["road", "sky"], 255)
+        ('road', 'sky')
+    """
+    if isinstance(classes, str):
+        raise UserError(
+            f"expected a list of class names, but got {classes!r}; write 'dataset.classes=[background,road]'"
+        )
+    names = tuple(str(name) for name in classes)
+    if len(names) < 2:
+        raise UserError(
+            f"expected at least 2 class names, background included, but got {list(names)}; "
+            "set dataset.classes, as in 'dataset.classes=[background,road]'"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"expected different class names, but got {list(names)}")
+    if not len(names) <= ignore_index <= 255:
+        raise UserError(
+            f"expected an ignore value from {len(names)} (the number of classes) to 255, but got {ignore_index}"
+        )
+    return names
+
+
+def require_same_size(image: Image, mask: Mask, name: str) -> None:
+    """Refuse a mask of another size than its image.
+
+    Raises:
+        UserError: With the name of the image, and both sizes.
+    """
+    if image.shape[:2] != mask.shape:
+        raise UserError(
+            f"expected image and mask of the same size, but {name} is {image.shape[1]} x {image.shape[0]} and its mask "
+            f"{mask.shape[1]} x {mask.shape[0]} pixels"
+        )
+
+
+def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) -> None:
+    """Refuse a mask with values that are no classes.
+
+    Raises:
+        UserError: With the name of the image, and the values.
+
+    Example:
+        >>> require_classes(np.full((2, 2), 7, np.uint8), "a.png", 7, 255)
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected mask values 0..6 or 255 (ignore), but the mask of a.png has 7; ...
+    """
+    wrong = (mask >= num_classes) & (mask != ignore_index)
+    if wrong.any():
+        values = np.unique(mask[wrong])[:5]
+        raise UserError(
+            f"expected mask values 0..{num_classes - 1} or {ignore_index} (ignore), but the mask of {name} has "
+            f"{', '.join(map(str, values))}; correct the mask, dataset.classes or dataset.ignore_index, or map the "
+            "values by dataset.mask_values"
+        )
+
+
+def has_mask(source: ImageSource, index: int) -> bool:
+    """Tell whether an image has a mask; a source says so by a method of this name, else it has none."""
+    tell = getattr(source, "has_mask", None)
+    return bool(tell and tell(index))

@@ -1,0 +1,227 @@
+"""Which files are labeled, unlabeled, for validation and for testing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlpmatch_pl.data.base import SegmentationData, class_list
+from mlpmatch_pl.data.files import FileIndex, FileSource, Pair
+from mlpmatch_pl.data.readers.image import ImageReader
+from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.data.splits import Choice, Split, choose, cover_first, is_path
+from mlpmatch_pl.utils.cpu import reader_threads
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.palette import require_colors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the files of a data set are like.
+
+    Attributes:
+        class_names: Names of the classes, in the order of the mask values.
+        read_image: Reads an image.
+        read_mask: Reads a mask.
+        palette: An RGB color for each class, for pictures.
+        ignore_index: Mask value of pixels that do not count.
+    """
+
+    class_names: tuple[str, ...]
+    read_image: ImageReader
+    read_mask: MaskReader
+    palette: tuple[tuple[int, int, int], ...] = ()
+    ignore_index: int = 255
+
+
+@dataclass(frozen=True)
+class LabelSelection:
+    """How the labeled and unlabeled images are chosen.
+
+    Attributes:
+        labeled: Fraction, count, list file or folder; all that have a mask if None.
+        unlabeled: List files or folders; the rest of the training images if empty.
+        seed: Seed of a choice by fraction or count.
+        cover_classes: Whether a choice by fraction or count starts with images that together hold every class.
+        label: What the labeled list is called in results; its path if left out.
+    """
+
+    labeled: Choice | None = None
+    unlabeled: tuple[str, ...] = ()
+    seed: int = 0
+    cover_classes: bool = False
+    label: str | None = None
+
+
+def layout(
+    classes: Sequence[str], palette: Sequence[Sequence[int]] | None, read_image: ImageReader, read_mask: MaskReader
+) -> Layout:
+    """Check classes and palette.
+
+    Raises:
+        UserError: If class names, ignore index or palette are wrong.
+    """
+    if palette is not None and len(palette) != len(classes):
+        raise UserError(f"expected {len(classes)} colors in dataset.palette, one a class, but got {len(palette)}")
+    names = class_list(classes, read_mask.ignore_index)
+    require_colors("dataset.palette", palette or ())
+    colors = tuple((red, green, blue) for red, green, blue in palette or ())
+    return Layout(names, read_image, read_mask, colors, read_mask.ignore_index)
+
+
+def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: Choice) -> tuple[list[Pair], list[Pair]]:
+    """Take validation images out of the training images.
+
+    Args:
+        files: Where they are.
+        pairs: The training images.
+        wanted: The labeled images, which are not chosen by a fraction or count.
+        val: Fraction or count of the images with masks, or a list file or folder.
+
+    Returns:
+        What is left for training, and the validation images.
+    """
+    if is_path(val):
+        val_pairs = files.with_masks(files.part(str(val)), {})
+        listed = {pair.image for pair in val_pairs}
+        return [pair for pair in pairs if pair.image not in listed], val_pairs
+    fixed = {pair.image for pair in files.part(str(wanted.labeled))} if is_path(wanted.labeled) else set()
+    candidates = [pair.image for pair in pairs if pair.mask and pair.image not in fixed]
+    _require_masks(files, candidates)
+    chosen = set(choose(candidates, val, wanted.seed, "val").names)
+    return [pair for pair in pairs if pair.image not in chosen], [pair for pair in pairs if pair.image in chosen]
+
+
+def select(
+    files: FileIndex, form: Layout, train: list[Pair], val: list[Pair], test: list[Pair], wanted: LabelSelection
+) -> SegmentationData:
+    """Choose the labeled and unlabeled images, and describe the data set.
+
+    Raises:
+        UserError: If a list, choice or overlap is wrong. Files' contents are checked by `checks`.
+    """
+    pairs = {pair.image: pair for pair in train}
+    split = _labeled(files, form, pairs, wanted)
+    _refuse_overlap(split.names, val, "validation")
+    _refuse_overlap(split.names, test, "test")
+    held_out = {pair.image for pair in (*val, *test)}
+    unlabeled, notes = _unlabeled(files, pairs, split, wanted, held_out)
+    if both := sorted({pair.image for pair in val} & {pair.image for pair in test}):
+        notes += (f"{both[0]} is a validation image and a test image ({len(both)} in all)",)
+    ordered = list(pairs.values())
+
+    def source(chosen: list[Pair]) -> FileSource:
+        return FileSource(files.base, chosen, form.read_image, form.read_mask)
+
+    return SegmentationData(
+        class_names=form.class_names,
+        train=source(ordered),
+        labeled=split,
+        unlabeled=tuple(index for index, pair in enumerate(ordered) if pair.image in unlabeled),
+        val=source(val),
+        test=source(test) if test else None,
+        ignore_index=form.ignore_index,
+        palette=form.palette,
+        in_chans=form.read_image.in_chans,
+        bit_depth=form.read_image.bit_depth,
+        notes=notes,
+    )
+
+
+def _labeled(files: FileIndex, form: Layout, pairs: dict[str, Pair], wanted: LabelSelection) -> Split:
+    """Choose the labeled images; those of a list are added to the pairs."""
+    if is_path(wanted.labeled):
+        # A list of bare names finds the masks of the training set.
+        listed = files.with_masks(files.part(str(wanted.labeled)), pairs)
+        if bare := [pair.image for pair in listed if not pair.mask]:
+            raise UserError(f"expected a mask for every image in {wanted.labeled}, but {bare[0]} has none")
+        pairs |= {pair.image: pair for pair in listed}
+        return Split(wanted.label or str(wanted.labeled), tuple(pair.image for pair in listed))
+    masked = [name for name, pair in pairs.items() if pair.mask]
+    _require_masks(files, masked)
+    if wanted.labeled is None:
+        return Split("all", tuple(sorted(masked)))
+    if not wanted.cover_classes:
+        return choose(masked, wanted.labeled, wanted.seed)
+    classes = _classes_in(files.base, form, [pairs[name] for name in sorted(masked)])
+    split = choose(masked, wanted.labeled, wanted.seed, order=lambda names: cover_first(names, classes))
+    there, covered = ({label for name in names for label in classes[name]} for names in (masked, split.names))
+    if missing := sorted(there - covered):
+        raise UserError(
+            f"expected enough labeled images to hold every class, but {len(split.names)} hold no "
+            f"{form.class_names[missing[0]]} ({len(missing)} classes in all); raise dataset.labeled, or leave out "
+            "dataset.cover_classes"
+        )
+    return split
+
+
+def _require_masks(files: FileIndex, masked: Sequence[str]) -> None:
+    if not masked:
+        raise UserError(
+            f"expected masks for some training images below {files.base / files.masks}, but none was found; "
+            "a mask has its image's path and name, with its own suffix"
+        )
+
+
+def _unlabeled(
+    files: FileIndex, pairs: dict[str, Pair], split: Split, wanted: LabelSelection, held_out: set[str]
+) -> tuple[set[str], tuple[str, ...]]:
+    """Choose the unlabeled images; those of lists and folders are added to the pairs."""
+    taken, notes = set(split.names), []
+    candidates = set(pairs)
+    if wanted.unlabeled:
+        listed = _listed_unlabeled(files, wanted, taken)
+        candidates = {pair.image for pair in listed}
+        if unused := sorted(set(pairs) - candidates - taken - held_out):
+            notes.append(
+                f"{unused[0]} is a training image, but neither labeled nor in dataset.unlabeled ({len(unused)} in "
+                "all); it is not used"
+            )
+        for pair in listed:
+            pairs.setdefault(pair.image, pair)
+    if left_out := sorted(candidates & held_out):
+        notes.append(
+            f"{left_out[0]} is a training image and a validation or test image ({len(left_out)} in all); it is left "
+            "out of the training images"
+        )
+    return candidates - held_out - taken, tuple(notes)
+
+
+def _listed_unlabeled(files: FileIndex, wanted: LabelSelection, labeled: set[str]) -> list[Pair]:
+    """Read the unlabeled lists and folders; labeled images are taken out of folders, but refused in a list."""
+    listed = []
+    for name in wanted.unlabeled:
+        part = files.part(name, with_masks=False)
+        both = sorted(labeled & {pair.image for pair in part})
+        if both and is_path(wanted.labeled) and not files.is_folder(name):
+            raise UserError(f"expected labeled and unlabeled images to differ, but {both[0]} is in both lists")
+        listed += part
+    return listed
+
+
+def _classes_in(base: Path, form: Layout, pairs: list[Pair]) -> dict[str, frozenset[int]]:
+    """Read which classes are in each mask."""
+    log.info("reading %d masks for dataset.cover_classes", len(pairs))
+    source = FileSource(base, pairs, form.read_image, form.read_mask)
+
+    def read(index: int) -> frozenset[int]:
+        counts = np.bincount(source.mask(index).ravel(), minlength=len(form.class_names))
+        return frozenset(np.flatnonzero(counts[: len(form.class_names)]).tolist())
+
+    with ThreadPoolExecutor(reader_threads()) as pool:
+        return dict(zip((pair.image for pair in pairs), pool.map(read, range(len(pairs))), strict=True))
+
+
+def _refuse_overlap(labeled: Iterable[str], held_out: Iterable[Pair], what: str) -> None:
+    if both := sorted(set(labeled) & {pair.image for pair in held_out}):
+        raise UserError(
+            f"expected labeled and {what} images to differ, but {both[0]} is in both ({len(both)} in all); "
+            "remove them from one list"
+        )

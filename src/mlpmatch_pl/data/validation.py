@@ -1,0 +1,292 @@
+"""Reading files once, in parallel, and what was found in each."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpmatch_pl.data.base import Image, ImageSource, Mask, SegmentationData, require_classes, require_same_size
+from mlpmatch_pl.utils.cpu import reader_threads
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.seeding import evenly_spaced
+
+log = logging.getLogger(__name__)
+
+PARTS = ("labeled", "val", "test", "unlabeled")
+IN_FLIGHT = 256  # files read ahead of their results being taken
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file to read: which part it belongs to, and where it is."""
+
+    part: str
+    source: ImageSource
+    index: int
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What was found in an image and, unless it is unlabeled, its mask.
+
+    Attributes:
+        part: labeled, unlabeled, val or test.
+        name: The image's name.
+        problem: What training would stumble over, as a sentence; the rest is empty then.
+        size: Height and width.
+        digest: Hash of the decoded image, if it was asked for: equal for copies under other names or formats.
+        pixels_C1: Pixels of each class, and last those that do not count; None for unlabeled images.
+        channel_sums: Sum and sum of squares of each channel, if asked for, (2, channels).
+    """
+
+    part: str
+    name: str
+    problem: str | None = None
+    size: tuple[int, int] = (0, 0)
+    digest: str = ""
+    pixels_C1: NDArray[np.int64] | None = None
+    channel_sums: NDArray[np.float64] | None = None
+
+
+def all_jobs(data: SegmentationData) -> list[Job]:
+    """List every file that training and evaluation will read: those with masks first, so that errors are found soon."""
+    jobs = [Job("labeled", data.train, index) for index in data.labeled_indices]
+    jobs += [Job("val", data.val, index) for index in range(len(data.val))]
+    if data.test is not None:
+        jobs += [Job("test", data.test, index) for index in range(len(data.test))]
+    return jobs + [Job("unlabeled", data.train, index) for index in data.unlabeled]
+
+
+def sample(jobs: Sequence[Job], limit: int) -> list[Job]:
+    """Take at most ``limit`` jobs: of every part alike, spread evenly over it.
+
+    Example:
+        >>> jobs = [Job("val", None, index) for index in range(9)]
+        >>> [job.index for job in sample(jobs, 3)]
+        [0, 4, 8]
+    """
+    parts = [[job for job in jobs if job.part == part] for part in PARTS]
+    taken: list[Job] = []
+    for number, part in enumerate(sorted(filter(None, parts), key=len), 1):
+        left = sum(bool(other) for other in parts) - number + 1
+        count = min(len(part), (limit - len(taken)) // left)
+        taken += evenly_spaced(part, count)
+    return sorted(taken, key=lambda job: (PARTS.index(job.part), job.index))
+
+
+def inspect(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iterator[Inspected]:
+    """Read files in parallel, and yield what was found in the order of the jobs.
+
+    Args:
+        data: The data set.
+        jobs: Which files.
+        thorough: Whether to hash images and add up their channels, too.
+    """
+    look = _inspector(data, thorough)
+    with ThreadPoolExecutor(reader_threads()) as pool:  # decoding releases the interpreter lock
+        try:
+            for start in range(0, len(jobs), IN_FLIGHT):
+                yield from pool.map(look, jobs[start : start + IN_FLIGHT])
+        finally:  # the caller may stop at the first problem
+            pool.shutdown(cancel_futures=True)
+
+
+def _inspector(data: SegmentationData, thorough: bool) -> Callable[[Job], Inspected]:
+    def look(job: Job) -> Inspected:
+        name = job.source.name(job.index)
+        try:
+            image = job.source.image(job.index)
+            pixels = None if job.part == "unlabeled" else _count(data, name, image, job.source.mask(job.index))
+        except UserError as error:
+            return Inspected(job.part, name, str(error))
+        details: dict[str, Any] = {}
+        if thorough:
+            details = {"digest": _digest(image), "channel_sums": _channel_sums(image)}
+        return Inspected(job.part, name, None, (image.shape[0], image.shape[1]), pixels_C1=pixels, **details)
+
+    return look
+
+
+def _count(data: SegmentationData, name: str, image: Image, mask: Mask) -> NDArray[np.int64]:
+    """Count the pixels of each class, and those that do not count."""
+    num_classes = len(data.class_names)
+    require_same_size(image, mask, name)
+    require_classes(mask, name, num_classes, data.ignore_index)
+    counts = np.bincount(mask.ravel(), minlength=256)
+    return np.append(counts[:num_classes], counts[data.ignore_index])
+
+
+def _digest(image: Image) -> str:
+    hashed = hashlib.blake2b(str((image.shape, image.dtype)).encode(), digest_size=16)
+    hashed.update(np.ascontiguousarray(image).data)
+    return hashed.hexdigest()
+
+
+def _channel_sums(image: Image) -> NDArray[np.float64]:
+    pixels = image.reshape(-1, image.shape[2])
+    if image.dtype != np.uint8:
+        values = pixels.astype(np.float64)
+        return np.stack([values.sum(0), (values**2).sum(0)])
+    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T])  # exact, and faster than floats
+    levels = np.arange(256, dtype=np.float64)
+    return np.stack([counts @ levels, counts @ levels**2])
+
+
+MOST_FILES = 2000  # that are read at the start of a training
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or that a user should know.
+
+    Attributes:
+        is_error: Whether training refuses it.
+        message: A sentence.
+    """
+
+    is_error: bool
+    message: str
+
+
+def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = False) -> set[tuple[int, int]]:
+    """Read the files that will be used, or 2,000 of them spread over all sets, and refuse what is an error.
+
+    Args:
+        data: The data set.
+        crop_size: Height and width of the training views.
+        skip_bad: Whether training images that cannot be read are named only, as training will leave them out.
+
+    Returns:
+        The sizes of the evaluation images that were read, (height, width).
+
+    Raises:
+        UserError: For the first error.
+    """
+    require_validation(data)
+    jobs = all_jobs(data)
+    chosen = jobs if len(jobs) <= MOST_FILES else sample(jobs, MOST_FILES)
+    if len(chosen) < len(jobs):
+        log.info("read %d of %d files; python -m mlpmatch_pl.check reads all", len(chosen), len(jobs))
+    inspected = []
+    for item in inspect(data, chosen, thorough=False):
+        if item.problem is None:
+            inspected.append(item)
+        elif skip_bad and item.part in ("labeled", "unlabeled"):
+            log.warning("note: %s; it will be left out", item.problem)
+        else:
+            raise UserError(item.problem)
+    whole = {part for part in PARTS if _number(jobs, part) == _number(chosen, part)}
+    for finding in find_problems(data, inspected, crop_size, whole):
+        if finding.is_error:
+            raise UserError(finding.message)
+        log.warning("note: %s", finding.message)
+    return {item.size for item in inspected if item.part in ("val", "test")}
+
+
+def require_validation(data: SegmentationData) -> None:
+    """Refuse a data set without validation images."""
+    if not len(data.val):
+        raise UserError("expected at least 1 validation image, but there is none; set dataset.val")
+
+
+def _number(jobs: Iterable[Job], part: str) -> int:
+    return sum(job.part == part for job in jobs)
+
+
+def find_problems(
+    data: SegmentationData, inspected: Sequence[Inspected], crop_size: int, whole: Collection[str] = PARTS
+) -> list[Finding]:
+    """Say what is wrong with a data set, given what was found in its files; errors first.
+
+    Args:
+        data: The data set.
+        inspected: What was found.
+        crop_size: Height and width of the training views.
+        whole: The parts of which every file was read; of the others nothing is concluded from what was not found.
+
+    Example:
+        >>> from mlpmatch_pl.data.datasets.shapes import shapes
+        >>> data = shapes(labeled=4, train=8, val=2, test=2)
+        >>> find_problems(data, list(inspect(data, all_jobs(data), thorough=True)), crop_size=64)
+        []
+    """
+    good = [item for item in inspected if item.problem is None]
+    # One a file: each has its own remedy.
+    findings = [Finding(True, item.problem) for item in inspected if item.problem is not None]
+    findings += [*_classes(data, good, whole), *_copies(good), *_sizes(good, crop_size)]
+    return sorted(findings, key=lambda finding: not finding.is_error)
+
+
+def pixels_by_class(inspected: Iterable[Inspected], part: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels and the images of each class in a part, and last of what does not count."""
+    counts = [item.pixels_C1 for item in inspected if item.part == part and item.pixels_C1 is not None]
+    table = np.stack(counts) if counts else np.zeros((0, num_classes + 1), np.int64)
+    return table.sum(0), (table > 0).sum(0)
+
+
+def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Collection[str]) -> Iterator[Finding]:
+    names = data.class_names
+    labeled, _ = pixels_by_class(inspected, "labeled", len(names))
+    found = [name for name, pixels in zip(names, labeled[:-1], strict=True) if pixels]
+    if len(found) < 2 and "labeled" in whole:
+        ignored = f" and {data.ignore_index} (ignore)" if labeled[-1] else ""
+        yield Finding(
+            True,
+            f"expected at least two classes in the labeled masks, but they hold only {', '.join(found) or 'no class'}"
+            f"{ignored}; if other values stand for classes in your files, map them, as in "
+            "'dataset.mask_values={0:0,255:1}', else label images that show them",
+        )
+        return
+    evaluated, _ = pixels_by_class(inspected, "val", len(names))
+    for part, word, pixels in (("labeled", "labeled", labeled), ("val", "validation", evaluated)):
+        missing = [name for name, count in zip(names, pixels[:-1], strict=True) if not count]
+        if missing and part in whole:
+            noun = "class" if len(missing) == 1 else "classes"
+            yield Finding(False, f"no {word} mask holds the {noun} {', '.join(missing)}")
+    empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
+    if empty:
+        message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in all)"
+        yield Finding(False, message)
+
+
+def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
+    """Find images that are there twice, under whatever name."""
+    by_content: dict[str, list[Inspected]] = defaultdict(list)
+    for item in inspected:
+        if item.digest:
+            by_content[item.digest].append(item)
+    shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for items in by_content.values():
+        first = items[0]
+        for other in items[1:]:
+            one, two = sorted((first, other), key=lambda item: PARTS.index(item.part))
+            shared[one.part, two.part].append((one.name, two.name))
+    for (one_part, two_part), pairs in sorted(shared.items()):
+        is_error = one_part == "labeled" and two_part in ("val", "test")
+        advice = "; remove them from one of the two" if is_error else ""
+        where = f"{one_part} images" if one_part == two_part else f"{one_part} and {two_part} images"
+        message = (
+            f"expected {where} to differ, but {pairs[0][0]} and {pairs[0][1]} hold the same picture "
+            f"({len(pairs)} in all){advice}"
+        )
+        yield Finding(is_error, message)
+
+
+def _sizes(inspected: Sequence[Inspected], crop_size: int) -> Iterator[Finding]:
+    sizes = Counter(item.size for item in inspected if item.part in ("labeled", "unlabeled"))
+    small = {size: count for size, count in sizes.items() if min(size) < crop_size}
+    if small:
+        height, width = min(small)
+        message = (
+            f"{sum(small.values())} of {sum(sizes.values())} training images read are smaller than the crop of "
+            f"{crop_size} pixels (the smallest {width} x {height}); their views are padded, or lower loader.crop_size"
+        )
+        yield Finding(False, message)

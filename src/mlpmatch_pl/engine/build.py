@@ -1,0 +1,93 @@
+"""From a configuration to what it describes. The only caller of hydra.utils.instantiate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.engine.schema import checked
+from mlpmatch_pl.engine.trainer import MODULE_OPTIONS, images_per_update, uses_sync_batchnorm
+from mlpmatch_pl.methods.method import Method
+from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.segmentor.weights import load_published
+from mlpmatch_pl.utils.errors import UserError
+
+
+def read_config(cfg: DictConfig, *others: str) -> dict[str, Any]:
+    """Return a training's configuration as plain data, with its types checked.
+
+    Args:
+        cfg: As composed from ``conf/train.yaml``.
+        others: Keys that the command reads beyond those of a training.
+
+    Raises:
+        UserError: If a value is of another type than what reads it wants, or out of the range of a seed.
+    """
+    config = checked(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), others)  # type: ignore[arg-type]
+    if not 0 <= config["seed"] < 2**32:  # numpy's range
+        raise UserError(f"expected seed as a whole number from 0 to {2**32 - 1}, but got {config['seed']}")
+    return config
+
+
+def build_data(dataset: dict[str, Any]) -> SegmentationData:
+    """Build the data set that a configuration describes."""
+    data: SegmentationData = instantiate(dataset, _convert_="all")
+    return data
+
+
+def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDataModule:
+    """Build the data module with the views that the method needs."""
+    return SemiSupervisedDataModule(
+        build_data(config["dataset"]),
+        **config["loader"],
+        method=method,
+        seed=config["seed"],
+    )
+
+
+def build_module(
+    config: dict[str, Any], method: Method, datamodule: SemiSupervisedDataModule, trainer: Trainer
+) -> MLPMatch:
+    """Build the module with the learning rate scaled to the images in an optimizer step."""
+    backbone, schedule, data = dict(config["backbone"]), config["schedule"], datamodule.data
+    labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
+    synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
+    method.check_batch_sizes(labeled if method.uses_unlabeled else labeled + unlabeled, unlabeled, synchronized)
+    if schedule["reference_images"] < 1:
+        raise UserError(f"expected schedule.reference_images of at least 1, but got {schedule['reference_images']}")
+    lr = schedule["lr"] * images_per_update(datamodule, trainer) / schedule["reference_images"]
+    module = MLPMatch(
+        len(data.class_names),
+        method=config["method"],
+        backbone=backbone.pop("name"),
+        in_chans=data.in_chans,
+        **backbone,
+        **config["objective"],
+        ignore_index=data.ignore_index,
+        lr=lr,
+        **{key: schedule[key] for key in ("lr_multi", "momentum", "weight_decay", "power")},
+        class_names=list(data.class_names),
+        palette=[list(color) for color in data.colors],
+        bit_depth=data.bit_depth,
+        absent=config["evaluation"]["absent"],
+        **{option: config["trainer"][option] for option in MODULE_OPTIONS},
+        seed=config["seed"],
+    )
+    if config["init_weights"]:
+        load_published(module.segmentor, config["init_weights"])
+    return module
+
+
+def build_callbacks(config: dict[str, Any]) -> list[Callback]:
+    """Build the callbacks of a run; an entry may be several of them, or none."""
+    callbacks: list[Callback] = []
+    for node in config.values():
+        if node is not None:
+            built = instantiate(node, _convert_="all")
+            callbacks += built if isinstance(built, list) else [built]
+    return callbacks

@@ -1,0 +1,71 @@
+"""What the log says before a training begins, and what it leaves out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.engine.resume import Start
+from mlpmatch_pl.engine.trainer import describe_processes
+from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.utils.distributed import Launch
+
+log = logging.getLogger(__name__)
+
+
+def describe_training(
+    module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path, synchronized: bool
+) -> None:
+    """Say what will be trained: images, network, length and processes."""
+    data = datamodule.data
+    log.info(
+        "%s: %d labeled images (%s, sha256 %s), %d unlabeled, %d validation, %d test; %d classes",
+        module.method.name, len(data.labeled.names), data.labeled.label, data.labeled.sha256[:8], len(data.unlabeled),
+        len(data.val), len(data.test or ()), len(data.class_names),
+    )  # fmt: skip
+    for note in data.notes:
+        log.warning("note: %s", note)
+    parameters = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    log.info(
+        "%s, %.1f million parameters; %d epochs of %d steps; run folder %s",
+        module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
+        output_dir,
+    )  # fmt: skip
+    if trainer.world_size > 1:
+        log.info("%s", describe_processes(trainer.world_size, synchronized))
+
+
+def describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: int, start: Start) -> None:
+    """Say where a training goes on, and how its learning rate comes about."""
+    if start.checkpoint is not None:
+        log.info(
+            "going on from %s: epoch %d, %d %% of it done; its learning rate was %.4g, now the configuration's holds",
+            start.checkpoint, start.epoch + 1, round(100 * start.fraction), start.hparams["lr"],
+        )  # fmt: skip
+    log.info(
+        "learning rate %.4g for %d images in an optimizer step (%g for %d); decoder x %g",
+        module.hparams["lr"], images, schedule["lr"], schedule["reference_images"], schedule["lr_multi"],
+    )  # fmt: skip
+
+
+def quiet() -> None:
+    """Keep the log to what this package says; warnings of substance still come through."""
+    for chatty in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if not Launch.of(os.environ).first:
+        logging.getLogger("mlpmatch_pl").setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",  # the number is chosen by measurement or by the user
+        r".*The number of training batches .* is smaller than the logging interval.*",
+        r".*LeafSpec.*",  # Lightning 2.6 with torch 2.14
+        r".*recommended to use `self.log\(.*sync_dist=True.*",  # metrics come from one matrix, summed over the ranks
+        r".*your dataloader is not resumable.*",  # it is: the data module keeps its place in both streams
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ):
+        warnings.filterwarnings("ignore", message=message)

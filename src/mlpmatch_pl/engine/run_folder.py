@@ -1,0 +1,108 @@
+"""The run folder: what is written when a run starts, and whether a run that goes on fits to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mlpmatch_pl.data.base import ImageSource, SegmentationData
+from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.files import atomic_write, free_name
+
+log = logging.getLogger(__name__)
+SPLITS = "splits.json"
+
+
+def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) -> None:
+    """Write config.yaml, the lists labeled.txt and val.txt, and splits.json with the name, size and hash of each.
+
+    In a run that is resumed with another configuration, the one before stays as config-1.yaml, config-2.yaml ...
+    """
+    config, text = output_dir / "config.yaml", OmegaConf.to_yaml(cfg)
+    changed = config.exists() and _settings(config.read_text(encoding="utf-8")) != _settings(text)
+    atomic_write(config, text, keep_as=free_name(config).name if changed else None)
+    save_lists(output_dir, data)
+    atomic_write(output_dir / SPLITS, json.dumps(describe_splits(data), indent=2) + "\n")
+
+
+def _settings(config: str) -> list[str]:
+    return [line for line in config.splitlines() if not line.startswith("resume:")]
+
+
+def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> None:
+    """Refuse to go on with other images, in the same run folder; into a new one, go on and say so.
+
+    Args:
+        checkpoint: The file to go on from.
+        output_dir: The run folder.
+        data: The images now.
+
+    Raises:
+        UserError: If labeled, unlabeled or validation images differ from those in the run folder's splits.json, or
+            nobody can tell, as it is broken.
+    """
+    path = checkpoint.parent.parent / SPLITS
+    for name, now, then in _read_pairs(path, describe_splits(data)):
+        if then["sha256"] == now["sha256"]:
+            continue
+        difference = f"{then['count']} {name} images ({then['split']}, sha256 {then['sha256'][:8]}) as in {path}"
+        found = f"{now['count']} ({now['split']}, sha256 {now['sha256'][:8]})"
+        if path.parent.resolve() == output_dir:
+            raise UserError(
+                f"expected {difference}, but got {found}; use the dataset options of config.yaml there, or go on in a "
+                f"new folder with resume={checkpoint} hydra.run.dir=..."
+            )
+        log.warning("the checkpoint has been trained with %s; now with %s", difference, found)
+
+
+def _read_pairs(path: Path, here: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Return the description of each split now, and in a splits.json; without the file there is nothing to compare."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(name, now, before.get(name, now)) for name, now in here.items()]
+        for _, _, then in pairs:
+            {key: str(then[key])[:8] for key in ("split", "count", "sha256")}
+    except OSError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"expected the images of the run in {path}, but it is broken ({type(error).__name__}); remove it to go on "
+            "without comparing them"
+        ) from error
+    return pairs
+
+
+def save_lists(folder: Path, data: SegmentationData) -> None:
+    """Write labeled.txt and val.txt, which give another run the same split: an image a line, with its mask."""
+    for name, source, indices in (
+        ("labeled", data.train, data.labeled_indices),
+        ("val", data.val, range(len(data.val))),
+    ):
+        line = getattr(source, "listing", source.name)  # a source without files has names only
+        lines = "".join(f"{line(index)}\n" for index in indices)
+        atomic_write(folder / f"{name}.txt", lines)
+
+
+def describe_splits(data: SegmentationData) -> dict[str, dict[str, Any]]:
+    """Return label, number of images and hash of the labeled, unlabeled, validation and test images."""
+    splits = {
+        "labeled": data.labeled,
+        "unlabeled": Split("unlabeled", _names(data.train, data.unlabeled)),
+        "val": Split("validation", _names(data.val, range(len(data.val)))),
+        "test": Split("test", _names(data.test, range(len(data.test)))) if data.test else None,
+    }
+    return {key: describe_split(split) for key, split in splits.items() if split is not None}
+
+
+def describe_split(split: Split) -> dict[str, Any]:
+    """Return a split's label, number of images and hash."""
+    return {"split": split.label, "count": len(split.names), "sha256": split.sha256}
+
+
+def _names(source: ImageSource, indices: Any) -> tuple[str, ...]:
+    return tuple(source.name(index) for index in indices)

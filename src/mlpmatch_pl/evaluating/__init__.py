@@ -1,1 +1,0 @@
-"""Evaluating a checkpoint: from its data to tables, pictures and numbers."""

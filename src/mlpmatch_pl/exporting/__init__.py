@@ -1,1 +1,0 @@
-"""Exporting a checkpoint: to files that need this package no more, compared with it before they are kept."""

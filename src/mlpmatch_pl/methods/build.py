@@ -1,0 +1,16 @@
+"""Which step a method has."""
+
+from mlpmatch_pl.methods.method import Method
+from mlpmatch_pl.methods.official_step import OfficialStep
+from mlpmatch_pl.methods.step import Criterion, MultiLevelStep, SupervisedStep
+from mlpmatch_pl.segmentor import Segmentor
+
+
+def build_step(
+    segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int
+) -> SupervisedStep | MultiLevelStep:
+    """Choose the step of a method."""
+    if not method.uses_unlabeled:
+        return SupervisedStep(segmentor, criterion, method)
+    step = {"forked": MultiLevelStep, "official": OfficialStep}[method.passes]
+    return step(segmentor, criterion, method, threshold, seed)

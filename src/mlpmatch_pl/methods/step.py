@@ -1,0 +1,216 @@
+"""The training step: from a batch to its loss terms, as in the paper.
+
+Letters: B images, V strong views, C classes, H and W pixels, D feature channels. ``x`` is labeled, ``u``
+unlabeled, ``fp`` feature-perturbed, ``np`` network-perturbed (as in method and metric names).
+
+Images have three channels or as many as the data have, here 3, and are uint8, or int32 where files have 16 bits. A
+labeled batch holds ``image`` (B, 3, H, W), ``mask`` (B, H, W) uint8 or int64 and ``index`` (B,). An unlabeled batch
+holds ``weak`` (B, 3, H, W), ``strong`` (B, V, 3, H, W), ``valid`` (B, H, W) bool (False on padding), ``boxes``
+(B, V, 4) int64 (CutMix y0, x0, y1, x1; empty: all 0) and ``index`` (B,); with ``partner: same_image`` also ``partner``
+with ``weak``, ``strong`` and ``valid`` of a second view. No step reads ``index``: it names the images for people.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlpmatch_pl.methods.batch import BatchValidator
+from mlpmatch_pl.methods.losses import consistency_loss
+from mlpmatch_pl.methods.method import Method
+from mlpmatch_pl.methods.partner import Batch, BatchPartner, Partner, SameImagePartner
+from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
+from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
+from mlpmatch_pl.perturbation.input import inside_boxes
+from mlpmatch_pl.segmentor import Features, Segmentor
+from mlpmatch_pl.segmentor.blocks import frozen_batchnorm_statistics
+from mlpmatch_pl.utils.errors import UserError
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss terms by name, each a scalar, and the pseudo labels they were made with (None if there are none).
+
+    Names: ``x``, ``x_np``, ``s1``, ``s2`` ..., ``fp``, ``u_np``.
+    """
+
+    terms: dict[str, Tensor]
+    pseudo: PseudoLabels | None
+
+
+@dataclass(frozen=True)
+class WeakPass:
+    """What comes of the weak views.
+
+    Attributes:
+        x: Plain prediction on the labeled views, (B, C, H, W).
+        u: Plain prediction on the unlabeled views, which becomes the pseudo labels.
+        fp: Prediction from perturbed features of the unlabeled views, by name of the perturbation.
+        perturbed: Features from the deactivated network, by name, where they are known already.
+    """
+
+    x: Tensor
+    u: Tensor
+    fp: dict[str, Tensor]
+    perturbed: dict[str, Features]
+
+
+class SupervisedStep:
+    """Labeled images only: the baseline."""
+
+    network_perturbations: Mapping[str, NetworkPerturbation] = {}
+
+    def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method) -> None:
+        self.segmentor, self.criterion = segmentor, criterion
+        self.check_form = BatchValidator(method, len(segmentor.mean_C11))
+
+    def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
+        """Return the single term ``x``.
+
+        Raises:
+            UserError: If the batch is not of the method's form.
+        """
+        self.check_form(labeled, unlabeled)
+        return StepResult({"x": self.criterion(self.segmentor(labeled["image"]), labeled["mask"])}, None)
+
+
+class MultiLevelStep:
+    """Weak views, pseudo labels, strong views, and a term for every perturbation that is on.
+
+    Args:
+        segmentor: The network, shared by all passes.
+        criterion: Labeled loss.
+        method: Which perturbations are on, and how.
+        threshold: Least confidence of a pseudo label that counts (tau).
+        seed: Seed of all draws.
+    """
+
+    def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int) -> None:
+        self.segmentor, self.criterion, self.threshold = segmentor, criterion, threshold
+        self.check_form = BatchValidator(method, len(segmentor.mean_C11))
+        # By name; a level that is off is not there, and so the step needs no conditions.
+        fp = {"fp": FeaturePerturbation(method.feature_dropout, seed)} if method.feature_weight else {}
+        options = method.network_perturbation
+        self.feature_perturbations = fp
+        self.network_perturbations = {"np": NetworkPerturbation(**{"seed": seed, **options})} if options else {}
+        if options and not segmentor.encoder.stages:
+            raise UserError(
+                "expected a backbone with residual blocks that can be deactivated, but the configured one has none; "
+                "choose another backbone.name, or method.network_perturbation=null"
+            )
+        partners: dict[str, Callable[[Batch, int], Partner]] = {
+            "batch": BatchPartner(seed),
+            "same_image": SameImagePartner(segmentor),
+        }
+        self.partner = partners[method.partner]
+        self.perturbed_context = _nothing if method.network_updates_batchnorm else self._frozen_statistics
+
+    def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
+        """Return all terms of one step.
+
+        Args:
+            labeled: Labeled batch, see the module's docstring.
+            unlabeled: Unlabeled batch.
+            step: Number of the step; seeds its draws.
+
+        Raises:
+            UserError: If the batch is not of the method's form.
+        """
+        self.check_form(labeled, unlabeled)
+        weak_views = [labeled["image"], unlabeled["weak"]]
+        images, sizes = torch.cat(weak_views), [len(views) for views in weak_views]
+        partner = self.partner(unlabeled, step)
+        weak = self.weak_pass(images, sizes, step)
+        pseudo = PseudoLabels.from_logits(weak.u, unlabeled["valid"])
+        strong_logits, targets = self.strong_pass(unlabeled, pseudo, partner)
+        network = self.network_pass(images, sizes, weak.perturbed, step)
+
+        labeled_logits = {"x": weak.x} | {f"x_{name}": x for name, (x, _) in network.items()}
+        unlabeled_logits = weak.fp | {f"u_{name}": u for name, (_, u) in network.items()}
+        terms = {name: self.criterion(logits, labeled["mask"]) for name, logits in labeled_logits.items()}
+        terms |= {
+            f"s{view}": consistency_loss(logits, target, self.threshold)
+            for view, (logits, target) in enumerate(zip(strong_logits, targets, strict=True), 1)
+        }
+        terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in unlabeled_logits.items()}
+        return StepResult(terms, pseudo)
+
+    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
+        """Predict the weak views, plain and with dropped feature channels; run the deactivated encoder on the way.
+
+        The encoder runs once over labeled and unlabeled images, which share BatchNorm's batch; the deactivated
+        copy forks off at its first deactivated block. Only predictions that a term needs are decoded.
+        """
+        features, perturbed = self.encode_forked(images_B3HW, step)
+        unlabeled = features[sizes[0] :]
+        dropped = [Features(drop(unlabeled.levels, step)) for drop in self.feature_perturbations.values()]
+        logits = self.segmentor.decode(Features.cat([features, *dropped]), images_B3HW.shape[2:])
+        x, u, *fp = torch.split(logits, sizes + [sizes[1]] * len(dropped))
+        return WeakPass(x, u, dict(zip(self.feature_perturbations, fp, strict=True)), perturbed)
+
+    def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
+        """Return plain features, and those of the network perturbation where it is on."""
+        plain, perturbed = None, {}
+        for name, perturbation in self.network_perturbations.items():
+            deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
+            plain, perturbed[name] = self.segmentor.encode_forked(images_B3HW, deactivated, self.perturbed_context())
+        return plain or self.segmentor.encode(images_B3HW), perturbed
+
+    def network_pass(
+        self, images_B3HW: Tensor, sizes: list[int], perturbed: Mapping[str, Features], step: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Predict the labeled and the unlabeled weak views with the deactivated network."""
+        with self.perturbed_context():
+            return {name: self._decode_pair(features, images_B3HW, sizes) for name, features in perturbed.items()}
+
+    def _decode_pair(self, features: Features, images_B3HW: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        x, u = torch.split(self.segmentor.decode(features, images_B3HW.shape[2:]), sizes)
+        return x, u
+
+    def strong_pass(
+        self, unlabeled: Batch, pseudo: PseudoLabels, partner: Partner
+    ) -> tuple[list[Tensor], list[PseudoLabels]]:
+        """CutMix each strong view with its partner, images and targets alike, and predict all in one pass."""
+        strong_BV3HW, boxes_BV4 = unlabeled["strong"], unlabeled["boxes"]
+        labels = partner.labels(pseudo)
+        images, targets = [], []
+        for view in range(strong_BV3HW.shape[1]):
+            inside_BHW = inside_boxes(boxes_BV4[:, view], *strong_BV3HW.shape[3:])
+            images.append(torch.where(inside_BHW[:, None], partner.strong_BV3HW[:, view], strong_BV3HW[:, view]))
+            targets.append(pseudo.mix(labels, inside_BHW))
+        return list(self.segmentor(torch.cat(images)).chunk(len(images))), targets
+
+    def _frozen_statistics(self) -> AbstractContextManager[None]:
+        return frozen_batchnorm_statistics(self.segmentor)
+
+
+def step_values(
+    result: StepResult, loss: Tensor, lambda_np: float, mask_BHW: Tensor, ignore_index: int, threshold: float
+) -> dict[str, Tensor]:
+    """Return what is logged of a step, by name, without waiting for the device.
+
+    Args:
+        result: What the step gave.
+        loss: Its terms in one.
+        lambda_np: Weight of the volatile term.
+        mask_BHW: Masks of the labeled images.
+        ignore_index: Mask value of pixels that do not count.
+        threshold: Least confidence of a pseudo label that counts (tau).
+    """
+    terms, pseudo = result.terms, result.pseudo
+    values = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+    if pseudo is not None:
+        values["loss_s"] = torch.stack([term for name, term in terms.items() if name[1:].isdigit()]).mean()
+        values["confident_ratio"] = pseudo.confident_ratio(threshold)
+        values["empty_unlabeled"] = (~pseudo.valid_BHW.any()).float()
+    # Numbers are filled in on the device: Lightning would copy each there, and wait for it.
+    no_label = (mask_BHW == ignore_index).all()
+    return values | {"lambda_np": loss.new_full((), lambda_np), "empty_labeled": no_label.float()}
+
+
+def _nothing() -> AbstractContextManager[None]:
+    return nullcontext()

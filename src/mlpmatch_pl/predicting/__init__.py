@@ -1,1 +1,0 @@
-"""Predicting files: from a configuration to masks, colors and overlays."""

@@ -1,1 +1,0 @@
-"""Benchmark data sets from their public archives: download, safe extraction, conversion, verification."""

@@ -1,1 +1,0 @@
-"""From run folders to tables, plots and a page. Reads files only: no torch, no Hydra."""

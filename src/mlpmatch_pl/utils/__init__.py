@@ -1,0 +1,1 @@
+"""Helpers without knowledge of the method: files, errors, seeds, processes, validation."""

@@ -1,0 +1,192 @@
+"""Files that a kill, a power cut or a full disk cannot leave half written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlpmatch_pl.utils.errors import UserError
+
+_UNFINISHED = ".unfinished"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of network and FUSE disks, which cannot force a folder to the disk
+
+
+def atomic_write(path: Path, content: bytes | memoryview | str, keep_as: str | None = None) -> None:
+    """Write a file under another name, force it to the disk, and only then give it its name.
+
+    At any moment there is either the old file or the new one under ``path``, whole.
+
+    Args:
+        path: The file to write.
+        content: Its bytes, or its text.
+        keep_as: Name in the same folder under which the old file stays; none if left out.
+
+    Raises:
+        UserError: If the disk is full; the file that was there before is untouched.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "numbers.txt"
+        ...     atomic_write(path, "1")
+        ...     atomic_write(path, "2", keep_as="before.txt")
+        ...     path.read_text(), path.with_name("before.txt").read_text()
+        ('2', '1')
+    """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            _keep(path, path.with_name(keep_as))
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        if _is_full_disk(error):
+            raise UserError(_full_disk(path, memoryview(data).nbytes)) from error
+        raise
+    unfinished.replace(path)
+    _sync_folder(path.parent)
+
+
+def set_aside(path: Path, label: str = "") -> Path | None:
+    """Give a file the next free name in its folder, durably.
+
+    Args:
+        path: The file.
+        label: What the name says before its number.
+
+    Returns:
+        Where it is now; None if there is no such file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "metrics.json"
+        ...     print(set_aside(path))
+        ...     path.touch()
+        ...     set_aside(path).name, path.exists()
+        None
+        ('metrics-1.json', False)
+    """
+    if not path.exists():
+        return None
+    aside = free_name(path, label)
+    path.replace(aside)
+    _sync_folder(path.parent)
+    return aside
+
+
+def free_name(path: Path, label: str = "") -> Path:
+    """Return the first name with a number that is free beside a file."""
+    numbers = range(1, 2 + len(list(path.parent.iterdir())))
+    names = (path.with_name(f"{path.stem}{label}-{number}{path.suffix}") for number in numbers)
+    return next(name for name in names if not name.exists())
+
+
+@contextmanager
+def full_disk_is_user_error(folder: Path) -> Iterator[None]:
+    """Turn a full disk, wherever in a run something is written, into one sentence.
+
+    Args:
+        folder: What to name if the error does not name a file.
+
+    Raises:
+        UserError: If the disk or a quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"expected free space to write {error.filename or 'into ' + str(folder)}, but the disk is full; make room "
+            "and go on with resume=auto"
+        ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers that were killed left behind in a folder."""
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, so that it survives under it; where there are no hard links, copy it."""
+    unfinished = previous.with_name(previous.name + _UNFINISHED)
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(path, unfinished)
+    except OSError:
+        _copy(path, unfinished)
+    unfinished.replace(previous)
+
+
+def _copy(path: Path, to: Path) -> None:
+    try:
+        with path.open("rb") as source, to.open("wb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        to.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _is_full_disk(error: OSError) -> bool:
+    return error.errno in _NO_SPACE
+
+
+def _full_disk(path: Path, size: int) -> str:
+    kept = "what it held before is untouched" if path.exists() else "nothing was written over"
+    return (
+        f"expected {max(size / 2**20, 0.1):.1f} MiB of free space for {path}, but the disk is full ({kept}); make room "
+        "and go on with resume=auto"
+    )
+
+
+OTHER_OUTPUT = "choose another output, or set overwrite=true"
+OTHER_FOLDER = "choose another folder by hydra.run.dir"
+
+
+def refuse_overwrite(paths: Iterable[Path], remedy: str) -> None:
+    """Refuse files that are there, before anything is written.
+
+    Args:
+        paths: What is going to be written, or must not be there for another reason.
+        remedy: What to do, as `OTHER_OUTPUT`.
+
+    Raises:
+        UserError: With the first of them, and how many more there are.
+
+    Example:
+        >>> refuse_overwrite([Path("nowhere"), Path(".")], OTHER_OUTPUT)
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected to write new files only, but . exists; choose another ...
+    """
+    existing = [path for path in paths if os.path.lexists(path)]
+    if existing:
+        more = f" (and {len(existing) - 1:,} more)" if existing[1:] else ""
+        raise UserError(f"expected to write new files only, but {existing[0]} exists{more}; {remedy}")

@@ -1,0 +1,1 @@
+"""Pictures: panels of predictions, plots, previews of batches."""

@@ -1,0 +1,160 @@
+"""Pictures to look at: images, masks and predictions side by side, with a legend of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+
+Array = NDArray[Any]
+Colors = Sequence[tuple[int, int, int]]
+IGNORED_COLOR = (255, 255, 255)
+PANEL_WIDTH = 320  # small images are enlarged to it, so that titles are readable
+MARGIN, TITLE, FONT_SIZE = 8, 22, 14  # pixels
+PAPER, INK = (250, 250, 250), (0, 0, 0)
+
+
+def prediction_panels(
+    image_HWC: Array,
+    truth_HW: Array,
+    label_HW: Array,
+    confidence_HW: Array,
+    class_names: Sequence[str],
+    colors: Colors,
+    threshold: float | None = None,
+) -> PILImage.Image:
+    """Draw one image's sheet.
+
+    Args:
+        image_HWC: The image, as stored.
+        truth_HW: Classes; other values are drawn as ignored.
+        label_HW: Predicted classes.
+        confidence_HW: Probability of the predicted class, 0..1; black is unsure.
+        class_names: Names for the legend.
+        colors: RGB color of each class.
+        threshold: Least confidence of a pseudo label; with it, the prediction is shown a second time, where it is sure
+            enough.
+
+    Example:
+        >>> flat = np.zeros((20, 40), np.uint8)
+        >>> image, confidence = np.zeros((20, 40, 3), np.uint8), flat / 1.0
+        >>> sheet = prediction_panels(image, flat, flat, confidence, ["a", "b"], [(0, 0, 0), (9, 9, 9)])
+        >>> sheet.mode
+        'RGB'
+    """
+    gray = (confidence_HW * 255).astype(np.uint8)
+    panels = {
+        "image": to_rgb(image_HWC),
+        "truth": colorize(truth_HW, colors),
+        "prediction": colorize(label_HW, colors),
+        "confidence (white = 1)": np.repeat(gray[..., None], 3, axis=2),
+    }
+    if threshold is not None:
+        sure_HW = np.where(confidence_HW >= threshold, label_HW, 255)  # no class: drawn as ignored
+        panels[f"pseudo label (from {threshold:g})"] = colorize(sure_HW, colors)
+    return sheet_of([panels], class_names, colors)
+
+
+def sheet_of(
+    rows: Sequence[Mapping[str, Array]], class_names: Sequence[str], colors: Colors, width: int = PANEL_WIDTH
+) -> PILImage.Image:
+    """Put rows of pictures below each other, with a legend of the classes.
+
+    Args:
+        rows: For each row its pictures by title, RGB, uint8, all of one size.
+        class_names: Names for the legend.
+        colors: RGB color of each class.
+        width: Least width of a picture; smaller ones are enlarged.
+    """
+    drawn = [_panel_row(row, width) for row in rows]
+    total = max(row.width for row in drawn)
+    drawn.append(_legend([*zip(class_names, colors, strict=True), ("ignored", IGNORED_COLOR)], total))
+    sheet = PILImage.new("RGB", (total, sum(row.height for row in drawn)), PAPER)
+    y = 0
+    for row in drawn:
+        sheet.paste(row, (0, y))
+        y += row.height
+    return sheet
+
+
+def to_rgb(image_HWC: Array, limits: tuple[float, float] | None = None) -> Array:
+    """Make an image of any depth and number of channels visible: RGB, uint8, (H, W, 3).
+
+    Of more than three channels the first three are shown, of two the first.
+
+    Args:
+        image_HWC: The image, as stored.
+        limits: Values that become black and white; 8-bit RGB is left as it is, and other images are stretched from
+            their 1st to their 99th percentile, if left out.
+
+    Example:
+        >>> to_rgb(np.array([[[0], [1000]]], np.uint16)).tolist()
+        [[[0, 0, 0], [255, 255, 255]]]
+    """
+    if image_HWC.dtype == np.uint8 and image_HWC.shape[2] == 3 and limits is None:
+        return image_HWC
+    shown = image_HWC[..., :3] if image_HWC.shape[2] >= 3 else image_HWC[..., :1]
+    values = shown.astype(np.float32)
+    low, high = limits or np.percentile(values, (1, 99))
+    stretched = ((values - low) / max(high - low, 1e-6)).clip(0, 1) * 255
+    pixels: Array = np.repeat(stretched, 3 // shown.shape[2], axis=2).astype(np.uint8)
+    return pixels
+
+
+def _panel_row(panels: Mapping[str, Array], least_width: int) -> PILImage.Image:
+    """Put pictures of one size side by side, each below its title."""
+    height, width = next(iter(panels.values())).shape[:2]
+    factor = max(least_width / width, 1.0)
+    width, height = round(width * factor), round(height * factor)
+    row = PILImage.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, TITLE + height + MARGIN), PAPER)
+    for column, (title, pixels) in enumerate(panels.items()):
+        x = MARGIN + column * (width + MARGIN)
+        smooth = PILImage.Resampling.BICUBIC if title == "image" else PILImage.Resampling.NEAREST
+        ImageDraw.Draw(row).text((x, 3), title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
+        row.paste(PILImage.fromarray(pixels).resize((width, height), smooth), (x, TITLE))
+    return row
+
+
+def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> PILImage.Image:
+    """Draw a color and a name for each class, in as many rows as the width needs."""
+    font = ImageFont.load_default(FONT_SIZE)
+    rows = _legend_rows([name for name, _ in entries], width, font)
+    legend = PILImage.new("RGB", (width, TITLE * len(rows) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for number, row in enumerate(rows):
+        for index, x in row:
+            name, color = entries[index]
+            draw.rectangle((x, number * TITLE + 2, x + 14, number * TITLE + 16), fill=color, outline=(90, 90, 90))
+            draw.text((x + 20, number * TITLE), name, fill=INK, font=font)
+    return legend
+
+
+def colorize(label_HW: Array, colors: Colors) -> Array:
+    """Turn classes into RGB, uint8, (H, W, 3); values that are no class become white.
+
+    Example:
+        >>> colorize(np.array([[0, 255]]), [(1, 2, 3)]).tolist()
+        [[[1, 2, 3], [255, 255, 255]]]
+    """
+    table = np.full((256, 3), IGNORED_COLOR, np.uint8)
+    table[: len(colors)] = colors
+    colored: Array = table[label_HW]
+    return colored
+
+
+def _legend_rows(names: Sequence[str], width: int, font: Any) -> list[list[tuple[int, int]]]:
+    """Lay the legend out: rows of (entry, x)."""
+    rows: list[list[tuple[int, int]]] = [[]]
+    x = MARGIN
+    for index, name in enumerate(names):
+        needed = 20 + round(font.getlength(name)) + 18
+        if x + needed > width and rows[-1]:
+            rows.append([])
+            x = MARGIN
+        rows[-1].append((index, x))
+        x += needed
+    return rows

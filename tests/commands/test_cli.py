@@ -1,0 +1,258 @@
+import json
+
+import pytest
+import torch
+from helpers import TINY, compose_train, run_command
+from omegaconf import OmegaConf
+
+from mlpmatch_pl.commands.cli import refuse_underscored_fractions
+from mlpmatch_pl.engine.trainer import length_of_training
+from mlpmatch_pl.train import train
+from mlpmatch_pl.utils.errors import UserError
+
+
+def modification_times(run):
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = run_command(*TINY, "hydra.run.dir=run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run, _ = finished
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "labeled.txt", "val.txt", "splits.json", "metrics.json", "metrics.csv", "train.log"} <= names
+    assert {"checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
+    assert {"predictions/test_0000.png", "predictions/test_0002.png"} <= names
+    assert not any(name.startswith((".hydra", "wandb")) for name in names)
+
+
+def test_a_run_prints_the_split_the_learning_rate_and_the_table(finished):
+    _, output = finished
+    assert "4 labeled images (4 (seed 0), sha256 " in output
+    assert "learning rate 0.025 for 8 images in an optimizer step (0.05 for 16)" in output
+    for name in ("background", "disk", "square", "triangle", "star", "cross", "mean"):
+        assert f"│ {name}" in output
+
+
+def test_metrics_json_is_complete_and_agrees_with_the_csv(finished):
+    run, _ = finished
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["labeled"]["count"] == 4
+    assert len(metrics["labeled"]["sha256"]) == 64
+    assert metrics["steps"] == 5
+    assert {"val/miou", "val/acc", "val/dice", "val/iou/background", "train/loss_x_np"} <= set(metrics["last"])
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert f"{metrics['test']['test/miou']}" in rows[-1]
+
+
+def test_the_saved_configuration_repeats_the_run(finished, tmp_path):
+    run, _ = finished
+    before = modification_times(run)
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.output_dir = str(tmp_path)
+    again = train(cfg)
+    assert before == modification_times(run)
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+    assert again["test"] == json.loads((run / "metrics.json").read_text())["test"]
+
+
+def test_checkpoints_hold_nothing_but_tensors_and_plain_data(finished):
+    run, _ = finished
+    for name in ("best", "last"):
+        checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["hyper_parameters"]["method"]["name"] == "mlpmatch"
+
+
+def test_a_finished_run_is_never_overwritten(finished):
+    run, _ = finished
+    before = modification_times(run)
+    result = run_command(*TINY, "hydra.run.dir=run", cwd=run.parent)
+    assert result.returncode == 1
+    assert "expected a new run folder, but " in result.stderr
+    assert "resume=auto" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert before == modification_times(run)
+
+
+@pytest.mark.parametrize("command", ["train", "check", "benchmark", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("question", [["--help"], ["--cfg", "job"]], ids=["help", "cfg"])
+def test_questions_are_answered_at_once_without_heavy_imports(command, question, tmp_path):
+    result = run_command(*question, cwd=tmp_path, module=f"mlpmatch_pl.{command}", PYTHONPROFILEIMPORTTIME="1")
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert result.returncode == 0
+    assert "hydra" in imported
+    assert not imported & {"torch", "numpy", "lightning", "timm", "cv2", "wandb"}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "dataset.labelet=4",
+            "the configuration has no key dataset.labelet. Did you mean dataset.labeled",
+        ),
+        ("output_dir=elsewhere", "expected the folder as hydra.run.dir=..., or hydra.sweep.dir=... with -m, but got"),
+        ("method=mlpmach", "there is no method=mlpmach, only fixmatch, mlpmatch"),
+        ("dataset.labeled=1_8", "but got 1_8, which Hydra reads as the number 18; write dataset.labeled=1/8"),
+        ("dataset=folder", "expected a value for dataset.root, but none is set"),
+    ],
+)
+def test_wrong_input_is_one_line(override, sentence, tmp_path):
+    result = run_command(override, cwd=tmp_path, MLPMATCH_DATA="")
+    assert result.returncode == 1
+    assert sentence in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["dataset.labeled=0"], "expected dataset.labeled to choose at least 1 image, but 0 chooses none of 24"),
+        (["dataset.labeled=25"], "expected dataset.labeled of at most 24, the number of images with a mask"),
+        (["dataset.labeled=24"], "expected unlabeled images beside the 24 labeled ones, but there are none"),
+        (["backbone=timm", "backbone.name=resnet5O"], "but got 'resnet5O'. Did you mean resnet50"),
+        (["backbone=timm", "backbone.name=vgg11"], "expected a backbone of the ResNet or inverted-residual families"),
+        (["backbone.output_stride=12"], "expected an output stride of 8, 16 or 32, but got 12"),
+        (["backbone.pretrained=nowhere.pth"], "expected a file with weights, but nowhere.pth does not exist"),
+        (["init_weights=nowhere.pth"], "expected a file with weights, but nowhere.pth does not exist"),
+        (
+            ["loader.batch_size=1", "loader.unlabeled_batch_size=1", "method=fixmatch"],
+            "expected at least 2 images in every pass, because BatchNorm cannot train on one",
+        ),
+        (["loader.unlabeled_batch_size=1"], "so that CutMix finds a different partner, but got 1"),
+        (["loader.batch_size=0"], "expected batch sizes of at least 1"),
+        (["loader.crop_size=20"], "expected loader.crop_size from 33 to 8192 pixels, but got 20"),
+        (
+            ["schedule.epochs=2"],
+            "expected a positive whole schedule.epochs or schedule.steps, but got epochs=2, steps=5",
+        ),
+        (["schedule.steps=2.5"], "expected schedule.steps as a whole number or null, but got 2.5"),
+        (["+trainer.max_epochs=3"], "expected trainer.max_epochs to be left to this command; set schedule.epochs"),
+        (["dataset.labeled=nowhere.txt"], "expected a list file, but nowhere.txt does not exist"),
+        (
+            ["trainer.accelerator=cpu", "trainer.devices=4"],
+            "expected at least 4 test images, one a proc",
+        ),
+        (["resume=nowhere.ckpt"], "nowhere.ckpt does not exist; leave resume out to start anew"),
+        (["method.partner=other"], "expected method.partner of batch, same_image, but got 'other'"),
+        (["method.network_perturbation.sampler=one"], "expected a network perturbation sampler of single_block"),
+        (["objective.criterion.name=oem"], "expected a criterion of ce, ohem, dice, but got 'oem'. Did you mean ohem?"),
+        (["evaluation.absent=skip"], "expected evaluation.absent as exclude or zero, but got 'skip'"),
+        (["trainer.sync_batchnorm=true", "trainer.accelerator=cpu"], "expected a GPU for trainer.sync_batchnorm=true"),
+        (["seed=abc"], "expected seed as a whole number, but got 'abc'"),
+        (["logger=wandb", "logger.wandb.mode=on"], "expected logger.wandb.mode of online, offline, disabled"),
+    ],
+)
+def test_wrong_values_are_found_before_anything_is_written(overrides, sentence, tmp_path):
+    cfg = compose_train(*TINY, *overrides, output_dir=tmp_path / "run")
+    with pytest.raises(Exception) as error:  # noqa: PT011  # Hydra wraps what a target raises
+        train(cfg)
+    chain = [error.value]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    assert any(isinstance(link, UserError) and sentence in str(link) for link in chain), chain
+    assert not (tmp_path / "run").exists()
+
+
+def test_quoted_fractions_and_list_files_are_not_refused():
+    stamped = "dataset.labeled=runs/2026-01-02_03-04-05_shapes/labeled.txt"
+    refuse_underscored_fractions(["dataset.labeled=1/8", "dataset.labeled=splits/1_8/labeled.txt", "name=1_8", stamped])
+    with pytest.raises(UserError, match=r"write dataset\.labeled=1/16"):
+        refuse_underscored_fractions(["dataset.labeled=1/4,1_16"])
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path):
+    run, _ = finished
+    cfg = compose_train(
+        *TINY, "backbone.decoder_channels=16", f"resume={run}/checkpoints/last.ckpt", output_dir=tmp_path
+    )
+    with pytest.raises(UserError, match="it has decoder_channels=8 and the configuration decoder_channels=16"):
+        train(cfg)
+
+
+def test_a_run_goes_on_where_it_stopped_and_keeps_its_metrics(tmp_path):
+    straight = train(compose_train(*TINY, "schedule.steps=10", output_dir=tmp_path / "straight"))
+    stop = "+callbacks.stop._target_=helpers.StopAfterFirstEpoch"
+    half = train(compose_train(*TINY, "schedule.steps=10", stop, output_dir=tmp_path / "halves"))
+    assert half["steps"] == 5
+    first = (tmp_path / "halves" / "metrics.csv").read_text().splitlines()
+    resumed = train(compose_train(*TINY, "schedule.steps=10", "resume=auto", output_dir=tmp_path / "halves"))
+    weights = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("straight", "halves")
+    ]
+    assert resumed["steps"] == straight["steps"] == 10
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert len((tmp_path / "halves" / "metrics.csv").read_text().splitlines()) > len(first)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])
+def test_a_broken_checkpoint_is_refused_before_anything_is_written(content, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(content)
+    cfg = compose_train(*TINY, f"resume={tmp_path}/last.ckpt", output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="expected a checkpoint of a training, but"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_has_nothing_to_resume(finished, tmp_path):
+    run, _ = finished
+    cfg = compose_train(*TINY, f"resume={run}/checkpoints/last.ckpt", output_dir=tmp_path)
+    with pytest.raises(UserError, match=r"last\.ckpt has finished all 1; raise schedule.epochs"):
+        train(cfg)
+
+
+def test_the_labeled_list_of_a_run_can_be_given_to_another(finished, tmp_path):
+    run, _ = finished
+    metrics = train(compose_train(*TINY, f"dataset.labeled={run}/labeled.txt", output_dir=tmp_path))
+    assert metrics["labeled"]["sha256"] == json.loads((run / "splits.json").read_text())["labeled"]["sha256"]
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 59, 1000])
+def test_a_schedule_in_steps_covers_them_and_validates_the_last(steps_per_epoch):
+    epochs, every = length_of_training({"epochs": None, "steps": 500}, steps_per_epoch)
+    assert epochs * steps_per_epoch >= 500
+    assert epochs % every == 0
+    assert epochs // every <= 40
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_one_folder_a_job_and_goes_on_after_a_failed_one(tmp_path):
+    result = run_command("-m", *TINY, "dataset.labeled=4,99", "method=supervised,mlpmatch", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "expected dataset.labeled of at most 24" in result.stderr
+    sweeps = list((tmp_path / "multirun").iterdir())
+    assert len(sweeps) == 1
+    results = {path.parent.name for path in sweeps[0].rglob("metrics.json")}
+    assert results == {"0_shapes_supervised_4_s0", "1_shapes_mlpmatch_4_s0"}
+
+
+@pytest.mark.slow
+def test_a_sweep_over_several_processes_is_refused(tmp_path):
+    result = run_command(
+        "-m", *TINY, "seed=0,1", "trainer.accelerator=cpu", "trainer.devices=2", "loader.batch_size=2", cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert "expected one device a job in a sweep, but got 2 processes" in result.stderr
+
+
+@pytest.mark.slow
+def test_ddp_from_the_command_line_gives_one_folder_and_the_metrics_of_all_images(tmp_path):
+    result = run_command(
+        *TINY, "trainer.accelerator=cpu", "trainer.devices=2", "loader.batch_size=2", "hydra.run.dir=run", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert result.stdout.count("learning rate 0.025 for 8 images") == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 5
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3  # header, one validation, one test: the second process writes nothing

@@ -1,0 +1,246 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ddp_job
+
+from mlpmatch_pl import MLPMatch
+from mlpmatch_pl.utils.distributed import loss_of_a_process_explained
+from mlpmatch_pl.utils.errors import UserError
+
+LABELED, TRAIN, VAL = 5, 17, 5
+BATCH, EPOCHS = 4, 3  # a global batch; an epoch has three steps
+
+SCRIPT = """
+import hashlib, json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from mlpmatch_pl import MLPMatch
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.dataset import LabeledDataset, UnlabeledDataset, EvalDataset
+from mlpmatch_pl.data.datasets.shapes import shapes
+from mlpmatch_pl.perturbation import NetworkPerturbation
+
+out, devices, distributed_sampler, labeled, train, val, batch, epochs = json.loads(sys.argv[1])
+seen = {"LabeledDataset": [], "UnlabeledDataset": [], "EvalDataset": [], "blocks": []}
+
+
+def record(cls):
+    read = cls.__getitem__
+    def spy(self, key):
+        seen[cls.__name__].append(key)
+        return read(self, key)
+    cls.__getitem__ = spy
+
+
+for cls in (LabeledDataset, UnlabeledDataset, EvalDataset):
+    record(cls)
+draw = NetworkPerturbation.draw
+
+
+def spy_draw(self, stages, step):
+    blocks = draw(self, stages, step)
+    seen["blocks"].append([step, sorted(blocks)])
+    return blocks
+
+
+NetworkPerturbation.draw = spy_draw
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = MLPMatch(6, backbone="test_resnet", decoder_channels=8, lr=0.01)
+    data = shapes(labeled=labeled, train=train, val=val, test=1, size=48)
+    datamodule = SemiSupervisedDataModule(data, crop_size=33, batch_size=batch // devices, num_workers=0)
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=epochs,
+        use_distributed_sampler=distributed_sampler, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0, log_every_n_steps=1,
+        inference_mode=False,
+    )
+    before = digest(module.parameters())
+    metrics = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
+    validated = list(seen["EvalDataset"])
+    seen["EvalDataset"].clear()
+    trainer.fit(module, datamodule=datamodule)
+    result = {
+        **seen, "validated": validated, "metrics": metrics, "before": before, "after": digest(module.parameters()),
+        "steps": trainer.global_step, "counts": module.last_counts_CC.tolist(),
+        "samplers": [type(loader.sampler).__name__ for loader in trainer.train_dataloader.values()],
+    }
+    Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+"""
+
+
+def launch(folder, devices, distributed_sampler):
+    (folder / "script.py").write_text(SCRIPT)
+    arguments = json.dumps([str(folder), devices, distributed_sampler, LABELED, TRAIN, VAL, BATCH, EPOCHS])
+    done = subprocess.run(
+        [sys.executable, "script.py", arguments], cwd=folder, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+
+
+@pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["default", "keep_samplers"]
+)
+def ranks(request, tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("two"), 2, request.param)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("one"), 1, True)[0]
+
+
+def test_both_ranks_take_every_step(ranks):
+    assert [rank["steps"] for rank in ranks] == [3 * EPOCHS] * 2
+
+
+def test_ranks_deactivate_the_same_blocks_and_others_at_other_steps(ranks):
+    first, second = (rank["blocks"] for rank in ranks)
+    assert first == second
+    assert [step for step, _ in first] == list(range(3 * EPOCHS))
+    assert len({tuple(blocks) for _, blocks in first}) > 1
+
+
+def test_parameters_stay_in_sync(ranks):
+    assert ranks[0]["before"] == ranks[1]["before"]
+    assert ranks[0]["after"] == ranks[1]["after"] != ranks[0]["before"]
+
+
+@pytest.mark.parametrize("stream", ["LabeledDataset", "UnlabeledDataset"])
+def test_ranks_share_every_global_batch_of_the_single_process(ranks, single, stream):
+    share = BATCH // 2
+    steps = [[rank[stream][start : start + share] for rank in ranks] for start in range(0, 3 * EPOCHS * share, share)]
+    for step, (first, second) in enumerate(steps):
+        assert not {draw for _, draw in first} & {draw for _, draw in second}
+        assert sorted(first + second, key=lambda draw: draw[1]) == single[stream][step * BATCH : (step + 1) * BATCH]
+    assert sum(len(rank[stream]) for rank in ranks) == len(single[stream]) == 3 * EPOCHS * BATCH
+
+
+def test_every_labeled_image_reaches_both_ranks(ranks):
+    for rank in ranks:
+        assert {index for index, _ in rank["LabeledDataset"]} == set(range(LABELED))
+
+
+def test_ranks_together_use_every_unlabeled_image_once_an_epoch(ranks):
+    for epoch in range(EPOCHS):
+        draws = [rank["UnlabeledDataset"][6 * epoch : 6 * (epoch + 1)] for rank in ranks]
+        assert sorted(index for rank in draws for index, _ in rank) == list(range(TRAIN - LABELED))
+
+
+def test_every_validation_image_is_counted_once(ranks, single):
+    assert sorted(ranks[0]["validated"] + ranks[1]["validated"]) == list(range(VAL)) == single["validated"]
+    assert len(ranks[0]["validated"]) != len(ranks[1]["validated"])  # five images, two ranks
+    for epoch in range(EPOCHS):
+        shares = [[0, 2, 4], [1, 3]]
+        assert [
+            rank["EvalDataset"][epoch * len(share) : (epoch + 1) * len(share)]
+            for rank, share in zip(ranks, shares, strict=True)
+        ] == shares
+    assert sum(map(sum, ranks[0]["counts"])) == VAL * 48 * 48
+
+
+def test_metrics_equal_those_of_a_single_process(ranks, single):
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    assert set(single["metrics"]) == set(ranks[0]["metrics"])
+    for key, value in single["metrics"].items():
+        assert ranks[0]["metrics"][key] == pytest.approx(value, abs=1e-6)
+    assert 0 < single["metrics"]["val/miou"] < 1
+
+
+def test_samplers_are_left_alone(ranks):
+    assert [rank["samplers"] for rank in ranks] == [["StreamSampler", "StreamSampler"]] * 2
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def job(request, tmp_path_factory):
+    """The trainings and validations of `ddp_job`, on two and on three processes."""
+    devices, folder = request.param, tmp_path_factory.mktemp(f"job{request.param}")
+    done = subprocess.run(
+        [sys.executable, ddp_job.__file__, str(folder), str(devices)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+
+
+def curves(job, run):
+    _, ranks = job
+    assert all(rank["runs"][run] == ranks[0]["runs"][run] for rank in ranks)
+    return ranks[0]["runs"][run]
+
+
+@pytest.mark.parametrize("run", ["mlpmatch", "supervised"])
+def test_processes_together_have_the_losses_and_weights_of_one(job, run):
+    """With BatchNorm frozen, as its statistics are of another batch, and no padding."""
+    several, one = curves(job, run), ddp_job.train(run, devices=1)
+    assert len(one["losses"]) == ddp_job.STEPS
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-12)
+    assert several["weights"] == pytest.approx(one["weights"], rel=1e-12)
+
+
+@pytest.mark.parametrize("run", ["mlpmatch, padded", "supervised, padded"])
+def test_pixels_that_do_not_count_are_left_out_of_each_process_s_mean(job, run):
+    """As documented: the mean of the processes' losses, not the mean over the pixels of all of them."""
+    several, shares = curves(job, run), ddp_job.train(run, devices=1, shares=len(job[1]))
+    assert several["losses"] == pytest.approx(shares["losses"], rel=1e-12)
+    assert several["weights"] == pytest.approx(shares["weights"], rel=1e-12)
+    over_all_pixels = ddp_job.train(run, devices=1)["losses"]
+    assert several["losses"] != pytest.approx(over_all_pixels, rel=1e-4)
+    assert several["losses"] == pytest.approx(over_all_pixels, rel=0.1)
+
+
+def test_metrics_are_those_of_one_process_for_any_number_of_images(job):
+    _, ranks = job
+    for count in (count for count in ddp_job.COUNTS if count >= len(ranks)):
+        one = ddp_job.evaluate(count, devices=1)
+        for rank in ranks:
+            assert rank["evaluations"][str(count)] == one
+        assert sum(map(sum, one["val"])) == sum(map(sum, one["test"])) == count * 48 * 48
+
+
+def test_channel_dropout_differs_between_processes_and_steps(job):
+    """Each process draws twice a step: for the low and the high features, from one generator."""
+    _, ranks = job
+    seeds = {seed for rank in ranks for seed in rank["validated"]["seeds"]}
+    steps = len(ranks[0]["validated"]["seeds"]) // 2
+    assert len(seeds) == len(ranks) * steps == len(ranks) * ddp_job.STEPS
+
+
+def test_processes_validate_what_the_checkpoint_holds(job):
+    folder, ranks = job
+    assert all(rank["validated"]["buffers"] == ranks[0]["validated"]["buffers"] for rank in ranks)
+    module = MLPMatch.load_from_checkpoint(folder / "last.ckpt", weights_only=True)
+    ddp_job.trainer_of(1).validate(module, datamodule=ddp_job.datamodule_of(1, count=7), verbose=False)
+    assert module.last_counts_CC.tolist() == ranks[0]["validated"]["counts"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234",
+        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_lost_process_is_said_in_a_sentence(message):
+    lost = "expected all 2 processes to go on, but another one has ended or does not answer .* resume=auto"
+    with pytest.raises(UserError, match=lost), loss_of_a_process_explained(2):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match=r"gloo|NCCL"), loss_of_a_process_explained(1):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="shapes"), loss_of_a_process_explained(2):
+        raise RuntimeError("shapes do not match")

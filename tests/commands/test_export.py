@@ -1,0 +1,434 @@
+"""Exported files against the checkpoint they come from, run by onnxruntime, torch.export and a bare Segmentor."""
+
+import json
+import stat
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import compose_config, run_command
+from lightning.pytorch import Trainer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.layers import AvgPool2dSame, Conv2dSame
+from torch import nn
+from torch.export import Dim
+
+from mlpmatch_pl import MLPMatch, UserError
+from mlpmatch_pl.commands.export import run as exporting_module
+from mlpmatch_pl.commands.export.formats import EXAMPLE, FORMATS, ExportedModel, SamePadding, replace_same_padding
+from mlpmatch_pl.commands.export.run import (
+    PARITY,
+    TOLERANCE,
+    ExportOptions,
+    Parity,
+    compare,
+    describe,
+    export_checkpoint,
+)
+from mlpmatch_pl.export import export
+from mlpmatch_pl.predictor import load
+from mlpmatch_pl.segmentor import Segmentor
+from mlpmatch_pl.segmentor.weights import load_published
+from mlpmatch_pl.utils.validation import read_options
+
+NAMES, PALETTE = ["ground", "road", "sky"], [[0, 0, 0], [250, 0, 10], [0, 20, 240]]
+SIZES = ((1, 33, 200), (5, 70, 33), (2, 65, 97), (1, 111, 96))  # batch, height, width
+
+
+def make_checkpoint(path: Path, backbone="test_resnet", in_chans=3, **options) -> Path:
+    torch.manual_seed(0)
+    module = MLPMatch(
+        3, backbone=backbone, in_chans=in_chans, decoder_channels=8, mean=[100.0, 120.0, 90.0][:in_chans],
+        std=[50.0, 60.0, 70.0][:in_chans], **{"class_names": NAMES, "palette": PALETTE, **options},
+    )  # fmt: skip
+    calibrate(module.segmentor, in_chans)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=path.parent,
+    )  # fmt: skip
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    return path
+
+
+@torch.no_grad()
+def calibrate(segmentor, in_chans):
+    """Give BatchNorm the statistics of images, as after a training: those that it starts with hide mistakes."""
+    norms = [module for module in segmentor.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over all batches
+    segmentor.train()
+    for _ in range(2):
+        segmentor(random_image((4, 65, 65), in_chans))
+    segmentor.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("run") / "best.ckpt")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(checkpoint):
+    pytest.importorskip("onnxscript")
+    export_checkpoint(ExportOptions(checkpoint, "onnx"))
+    return checkpoint.with_suffix(".onnx")
+
+
+def random_image(size, in_chans=3, dtype=torch.float32, highest=256):
+    batch, height, width = size
+    return torch.randint(0, highest, (batch, in_chans, height, width)).to(dtype)
+
+
+def run_onnx(file, image_BCHW):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"image": image_BCHW.numpy()})[0])
+
+
+def assert_same(expected, found):
+    assert expected.shape == found.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(expected.argmax(dim=1).unique()) > 1  # a prediction of one class would compare too little
+
+
+@torch.no_grad()
+def test_onnx_gives_the_checkpoints_logits_for_any_batch_and_size(checkpoint, onnx_file):
+    module = load(checkpoint, device="cpu").module
+    for size in SIZES:
+        image = random_image(size)
+        assert_same(module(image), run_onnx(onnx_file, image))
+
+
+def test_the_onnx_file_is_valid_names_its_dimensions_and_describes_itself(onnx_file):
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx_file, full_check=True)
+    model = onnx.load(onnx_file)
+    for value, channels in ((model.graph.input[0], 3), (model.graph.output[0], len(NAMES))):
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        assert dims == ["batch", channels, "height", "width"]
+    assert (model.graph.input[0].name, model.graph.output[0].name) == ("image", "logits")
+    props = {prop.key: json.loads(prop.value) for prop in model.metadata_props}
+    assert (props["class_names"], props["palette"], props["bit_depth"]) == (NAMES, PALETTE, 8)
+    assert (props["returns"], props["input_dtype"], props["smallest_size"]) == ("logits", "float32", 33)
+    assert props["segmentor"]["mean"] == [100.0, 120.0, 90.0]
+    assert props["segmentor"]["std"] == [50.0, 60.0, 70.0]
+    assert props["segmentor"]["in_chans"] == 3
+
+
+def test_no_path_of_this_machine_is_in_the_files(checkpoint, onnx_file, tmp_path):
+    import zipfile
+
+    export_checkpoint(ExportOptions(checkpoint, "torch_export", tmp_path / "m.pt2"))
+    with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
+        contents = [archive.read(name) for name in archive.namelist()]
+    for content in (onnx_file.read_bytes(), *contents):
+        assert b"segmentor.py" not in content
+        assert str(Path(__file__).parents[2]).encode() not in content
+
+
+@pytest.mark.parametrize(
+    ("backbone", "output_stride", "in_chans", "dtype", "forms"),
+    [
+        pytest.param("test_resnet", 16, 1, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
+        pytest.param("resnet18", 8, 3, "uint8", ("onnx", "torch_export"), marks=pytest.mark.slow),
+        ("resnet18", 16, 1, "uint8", ("torch_export",)),
+        pytest.param("mobilenetv2_100", 16, 1, "uint8", ("torch_export",), marks=pytest.mark.slow),
+        pytest.param("mobilenetv2_100", 8, 3, "float32", ("onnx",), marks=pytest.mark.slow),
+        pytest.param("test_resnet", 32, 3, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
+        pytest.param("resnet50s", 16, 3, "float32", ("onnx",), marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_encoders_strides_channels_and_types(backbone, output_stride, in_chans, dtype, forms, tmp_path):
+    path = make_checkpoint(tmp_path / "best.ckpt", backbone, in_chans, output_stride=output_stride)
+    image = random_image((3, 47, 102), in_chans, getattr(torch, dtype))
+    expected = load(path, device="cpu").module(image).softmax(dim=1)
+    for form in forms:
+        if form == "onnx":
+            pytest.importorskip("onnxscript")
+        options = ExportOptions(path, form, returns="probabilities", input_dtype=dtype)
+        parity = export_checkpoint(options)
+        assert parity.difference < 1e-4
+        assert parity.largest <= 1
+        assert parity.equal_classes > 0.999
+        found = run_onnx(options.path, image) if form == "onnx" else torch.export.load(options.path).module()(image)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.sum(dim=1), torch.ones(3, 47, 102))
+
+
+@torch.no_grad()
+def test_torch_export_gives_the_logits_describes_itself_and_refuses_small_images(checkpoint, tmp_path):
+    export_checkpoint(ExportOptions(checkpoint, "torch_export", tmp_path / "model.pt2"))
+    extra = {"config.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    module = load(checkpoint, device="cpu").module
+    for size in SIZES:
+        image = random_image(size)
+        assert_same(module(image), program(image))
+    assert json.loads(extra["config.json"])["class_names"] == NAMES
+    with pytest.raises(AssertionError, match="33"):
+        program(random_image((1, 32, 40)))
+
+
+@torch.no_grad()
+def test_safetensors_load_in_three_lines_and_as_weights_to_start_from(checkpoint, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    parity = export_checkpoint(ExportOptions(checkpoint, "safetensors", file))
+    assert (parity.difference, parity.equal_classes) == (0, 1)
+
+    config = json.loads(file.with_suffix(".json").read_text())
+    segmentor = Segmentor(**config["segmentor"]).eval()
+    segmentor.load_state_dict(load_file(file))
+
+    image, module = random_image((2, 40, 51)), load(checkpoint, device="cpu").module
+    assert torch.equal(segmentor(image), module(image))
+    with safe_open(file, "pt") as content:
+        assert json.loads(content.metadata()["config"]) == config
+    assert (config["class_names"], config["palette"]) == (NAMES, PALETTE)
+    assert file.stat().st_mode & stat.S_IRGRP == file.with_suffix(".json").stat().st_mode & stat.S_IRGRP
+    other = Segmentor(3, "test_resnet", decoder_channels=8, mean=config["segmentor"]["mean"],
+                      std=config["segmentor"]["std"]).eval()  # fmt: skip
+    load_published(other, file)
+    assert torch.equal(other(image), module(image))
+
+
+def test_a_checkpoint_without_colours_gets_the_default_ones(tmp_path):
+    path = make_checkpoint(tmp_path / "best.ckpt", palette=None, class_names=None)
+    config = describe(load(path, device="cpu"), ExportOptions(path))
+    assert config["palette"] == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    assert config["class_names"] == ["0", "1", "2"]
+    assert config == json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize("form", ["torch_export", "safetensors"])
+def test_a_training_in_channels_last_format_exports(form, tmp_path):
+    path = make_checkpoint(tmp_path / "best.ckpt", channels_last=True)
+    assert (
+        load(path, device="cpu")
+        .module.segmentor.decoder.fuse[0]
+        .weight.is_contiguous(memory_format=torch.channels_last)
+    )
+    assert export_checkpoint(ExportOptions(path, form)).difference < 1e-5
+
+
+def test_sixteen_bit_images_go_in_as_float32_only(tmp_path):
+    path = make_checkpoint(tmp_path / "best.ckpt", in_chans=1, bit_depth=16)
+    assert export_checkpoint(ExportOptions(path, "torch_export")).largest > 0
+    with pytest.raises(UserError, match=r"expected input_dtype=float32 .* 16-bit images, but got uint8"):
+        export_checkpoint(ExportOptions(path, "torch_export", input_dtype="uint8", overwrite=True))
+
+
+def wrong_write(segmentor, config, file):
+    with torch.no_grad():
+        changed = Segmentor(**config["segmentor"])
+        changed.load_state_dict(segmentor.state_dict())
+        changed.decoder.classifier.bias[1] += 0.01
+    FORMATS["safetensors"].write(changed, config, file)
+
+
+def test_a_file_that_differs_is_an_error_and_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"an earlier one")
+    monkeypatch.setattr(
+        exporting_module, "FORMATS", {**FORMATS, "safetensors": replace(FORMATS["safetensors"], write=wrong_write)}
+    )
+    with pytest.raises(
+        UserError, match=r"with the logits of .*best\.ckpt, but in safetensors they differ by up to 0\.01 .* nothing"
+    ):
+        export_checkpoint(ExportOptions(checkpoint, "safetensors", file, overwrite=True))
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == b"an earlier one"
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda logits: logits, 0),
+        (lambda logits: logits + 0.5, 0.5),
+        (lambda logits: logits[..., :-1], float("inf")),
+        (lambda logits: logits * float("nan"), float("inf")),
+    ],
+)
+@torch.no_grad()
+def test_the_comparison_sees_what_differs(change, difference, checkpoint):
+    predictor = load(checkpoint, device="cpu")
+    segmentor, sizes = predictor.module.segmentor, []
+
+    def exported(image_BCHW):
+        sizes.append((len(image_BCHW), *image_BCHW.shape[2:]))
+        return change(segmentor(image_BCHW))
+
+    parity = compare(segmentor, exported, describe(predictor, ExportOptions(checkpoint)))
+    assert parity.difference == pytest.approx(difference, abs=1e-5)
+    assert parity.difference == 0 or parity.difference > 100 * TOLERANCE
+    assert 0 < parity.rounding < 1e-5 * parity.largest
+    assert EXAMPLE not in sizes
+    if np.isfinite(difference):
+        assert tuple(sizes) == PARITY
+        assert parity.equal_classes == 1  # a constant added to all classes changes none
+
+
+def test_the_comparison_counts_the_pixels_of_another_class(checkpoint):
+    predictor = load(checkpoint, device="cpu")
+    segmentor = predictor.module.segmentor
+    counted = []
+
+    def exported(image_BCHW):
+        logits = segmentor(image_BCHW)
+        rolled = logits.clone()
+        rolled[..., :10, :] = rolled[..., :10, :].roll(1, dims=1)
+        counted.append((logits[:, 0, :10].numel(), logits[:, 0].numel()))
+        return rolled
+
+    with torch.no_grad():
+        parity = compare(segmentor, exported, describe(predictor, ExportOptions(checkpoint)))
+    changed, pixels = (sum(column) for column in zip(*counted, strict=True))
+    assert parity.equal_classes == 1 - changed / pixels
+
+
+@pytest.mark.parametrize(("rounding", "accepted"), [(1e-6, False), (2e-3, True)])
+def test_a_difference_within_the_checkpoints_own_rounding_is_none(
+    rounding, accepted, checkpoint, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(exporting_module, "compare", lambda *_: Parity(3e-3, rounding, 1.0, 1.0))
+    options = ExportOptions(checkpoint, "safetensors", tmp_path / "weights.safetensors")
+    if accepted:
+        export_checkpoint(options)
+    else:
+        with pytest.raises(UserError, match=r"differ by up to 0\.003"):
+            export_checkpoint(options)
+    assert options.path.exists() == accepted
+
+
+def test_files_are_not_written_over_unless_told(checkpoint, tmp_path):
+    for existing in ("weights.safetensors", "weights.json"):
+        folder = tmp_path / existing
+        folder.mkdir()
+        (folder / existing).write_text("mine")
+        options = ExportOptions(checkpoint, "safetensors", folder / "weights.safetensors")
+        with pytest.raises(UserError, match=f"new files only, but .*{existing} exists; .*, or set overwrite=true"):
+            export_checkpoint(options)
+        assert (folder / existing).read_text() == "mine"
+        export_checkpoint(replace(options, overwrite=True))
+        assert (folder / existing).read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "onxx"}, "expected format as 'onnx' or 'torch_export' or 'safetensors', but got 'onxx'. Did you"),
+        ({"returns": "classes"}, "expected returns as 'logits' or 'probabilities', but got 'classes'"),
+        ({"input_dtype": "float16"}, "expected input_dtype as 'float32' or 'uint8', but got 'float16'. Did you mean"),
+        ({"overwrite": "no"}, "expected overwrite as true or false, but got 'no'"),
+        ({"outptu": "a.onnx"}, "the configuration has no key outptu. Did you mean output?"),
+        ({"checkpoint": ""}, "expected checkpoint as a path, but got ''"),
+        ({"output": "a.pt2"}, r"expected an output with the suffix .onnx for format=onnx, but got a.pt2; change"),
+        ({"format": "safetensors", "returns": "probabilities"}, "expected returns=logits for format=safetensors"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        read_options(ExportOptions, {"checkpoint": "best.ckpt", **options})
+    assert str(caught.value).startswith(message)
+
+
+def test_missing_packages_are_named_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(exporting_module, "find_spec", lambda name: None if name.startswith("onnx") else name)
+    with pytest.raises(UserError) as caught:
+        export_checkpoint(ExportOptions(Path("none.ckpt"), "onnx"))
+    assert str(caught.value) == (
+        "expected onnx, onnxscript, onnxruntime to be installed for format=onnx; run: pip install 'mlpmatch_pl[export]'"
+    )
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none\.ckpt does not exist"):
+        export_checkpoint(ExportOptions(tmp_path / "none.ckpt", "torch_export"))
+    (tmp_path / "broken.ckpt").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"broken\.ckpt cannot be read"):
+        export_checkpoint(ExportOptions(tmp_path / "broken.ckpt", "torch_export"))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.ckpt"]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 2), (2, 1)])
+def test_whole_number_padding_equals_timms(kernel_size, stride, dilation):
+    torch.manual_seed(0)
+    same = Conv2dSame(2, 4, kernel_size, stride, dilation=dilation, bias=True)
+    plain = nn.Conv2d(2, 4, kernel_size, stride, dilation=dilation)
+    plain.load_state_dict(same.state_dict())
+    padding = SamePadding(same.kernel_size, same.stride, same.dilation)
+    for height, width in ((6, 7), (7, 6), (9, 12), (1, 2)):
+        x = torch.rand(1, 2, height, width)
+        torch.testing.assert_close(plain(padding(x)), same(x))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_whole_number_padding_stays_free_in_both_formats(tmp_path):
+    """As in the tf_ models of timm, whose strided convolutions pad by the size of their input."""
+    pytest.importorskip("onnxscript")
+    same = nn.Sequential(Conv2dSame(3, 4, 3, 2), Conv2dSame(4, 4, 5, 2), AvgPool2dSame(2, 2)).eval()
+    plain = deepcopy(same)
+    replace_same_padding(plain)
+    sizes = {0: Dim("batch", min=1), 2: Dim("height", min=33), 3: Dim("width", min=33)}
+    program = torch.export.export(plain, (torch.rand(2, 3, 65, 97),), dynamic_shapes=(sizes,))
+    torch.export.save(program, tmp_path / "m.pt2")
+    torch.onnx.export(program, f=tmp_path / "m.onnx", dynamo=True, input_names=["image"], verbose=False)
+    for size in ((1, 3, 34, 35), (3, 3, 36, 37), (2, 3, 40, 33)):
+        image = torch.rand(size)
+        torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(image), same(image))
+        torch.testing.assert_close(run_onnx(tmp_path / "m.onnx", image), same(image))
+
+
+@torch.no_grad()
+def test_the_model_is_copied_and_its_same_padding_replaced(checkpoint):
+    segmentor = load(checkpoint, device="cpu").module.segmentor
+    segmentor.encoder.model.layer1[0].conv1 = Conv2dSame(32, 32, 3, bias=False)
+    kinds = [type(module) for module in segmentor.modules()]
+    assert AvgPool2dSame in kinds
+    exported = ExportedModel(segmentor, "logits")
+    assert not {AvgPool2dSame, Conv2dSame} & {type(module) for module in exported.modules()}
+    assert [type(module) for module in segmentor.modules()] == kinds
+    image = random_image((2, 50, 61))
+    torch.testing.assert_close(exported(image), segmentor(image))
+
+
+def test_the_configuration_exports_beside_the_checkpoint(tmp_path):
+    path = make_checkpoint(tmp_path / "best.ckpt")
+    cfg = compose_config("export", f"checkpoint={path}", "format=safetensors")
+    assert export(cfg).difference == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.ckpt", "best.json", "best.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_comparison_and_wrong_input_in_one_line(checkpoint, tmp_path):
+    arguments = (f"checkpoint={checkpoint}", "format=safetensors", "output=out/model.safetensors")
+    done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.export")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first.startswith("out/model.safetensors: ")
+    assert "1 x 33 x 33, 3 x 47 x 78" in second
+    assert second.endswith("equal classes on 100.0000 % of the pixels")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.json", "model.safetensors"]
+    again = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.export")
+    assert again.returncode == 1
+    assert again.stderr.strip() == (
+        "error: expected to write new files only, but out/model.safetensors exists (and 1 more); choose another "
+        "output, or set overwrite=true"
+    )
+
+
+def test_help_and_configuration_come_without_heavy_imports(tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    for question in ("--help", "--cfg=job"):
+        done = run_command(question, cwd=tmp_path, module="mlpmatch_pl.export", PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        for key in ExportOptions.__dataclass_fields__:
+            assert key in done.stdout

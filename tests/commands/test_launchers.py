@@ -1,0 +1,278 @@
+"""Several processes from the command line: by Lightning, torchrun and srun, on one machine and on two; one that dies.
+
+A second machine is a second torchrun on this one; srun is what it would put into the environment.
+"""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, compose_train, run_command
+from lightning.pytorch import Trainer
+
+from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule
+from mlpmatch_pl.data.datasets.shapes import shapes
+from mlpmatch_pl.train import train
+from mlpmatch_pl.utils.distributed import Launch, time_stamp
+from mlpmatch_pl.utils.errors import UserError
+
+RUN = (
+    *TINY, "schedule.steps=10", "loader.batch_size=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1",
+)  # fmt: skip
+"""Two epochs of five steps."""
+FILES = {
+    "checkpoints/best.ckpt", "checkpoints/last-1.ckpt", "checkpoints/last.ckpt", "config.yaml", "confusion_test.png",
+    "confusion_val.png", "labeled.txt", "metrics.csv", "metrics.json", "predictions/test_0000.png",
+    "predictions/test_0002.png", "splits.json", "train.log", "val.txt",
+}  # fmt: skip
+SRUN = {
+    "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}  # fmt: skip
+"""What srun puts into the environment of the first of two tasks."""
+PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder, command, **environment):
+    clean = {key: value for key, value in os.environ.items() if key != "MLPMATCH_STAMP"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=folder, env={**clean, "OMP_NUM_THREADS": "1", **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finished(processes, seconds=240):
+    """Return exit codes, and what all have printed."""
+    outputs = [process.communicate(timeout=seconds) for process in processes]
+    return [process.returncode for process in processes], *("".join(parts) for parts in zip(*outputs, strict=True))
+
+
+def apart(starts):
+    """Start processes in different seconds, so that their times differ."""
+    processes = []
+    for begin in starts:
+        processes.append(begin())
+        time.sleep(1.1)
+    return processes
+
+
+def by_lightning(folder):
+    return [start(folder, ("mlpmatch_pl.train", *RUN, "trainer.devices=2", "hydra.run.dir=runs/mine"))]
+
+
+def by_torchrun_on_two_machines(folder):
+    port, train = free_port(), ("-m", "mlpmatch_pl.train", *RUN, "trainer.num_nodes=2")
+    shared = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
+    nodes = (("torch.distributed.run", *shared, f"--node_rank={node}", *train) for node in range(2))
+    return apart([lambda node=node: start(folder, node) for node in nodes])
+
+
+def by_srun(folder):
+    shared = {**SRUN, "MASTER_PORT": str(free_port())}
+    command = ("mlpmatch_pl.train", *RUN, "trainer.devices=2")
+    tasks = ({**shared, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2))
+    return apart([lambda task=task: start(folder, command, **task) for task in tasks])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of two processes that nothing disturbs: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("straight")
+    codes, out, err = finished(by_lightning(folder))
+    assert codes == [0], err
+    return folder / "runs" / "mine", out
+
+
+def weights(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_run(run, other):
+    assert (run / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    mine, others = weights(run), weights(other)
+    assert all(torch.equal(mine[name], others[name]) for name in others)
+
+
+def written(run):
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_one_folder_and_one_log(straight):
+    run, out = straight
+    assert written(run) - {"train_ddp_process_1.log"} == FILES
+    lines = [line for line in out.splitlines() if line]
+    assert len(set(lines)) == len(lines)
+    assert "2 processes; BatchNorm over each one's own images, as SyncBatchNorm needs GPUs" in out
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_has_the_metric_it_was_chosen_by(straight):
+    """Although each process has its own images for BatchNorm's running statistics."""
+    run, _ = straight
+    module = MLPMatch.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    data = shapes(labeled=4, train=24, val=5, test=3, size=48)
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    one = trainer.validate(module, datamodule=SemiSupervisedDataModule(data, crop_size=48), verbose=False)[0]
+    best = json.loads((run / "metrics.json").read_text())["best"]
+    assert best["val/miou"] == pytest.approx(one["val/miou"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launch", "name"),
+    [(by_torchrun_on_two_machines, r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"), (by_srun, r"job4711\.0")],
+    ids=["torchrun", "srun"],
+)
+def test_other_launchers_give_the_same_run(launch, name, straight, tmp_path):
+    codes, out, err = finished(launch(tmp_path))
+    assert codes == [0, 0], err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(name + "_shapes_mlpmatch_s0", run.name)
+    assert written(run) == FILES
+    assert out.count("2 processes; BatchNorm") == out.count("results in ") == 1
+    assert_same_run(run, straight[0])
+
+
+DYING = """
+import os
+import signal
+
+from lightning.pytorch import Callback
+
+
+class Dies(Callback):
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_rank == 1 and trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_when_a_process_is_killed_the_other_ends_with_a_sentence_and_the_run_can_go_on(straight, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    command = (*RUN, "trainer.devices=2", "hydra.run.dir=run", "resume=auto", "callbacks.checkpoint.every_n_steps=3")
+    began = time.monotonic()
+    died = run_command(*command, "+callbacks.dies._target_=dying.Dies", cwd=tmp_path)
+    assert time.monotonic() - began < 120
+    assert died.returncode == 1
+    assert "error: expected all 2 processes to go on, but another one has ended" in died.stderr
+    assert "Traceback" not in died.stderr
+    resumed = run_command(*command, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from " in resumed.stdout
+    assert_same_run(tmp_path / "run", straight[0])
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "sentence"),
+    [
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            1,
+            "the 1 x 1 processes of trainer.devices=1 and trainer.num_nodes=1, but torchrun has started 2, 2 on a",
+        ),
+        (
+            {**SRUN, "SLURM_NTASKS": "4"},
+            2,
+            "the 2 x 1 processes of trainer.devices=2 and trainer.num_nodes=1, but srun has started 4, 2 on a machine",
+        ),
+        (
+            {key: value for key, value in SRUN.items() if key != "SLURM_NTASKS_PER_NODE"},
+            2,
+            "You set `--ntasks=2` in your SLURM bash script, but this variable is not supported. HINT: Use `--ntasks",
+        ),
+        (
+            {**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"},
+            2,
+            "the 2 x 1 processes of trainer.devices=2 and trainer.num_nodes=1, but srun has started 1, 1 on a machine",
+        ),
+    ],
+)
+def test_another_number_of_processes_than_configured_is_refused(environment, devices, sentence, tmp_path, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    cfg = compose_train(*RUN, f"trainer.devices={devices}", output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=sentence):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "first", "first_here"),
+    [
+        ({}, True, True),
+        ({"LOCAL_RANK": "1"}, False, False),
+        ({"NODE_RANK": "1"}, False, True),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, False, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, False, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "interactive"}, True, True),
+    ],
+)
+def test_a_process_knows_its_place(environment, first, first_here):
+    launch = Launch.of(environment)
+    assert (launch.first, launch.first_here) == (first, first_here)
+
+
+def test_a_single_process_has_the_time_for_a_stamp():
+    """And the job beside it: those of an array may start in one second."""
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711"}
+    for environment, end in (({}, ""), (job, "_job4711"), ({**job, "SLURM_STEP_ID": "2"}, r"_job4711\.2")):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d" + end, time_stamp(environment))
+
+
+@pytest.mark.slow
+def test_processes_with_different_run_folders_are_refused(tmp_path):
+    """As when a command is started by hand on each of two machines."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ("mlpmatch_pl.train", *RUN, "trainer.num_nodes=2")
+    starts = [
+        lambda node=node: start(tmp_path, command, NODE_RANK=str(node), LOCAL_RANK="0", **shared) for node in range(2)
+    ]
+    codes, _, err = finished(apart(starts))
+    assert codes == [1, 1]
+    sentence = "error: expected the same run folder in all processes, but the first has "
+    assert [line.startswith(sentence) for line in err.splitlines() if line.startswith("error:")] == [True, True]
+
+
+@pytest.mark.slow
+def test_a_job_of_a_cluster_sweep_with_several_devices_is_refused(tmp_path):
+    done = run_command("-m", "hydra/launcher=submitit_local", *RUN, "trainer.devices=2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: expected one device a job in a sweep, but got 2 processes; set trainer.devices=1")
+    )
+
+
+def commands_of_the_page():
+    text = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if "-m mlpmatch_pl.train" in line]
+    return [line.partition("mlpmatch_pl.train")[2] for line in lines]
+
+
+def test_there_are_commands_in_the_page():
+    assert len(commands_of_the_page()) >= 5
+
+
+@pytest.mark.parametrize("arguments", commands_of_the_page())
+def test_every_training_in_the_page_composes(arguments):
+    values = [part for part in shlex.split(arguments) if not part.startswith(("-", "hydra"))]
+    compose_train(*[re.sub(r"=([^\[,]+),.*", r"=\1", value) for value in values], output_dir=Path("out"))

@@ -1,0 +1,349 @@
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import compose_config, run_command
+from helpers.checkpoints import make_module, save_checkpoint
+from helpers.images import save_image
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlpmatch_pl.commands.cli import literal_paths
+from mlpmatch_pl.commands.predict import run as prediction
+from mlpmatch_pl.commands.predict.run import AHEAD, _ahead
+from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
+from mlpmatch_pl.predict import predict
+from mlpmatch_pl.predictor import Predictor
+from mlpmatch_pl.utils.errors import UserError
+
+COLORS = [[0, 0, 0], [200, 30, 7], [1, 220, 3], [255, 0, 104]]
+NAMES = ("plain.jpg", "day/two words.png", "night/late/Föhr (2), x=1 [ä].v2.png")
+ALL = "save=[index,color,overlay,confidence,probabilities]"
+
+
+@pytest.fixture(scope="module")
+def module():
+    return make_module(class_names=["a", "b", "c", "d"], palette=COLORS).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(module, tmp_path_factory):
+    return save_checkpoint(module, tmp_path_factory.mktemp("my run") / "epoch=1-step=5.ckpt")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of different sizes in sub-folders."""
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(NAMES):
+        small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+        save_image(tmp_path / "my photos" / name, np.array(small.resize((60 + 7 * index, 41 + index), Image.BICUBIC)))
+    return tmp_path / "my photos"
+
+
+def run_predict(checkpoint, source, output, *overrides):
+    arguments = literal_paths([f"checkpoint={checkpoint}", f"input={source}", f"output={output}"])
+    predict(compose_config("predict", *arguments, *overrides))
+
+
+def plain_probabilities(module, path):
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    with torch.no_grad():
+        return module(pixels[None])[0].softmax(0).numpy()
+
+
+def written(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_files_equal_a_plain_loop(checkpoint, module, photos, tmp_path):
+    run_predict(checkpoint, photos, tmp_path / "out", ALL)
+    seen = set()
+    for name in NAMES[1:]:  # PNG, which every reader decodes alike
+        stem = name.rpartition(".")[0]
+        probabilities = plain_probabilities(module, photos / name)
+        label, image = probabilities.argmax(0), np.array(Image.open(photos / name))
+        color = np.array(COLORS, np.uint8)[label]
+        with Image.open(tmp_path / f"out/index/{stem}.png") as index:
+            assert index.mode == "P"
+            np.testing.assert_array_equal(np.array(index), label)
+            np.testing.assert_array_equal(np.array(index.convert("RGB")), color)
+        np.testing.assert_array_equal(np.array(Image.open(tmp_path / f"out/color/{stem}.png")), color)
+        overlay = np.array(Image.open(tmp_path / f"out/overlay/{stem}.png")).astype(float)
+        np.testing.assert_allclose(overlay, (image.astype(float) + color) / 2, atol=0.5)
+        confidence = np.array(Image.open(tmp_path / f"out/confidence/{stem}.png")).astype(float)
+        np.testing.assert_allclose(confidence, probabilities.max(0) * 255, atol=0.51)
+        with np.load(tmp_path / f"out/probabilities/{stem}.npz") as content:
+            assert content["probabilities"].dtype == np.float32
+            np.testing.assert_allclose(content["probabilities"], probabilities, atol=1e-5)
+        seen |= set(np.unique(label))
+    assert len(seen) > 2
+
+
+def test_names_and_sub_folders_are_those_of_the_input(checkpoint, photos, tmp_path):
+    run_predict(checkpoint, photos, tmp_path / "out")
+    stems = sorted(name.rpartition(".")[0] for name in NAMES)
+    assert written(tmp_path / "out") == [
+        "classes.json", *(f"{kind}/{stem}.png" for kind in ("color", "index", "overlay") for stem in stems)
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out/classes.json").read_text(encoding="utf-8"))[1] == {
+        "index": 1, "name": "b", "color": [200, 30, 7]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "stems"),
+    [
+        ("*.jpg", ["plain"]),
+        ("**/*.png", ["day/two words", "night/late/Föhr (2), x=1 [ä].v2"]),
+        ("n*/late/*", ["night/late/Föhr (2), x=1 [ä].v2"]),
+        ("day", ["two words"]),
+        (NAMES[2], ["Föhr (2), x=1 [ä].v2"]),  # there is such a file, so its brackets are no pattern
+    ],
+)
+def test_a_file_a_folder_or_a_pattern(checkpoint, photos, tmp_path, source, stems):
+    run_predict(checkpoint, photos / source, tmp_path / "out", "save=index")
+    assert written(tmp_path / "out") == ["classes.json", *(f"index/{stem}.png" for stem in stems)]
+
+
+def test_inference_options_reach_the_network(checkpoint, module, photos, tmp_path):
+    options = ("inference.mode=slide", "inference.window=40", "inference.scales=[1.0,1.5]", "inference.flip=true")
+    run_predict(checkpoint, photos / NAMES[1], tmp_path / "out", "save=probabilities", *options)
+    image = torch.from_numpy(np.array(Image.open(photos / NAMES[1]))).permute(2, 0, 1)[None]
+    expected = SlidingWindowInference("slide", window=40, scales=(1.0, 1.5), flip=True)(module.segmentor, image)[0]
+    with np.load(tmp_path / "out/probabilities/two words.npz") as content:
+        np.testing.assert_allclose(content["probabilities"], expected, atol=1e-5)  # BatchNorm is folded
+
+
+def test_grey_images_of_16_bits(tmp_path):
+    module = make_module(in_chans=1, mean=[30000.0], std=[12000.0], bit_depth=16)
+    checkpoint = save_checkpoint(module, tmp_path / "deep.ckpt")
+    deep = np.random.default_rng(0).integers(0, 65536, (44, 50)).astype(np.uint16)
+    save_image(tmp_path / "deep.png", deep)
+    run_predict(checkpoint, tmp_path / "deep.png", tmp_path / "out")
+    expected = Predictor(module).predict(deep)
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "out/index/deep.png")), expected)
+    assert Image.open(tmp_path / "out/overlay/deep.png").mode == "RGB"
+
+
+# Nothing is written over ----------------------------------------------------------------------------------------------
+
+
+def test_existing_files_are_refused_before_anything_is_written(checkpoint, photos, tmp_path):
+    save_image(tmp_path / "out/color/plain.png", np.zeros((2, 2), np.uint8))
+    before = (tmp_path / "out/color/plain.png").read_bytes()
+    with pytest.raises(UserError) as caught:
+        run_predict(checkpoint, photos, tmp_path / "out")
+    assert str(caught.value) == (
+        f"expected to write new files only, but {tmp_path / 'out/color/plain.png'} exists; choose another output, or "
+        "set overwrite=true"
+    )
+    assert written(tmp_path / "out") == ["color/plain.png"]
+    assert (tmp_path / "out/color/plain.png").read_bytes() == before
+    run_predict(checkpoint, photos, tmp_path / "out", "overwrite=true")
+    assert len(written(tmp_path / "out")) == 10
+    assert (tmp_path / "out/color/plain.png").read_bytes() != before
+
+
+def test_more_images_can_go_into_a_folder_but_not_those_of_other_classes(checkpoint, photos, tmp_path):
+    run_predict(checkpoint, photos / NAMES[0], tmp_path / "out")
+    run_predict(checkpoint, photos / NAMES[1], tmp_path / "out")
+    assert len(written(tmp_path / "out")) == 7
+    other = save_checkpoint(make_module(class_names=["a", "b", "c", "other"], palette=COLORS), tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=r"expected predictions of the same classes in one folder, but .*classes\.json"):
+        run_predict(other, photos / NAMES[2], tmp_path / "out")
+    assert len(written(tmp_path / "out")) == 7
+
+
+def test_images_that_would_write_one_file_are_refused(checkpoint, photos, tmp_path):
+    save_image(photos / "day/two words.jpg", np.zeros((40, 40, 3), np.uint8))
+    with pytest.raises(UserError) as caught:
+        run_predict(checkpoint, photos, tmp_path / "out")
+    assert str(caught.value) == (
+        f"expected images whose names differ without suffix, but {photos / 'day/two words.jpg'} and "
+        f"{photos / 'day/two words.png'} would write one file; rename one, or predict them into different folders"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_written_into_the_input_is_no_input(checkpoint, photos):
+    run_predict(checkpoint, photos, photos)
+    before = written(photos)
+    run_predict(checkpoint, photos, photos, "overwrite=true")
+    assert written(photos) == before
+    run_predict(checkpoint, photos / "**/*", photos, "overwrite=true")
+    assert written(photos) == before
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a/b.png"
+    prediction.write_file(path, b"old")
+
+    def fail(self, content):
+        Path.open(self, "wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(UserError, match=r"expected to write .*b\.png, but No space left on device"):
+        prediction.write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_an_output_that_cannot_be_written_is_named(checkpoint, photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/index").write_text("a file")
+    with pytest.raises(UserError, match=r"expected to write .*out/index/plain\.png, but"):
+        run_predict(checkpoint, photos / NAMES[0], tmp_path / "out")
+
+
+# Wrong input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "save=[index,colort]",
+            r"expected save as a list of 'index' or 'color' or .*'colort'\]\. Did you mean color",
+        ),
+        ("save=null", "expected save as a list of 'index' or .*, but got null"),
+        ("save=[]", "expected something to save, but save is empty"),
+        ("overwrite=no", "expected overwrite as true or false, but got 'no'"),
+        ("opacity=1.5", "expected opacity from 0 to 1, but got 1.5"),
+        ("opacity=true", "expected opacity as a number, but got true"),
+        ("+foo=1", r"no key foo\."),
+        ("inference.window=40", "set inference.mode=slide, or leave them out"),
+        ("device=cuad", "expected device as auto, or one that this machine has, but got cuad"),
+        ("input=none.jpg", "expected input as an image file, a folder or a glob pattern, but none.jpg does not exist"),
+        ("input='*.none'", r"expected images \(.bmp, .*\) in input=\*.none, but found none"),
+        ("input=''", "expected input as a path, but got ''"),
+        ("checkpoint=none.ckpt", "expected a checkpoint, but none.ckpt does not exist"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(checkpoint, photos, tmp_path, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_predict(checkpoint, photos, tmp_path / "out", override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(checkpoint, photos, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match=r"expected output to be a folder, but .*out is a file"):
+        run_predict(checkpoint, photos, tmp_path / "out")
+
+
+MEMORY = (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=["gpu", "cpu"])
+def test_an_image_too_large_for_the_memory_is_left_out_and_named(
+    error, checkpoint, photos, tmp_path, monkeypatch, capsys
+):
+    infer = Predictor.infer
+
+    def fail_on_one(self, image):
+        if image.shape[:2] == (41, 60):
+            raise error
+        return infer(self, image)
+
+    monkeypatch.setattr(Predictor, "infer", fail_on_one)
+    with pytest.raises(UserError, match="expected images that can be predicted, but 1 of 3 could not be"):
+        run_predict(checkpoint, photos, tmp_path / "out", "save=index")
+    assert "plain.jpg is 60 x 41 pixels; set inference.mode=slide" in capsys.readouterr().err
+    assert len(written(tmp_path / "out/index")) == 2
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+def test_items_are_worked_on_beside_each_other_and_come_in_order():
+    both = threading.Barrier(2, timeout=20)
+
+    def work(item):
+        both.wait()  # passes only if two run at once
+        return item * 2
+
+    assert list(_ahead(work, range(10))) == [item * 2 for item in range(10)]
+
+
+def test_no_more_items_are_taken_than_needed():
+    taken = []
+
+    def items():
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    results = _ahead(abs, items())
+    next(results)
+    assert len(taken) == AHEAD + 1
+    results.close()
+    assert len(taken) == AHEAD + 1
+
+
+def test_an_error_in_a_thread_is_raised_where_its_result_is_asked_for():
+    results = _ahead(lambda item: 1 // item, [1, 1, 0, 1])
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="$"), min_size=1))
+def test_any_path_reaches_the_configuration_as_it_is(path):
+    (argument,) = literal_paths([f"input={path}"])
+    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    if not quoted:  # which is left to Hydra
+        assert OverridesParser.create().parse_override(argument).value() == path
+
+
+def test_other_arguments_and_sweeps_are_left_to_hydra():
+    assert literal_paths(["save=[index]", "input='a b'", "--help"]) == ["save=[index]", "input='a b'", "--help"]
+    assert literal_paths(["-m", "checkpoint=a.ckpt,b.ckpt"]) == ["-m", "checkpoint=a.ckpt,b.ckpt"]
+
+
+def test_the_command_skips_unreadable_files_and_names_them_at_the_end(checkpoint, photos, tmp_path):
+    (photos / "day/broken ä.jpg").write_bytes(b"no image")
+    (photos / "notes.txt").write_text("no image either, and no suffix of one")
+    arguments = (f"checkpoint={checkpoint}", "input=my photos", "output=out, ö=1")
+    done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.predict")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "skipped: cannot read the image my photos/day/broken ä.jpg: it is broken or no image; replace or remove it",
+        "error: expected images that can be predicted, but 1 of 4 could not be and are named above; mend or remove "
+        "them",
+    ]
+    assert "predicted 3 of 4 in " in done.stdout
+    assert len(written(tmp_path / "out, ö=1")) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos", "out, ö=1"]  # and no folder of Hydra's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["input=a", "output=b"], "expected a value for checkpoint, but none is set; add checkpoint=..."),
+        (["chekpoint=x"], "the configuration has no key chekpoint. Did you mean checkpoint?"),
+        (["inference.windw=3"], "Did you mean inference.window"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, sentence, tmp_path):
+    done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.predict")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_configuration_need_no_heavy_imports():
+    code = "import sys, mlpmatch_pl.predict; print({'torch', 'lightning', 'cv2', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

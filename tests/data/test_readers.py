@@ -1,0 +1,577 @@
+import itertools
+import pickle
+import random
+import re
+from importlib.util import find_spec
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from helpers import compose_train
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from mlpmatch_pl.data.readers.image import ImageReader, stamp
+from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.utils.errors import UserError
+
+SHAPE = (13, 21)
+PALETTE = ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+
+
+def noise(*shape, bits=8, most=None, seed=0):
+    most = (1 << bits) - 1 if most is None else most
+    return np.random.default_rng(seed).integers(0, most, shape, f"uint{bits}", endpoint=True)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write an array as a picture file by PIL, and return its path."""
+
+    def save(name, pixels, **options):
+        Image.fromarray(pixels).save(tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
+def sentence(call, *arguments):
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def write_tiff(path, pixels, layout, **options):
+    """Write (H, W, channels) interleaved, as planes, or a page for each channel."""
+    gray = pixels.shape[2] == 1
+    if layout == "interleaved" or gray:
+        array = pixels[..., 0] if gray else pixels
+        options |= {} if gray else {"planarconfig": "contig"}
+    else:
+        array = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        options |= {"planarconfig": "separate"} if layout == "planar" else {}
+    color = pixels.shape[2] in (3, 4) and layout != "pages"
+    tifffile.imwrite(path, array, photometric="rgb" if color else "minisblack", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "deflate"}, {"compression": "deflate", "predictor": 2}])
+@pytest.mark.parametrize("layout", ["interleaved", "planar", "pages"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 12])
+def test_tiff_files_of_every_layout_hold_the_pixels_that_were_written(tmp_path, channels, bits, layout, options):
+    pixels = noise(*SHAPE, channels, bits=bits)
+    write_tiff(tmp_path / "a.tif", pixels, layout, **options)
+    image = ImageReader(channels, bits)(tmp_path / "a.tif")
+    assert image.dtype == pixels.dtype
+    assert image.flags.c_contiguous
+    assert (image == pixels).all()
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "planar", "pages"])
+@pytest.mark.parametrize("options", [{"tile": (16, 16)}, {"bigtiff": True}, {"byteorder": ">"}, {"metadata": None}])
+def test_tiff_files_may_be_tiled_large_big_endian_or_plain(tmp_path, layout, options):
+    pixels = noise(*SHAPE, 5, bits=16)
+    write_tiff(tmp_path / "a.TIFF", pixels, layout, **options)
+    image = ImageReader(5, 16)(tmp_path / "a.TIFF")
+    assert image.dtype == np.uint16
+    assert (image == pixels).all()
+
+
+@pytest.mark.parametrize("height_width", [(1, 1), (1, 30), (30, 1), (3, 3), (5, 5), (4, 3)])
+def test_channels_are_told_from_height_and_width_in_tiny_files(tmp_path, height_width):
+    pixels = noise(*height_width, 5)
+    for layout in ("interleaved", "planar"):
+        write_tiff(tmp_path / "a.tif", pixels, layout)
+        assert (ImageReader(5)(tmp_path / "a.tif") == pixels).all()
+
+
+@pytest.mark.parametrize(("written", "channels"), [(1, 1), (1, 3), (3, 3)])
+def test_tiff_files_with_lzw_are_read(save, written, channels):
+    pixels = noise(*SHAPE, written)
+    image = ImageReader(channels)(save("a.tif", pixels.squeeze(), compression="tiff_lzw"))
+    assert image.shape == (*SHAPE, channels)
+    assert (image == pixels).all()
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_tiff_files_with_lzw_and_alpha_are_never_read_wrongly(save, channels):
+    pixels = noise(*SHAPE, 4)
+    path = save("a.tif", pixels, compression="tiff_lzw")
+    if find_spec("imagecodecs"):
+        assert (ImageReader(channels)(path) == pixels[..., :channels]).all()
+    else:
+        assert "pip install imagecodecs" in sentence(ImageReader(channels), path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_come_in_rgb_order_whatever_wrote_them(tmp_path, channels, bits, suffix):
+    pixels = noise(*SHAPE, channels, bits=bits)
+    path = tmp_path / f"a.{suffix}"
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, 1] if suffix == "tif" else []  # none; OpenCV's own choice is LZW
+    cv2.imwrite(str(path), pixels if channels == 1 else pixels[..., [2, 1, 0, 3][:channels]], options)  # it takes BGR
+    image = ImageReader(channels, bits)(path)
+    assert (image.shape, image.dtype) == (pixels.shape, pixels.dtype)
+    assert (image == pixels).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_three_channels_read_grey_as_rgb(tmp_path, bits, suffix):
+    gray = noise(*SHAPE, bits=bits)
+    Image.fromarray(gray).save(tmp_path / f"a.{suffix}")
+    assert (ImageReader(3, bits)(tmp_path / f"a.{suffix}") == np.stack([gray] * 3, axis=2)).all()
+
+
+@pytest.mark.parametrize(("suffix", "bits"), [("png", 8), ("png", 16), ("tif", 8), ("tif", 16), ("webp", 8)])
+def test_three_channels_leave_out_alpha_and_keep_the_colors(tmp_path, suffix, bits):
+    pixels = noise(*SHAPE, 4, bits=bits)
+    pixels[:5, ..., 3] = 0  # wholly transparent
+    path = tmp_path / f"a.{suffix}"
+    if bits == 8:
+        Image.fromarray(pixels).save(path, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+    elif suffix == "tif":
+        tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["unassalpha"])
+    else:
+        cv2.imwrite(str(path), pixels[..., [2, 1, 0, 3]])
+    assert (ImageReader(3, bits)(path) == pixels[..., :3]).all()
+    assert (ImageReader(4, bits)(path) == pixels).all()
+
+
+def test_a_fourth_channel_that_is_no_alpha_is_not_left_out(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", noise(*SHAPE, 4), photometric="rgb", extrasamples=["unspecified"])
+    assert sentence(ImageReader(3), tmp_path / "a.tif").endswith("has 4; set dataset.in_chans=4, or convert it")
+    assert (ImageReader(4)(tmp_path / "a.tif") == noise(*SHAPE, 4)).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_with_alpha_has_two_channels(save, suffix):
+    pixels = noise(*SHAPE, 2)
+    path = save(f"a.{suffix}", pixels)
+    assert (ImageReader(2)(path) == pixels).all()
+    assert sentence(ImageReader(1), path).endswith("has 2; set dataset.in_chans=2, or convert it")
+
+
+def test_one_bit_and_palette_pictures_are_read_as_they_look(save):
+    bits = noise(*SHAPE, most=1).astype(bool)
+    assert (ImageReader(1)(save("bits.png", bits)) == bits[..., None] * 255).all()
+    assert (ImageReader(3)(save("bits.png", bits)) == bits[..., None] * [255, 255, 255]).all()
+    assert (ImageReader(3)(palette_picture(save, "a.png")) == np.array(PALETTE)[noise(*SHAPE, most=2)]).all()
+
+
+def palette_picture(save, name):
+    path = save(name, noise(*SHAPE, most=2))
+    with Image.open(path) as file:
+        file.putpalette(sum(PALETTE, ()))  # ids stay
+        file.save(path)
+    return path
+
+
+def test_tiff_pictures_of_other_color_models_are_read_as_they_look(save, tmp_path):
+    gray = noise(*SHAPE)
+    tifffile.imwrite(tmp_path / "a.tif", 255 - gray, photometric="miniswhite")
+    assert (ImageReader(1)(tmp_path / "a.tif")[..., 0] == gray).all()
+    assert (ImageReader(3)(tmp_path / "a.tif") == gray[..., None]).all()
+    expected = np.array(PALETTE)[noise(*SHAPE, most=2)]
+    assert (ImageReader(3)(palette_picture(save, "a.tif")) == expected).all()
+    rgb = noise(*SHAPE, 3)
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "a.tif")
+    assert np.abs(ImageReader(3)(tmp_path / "a.tif").astype(int) - rgb).max() <= 1
+
+
+TURNS = {  # EXIF orientation: how the stored pixels become upright
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_photos_are_turned_as_their_exif_tag_says(save, suffix, channels, orientation):
+    pixels = np.kron(noise(3, 5, channels), np.ones((16, 16, 1), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(f"a.{suffix}", pixels.squeeze(), exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+    image, expected = ImageReader(channels)(path), TURNS[orientation](pixels)
+    assert image.shape == expected.shape
+    # In the middle of each square, JPEG is exact but for the color model's rounding.
+    difference = image[8::16, 8::16].astype(int) - expected[8::16, 8::16]
+    assert np.abs(difference).max() <= (3 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_mask_is_turned_like_its_image(save, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"compression": "tiff_deflate"} if suffix == "tif" else {}
+    ids = noise(*SHAPE, most=2)
+    image = ImageReader(1)(save(f"image.{suffix}", ids, exif=exif, **options))
+    mask = MaskReader()(save(f"mask.{suffix}", ids, exif=exif, **options))
+    assert (image[..., 0] == mask).all()
+    assert (mask == TURNS[orientation](ids)).all()
+
+
+FOUND = {"gray.png": 1, "rgb.png": 3, "rgba.png": 4, "la.png": 2, "gray.tif": 1, "rgb.tif": 3, "five.tif": 5}
+REFUSED = [
+    (name, channels)
+    for name, found in FOUND.items()
+    for channels in (1, 2, 3, 4, 5)
+    if channels != found and not (channels == 3 and found != 5) and (name, channels) != ("la.png", 4)
+]
+
+
+@pytest.mark.parametrize(("name", "channels"), REFUSED)
+def test_another_number_of_channels_is_named_with_the_key_to_set(tmp_path, name, channels):
+    found, path = FOUND[name], tmp_path / name
+    if name == "five.tif":
+        write_tiff(path, noise(*SHAPE, 5), "pages")
+    else:
+        Image.fromarray(noise(*SHAPE, found).squeeze()).save(path)
+    assert sentence(ImageReader(channels), path) == (
+        f"expected an image of {channels} channels, but {path} has {found}; set dataset.in_chans={found}, or convert it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "channels"), [("png", 1), ("png", 3), ("png", 4), ("tif", 1), ("tif", 3), ("tif", 5)]
+)
+@pytest.mark.parametrize(("bits", "found"), [(8, 16), (16, 8)])
+def test_another_depth_is_named_with_the_key_to_set(tmp_path, suffix, channels, bits, found):
+    pixels, path = noise(*SHAPE, channels, bits=found), tmp_path / f"a.{suffix}"
+    if suffix == "png":
+        cv2.imwrite(str(path), pixels)
+    else:
+        write_tiff(path, pixels, "interleaved")
+    assert sentence(ImageReader(channels, bits), path) == (
+        f"expected uint{bits} pixels (dataset.bit_depth={bits}), but {path} has uint{found}; "
+        f"set dataset.bit_depth={found}, or convert it to whole numbers of {bits} bits"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "uint32", "int8"])
+@pytest.mark.parametrize(("channels", "layout"), [(1, "interleaved"), (3, "interleaved"), (5, "planar"), (3, "pages")])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_pixels_of_other_types_are_named(tmp_path, dtype, channels, layout, bits):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise(*SHAPE, channels, most=100).astype(dtype), layout)
+    for in_chans in {channels, 3}:
+        assert sentence(ImageReader(in_chans, bits), path) == (
+            f"expected uint{bits} pixels (dataset.bit_depth={bits}), but {path} has {dtype}; "
+            f"convert it to whole numbers of {bits} bits"
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("content", [None, b"", b"II*\0 this is no picture" * 20], ids=["missing", "empty", "broken"])
+def test_files_that_cannot_be_read_are_named(tmp_path, content, suffix, channels):
+    path = tmp_path / f"a.{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    message = sentence(ImageReader(channels), path)
+    assert message.startswith(f"cannot read the image {path}")
+    assert message.endswith("; replace or remove it")
+    assert "\n" not in message
+    assert ("No such file" in message) == (content is None)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif"])
+def test_files_that_were_cut_off_are_named(save, suffix, capfd):
+    path = save(f"a.{suffix}", noise(200, 300, 3))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    assert sentence(ImageReader(), path).startswith(f"cannot read the image {path}")
+    mask = save(f"m.{suffix}", noise(200, 300, most=2))
+    mask.write_bytes(mask.read_bytes()[: mask.stat().st_size * 2 // 3])
+    if suffix != "jpg":  # PIL fills up a cut JPEG, which is no format for masks
+        assert sentence(MaskReader(), mask).startswith(f"cannot read the mask {mask} (")
+    assert not re.search("ERROR|WARN", capfd.readouterr().err)  # OpenCV's own lines
+
+
+@pytest.mark.parametrize(
+    "reader", [ImageReader(1), ImageReader(3), ImageReader(4), MaskReader()], ids=["gray", "rgb", "rgba", "mask"]
+)
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_damaged_files_raise_nothing_but_the_users_error(save, reader, suffix):
+    channels = getattr(reader, "in_chans", 1)
+    path = save(f"a.{suffix}", noise(60, 80, channels).squeeze())
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    for attempt in range(60):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[rng.randrange(200 if attempt % 2 else len(content))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            reader(path)
+        except UserError:
+            refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize(("in_chans", "bit_depth"), [(0, 8), (-1, 16), (3, 12), (3, 32), (3, 0)])
+def test_readers_of_other_images_are_refused(in_chans, bit_depth):
+    assert sentence(ImageReader, in_chans, bit_depth) == (
+        f"expected dataset.in_chans of at least 1 and dataset.bit_depth of 8 or 16, but got {in_chans} and {bit_depth}"
+    )
+
+
+def test_a_stamp_changes_with_the_file(tmp_path):
+    path = tmp_path / "a.png"
+    assert stamp(path) == "none"
+    path.write_bytes(b"abc")
+    first = stamp(path)
+    assert stamp(path) == first
+    path.write_bytes(b"abcd")
+    assert stamp(path) != first
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+IDS = noise(*SHAPE, most=2)
+
+
+def test_grey_and_palette_files_hold_ids_and_a_palette_changes_nothing(save):
+    for reader in (MaskReader(), MaskReader(colors=PALETTE[::-1])):
+        for path in (save("gray.png", IDS), palette_picture(save, "a.png"), palette_picture(save, "a.tif")):
+            mask = reader(path)
+            assert (mask.dtype, mask.shape) == (np.uint8, SHAPE)
+            assert (mask == IDS).all()
+
+
+def test_one_bit_files_hold_zero_and_one(save):
+    bits = IDS > 1
+    for name in ("a.png", "a.tif"):
+        path = save(name, bits)
+        assert (MaskReader()(path) == bits).all()
+        assert (MaskReader({0: 1, 1: 0})(path) == ~bits).all()
+    assert sentence(MaskReader({0: 0, 255: 1}), path) == (
+        f"expected the mask values 0, 255 of dataset.mask_values, but {path} has 1; add it, or 'other: 255' for all "
+        "others"
+    )
+
+
+def test_ids_above_255_need_a_mapping(save):
+    path = save("a.png", IDS.astype(np.uint16) * 30_000)
+    assert sentence(MaskReader(), path) == (
+        f"expected class ids from 0 to 255, but {path} has the value 60000; map the values to classes by "
+        "dataset.mask_values"
+    )
+    assert (MaskReader({0: 2, 30_000: 1, 60_000: 0})(path) == 2 - IDS).all()
+    assert (MaskReader({30_000: 1, "other": 0})(path) == (IDS == 1)).all()
+    assert (MaskReader()(save("b.png", IDS.astype(np.uint16))) == IDS).all()
+
+
+@pytest.mark.parametrize(("values", "most"), [(None, 255), ({0: 0, "other": 1}, 65535)])
+@pytest.mark.parametrize(("dtype", "wrong"), [("int32", -1), ("int16", -7), ("uint32", 70_000)])
+def test_values_that_are_no_ids_are_named(tmp_path, values, most, dtype, wrong):
+    pixels = IDS.astype(dtype)
+    pixels[3, 4] = wrong
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    message = sentence(MaskReader(values), tmp_path / "a.tif")
+    assert f"from 0 to {most}, but {tmp_path / 'a.tif'} has the value {wrong};" in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {0: 0, 1: 1, 2: 2},
+        {0: 2, 1: 0, 2: 1},
+        {1: 0, "other": 255},
+        {"other": 4},
+        {0: 255, 1: 0, 2: 0, 77: 3},
+        {"other": 255, 2: 1},
+    ],
+)
+def test_a_mapping_does_what_a_loop_over_pixels_does(save, values):
+    mask = MaskReader(values)(save("a.png", IDS))
+    for row, column in itertools.product(range(SHAPE[0]), range(SHAPE[1])):
+        value = int(IDS[row, column])
+        assert mask[row, column] == (values[value] if value in values else values["other"])
+
+
+@pytest.mark.parametrize("ignore", [255, 254])
+def test_a_value_that_the_mapping_leaves_out_is_named(save, ignore):
+    path = save("a.png", np.array([[0, 1, 9], [0, 0, 7]], np.uint8))
+    assert sentence(MaskReader({0: 0, 1: 1}, ignore_index=ignore), path) == (
+        f"expected the mask values 0, 1 of dataset.mask_values, but {path} has 9; add it, or 'other: {ignore}' for "
+        "all others"
+    )
+
+
+def test_masks_of_zero_and_255_are_two_classes_though_255_means_ignore(save):
+    pixels = (IDS > 0).astype(np.uint8) * 255
+    reader = MaskReader({0: 0, 255: 1}, ignore_index=255)
+    assert (reader(save("a.png", pixels)) == (IDS > 0)).all()
+    pixels[4, 4] = 128
+    assert MaskReader({0: 0, 255: 1, "other": 255})(save("a.png", pixels))[4, 4] == 255
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+def test_colors_become_the_classes_of_the_palette(save, suffix, alpha):
+    pixels = np.array(PALETTE, np.uint8)[IDS]
+    if alpha:
+        pixels = np.dstack([pixels, noise(*SHAPE)])
+    path = save(f"a.{suffix}", pixels)
+    mask = MaskReader(colors=PALETTE)(path)
+    assert mask.dtype == np.uint8
+    assert (mask == IDS).all()
+    assert (MaskReader(colors=PALETTE[::-1])(path) == 2 - IDS).all()
+    ignoring = MaskReader(colors=PALETTE[:1], ignore_colors=PALETTE[1:], ignore_index=200)
+    assert (ignoring(path) == np.where(IDS == 0, 0, 200)).all()
+
+
+def test_many_colors_are_told_apart(save):
+    rng = np.random.default_rng(3)
+    codes = rng.choice(1 << 24, 255, replace=False)
+    colors = [(int(code) >> 16, int(code) >> 8 & 255, int(code) & 255) for code in codes]
+    ids = rng.integers(0, 255, (40, 50), np.uint8)
+    assert (MaskReader(colors=colors)(save("a.png", np.array(colors, np.uint8)[ids])) == ids).all()
+
+
+def test_an_unknown_color_is_named(save):
+    path = save("a.png", np.array([[PALETTE[0], (3, 2, 1), (9, 9, 9)]], np.uint8))
+    assert sentence(MaskReader(colors=PALETTE), path) == (
+        f"expected the colors of dataset.palette, but the mask {path} has [3, 2, 1]; add it to dataset.palette or "
+        "dataset.ignore_colors"
+    )
+
+
+def test_two_classes_of_one_color_are_refused_in_masks_of_colors_only(save):
+    reader = MaskReader(colors=[PALETTE[0], PALETTE[1], PALETTE[0]])
+    assert (reader(save("gray.png", IDS)) == IDS).all()
+    assert sentence(reader, save("a.png", np.zeros((4, 4, 3), np.uint8))) == (
+        "expected a color of its own for each class, but [0, 0, 0] stands for 0 and 2; correct dataset.palette or "
+        "dataset.ignore_colors"
+    )
+    reader = MaskReader(colors=PALETTE, ignore_colors=[PALETTE[1]])
+    assert "but [128, 0, 0] stands for 1 and 255;" in sentence(reader, save("a.png", np.zeros((4, 4, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "mode", "colors"), [(3, "RGB", ()), (4, "RGBA", ()), (2, "LA", ()), (2, "LA", PALETTE)]
+)
+def test_channels_that_are_neither_ids_nor_colors_are_explained(save, channels, mode, colors):
+    path = save("a.png", noise(*SHAPE, channels))
+    assert sentence(MaskReader(colors=colors), path) == (
+        f"expected a mask with one channel of class ids, but {path} has {channels} channels (mode {mode}); save class "
+        "ids as a gray or palette PNG, or set dataset.palette to the color of each class"
+    )
+
+
+def test_masks_of_fractions_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", IDS.astype(np.float32))
+    assert sentence(MaskReader(), tmp_path / "a.tif") == (
+        f"expected whole class ids, but {tmp_path / 'a.tif'} holds float32 values; save it as a gray PNG"
+    )
+
+
+def test_masks_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "a.png"
+    assert sentence(MaskReader(), path) == (
+        f"cannot read the mask {path} ([Errno 2] No such file or directory: '{path}'); replace or remove it"
+    )
+    for content in (b"", b"no picture"):
+        path.write_bytes(content)
+        assert sentence(MaskReader(), path) == (
+            f"cannot read the mask {path} (cannot identify image file '{path}'); replace or remove it"
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({-1: 0}, "{-1: 0}"),
+        ({65536: 0}, "{65536: 0}"),
+        ({"0": 0}, "{0: 0}"),
+        ({"rest": 0}, "{rest: 0}"),
+        ({None: 0}, "{None: 0}"),
+        ({0.5: 0}, "{0.5: 0}"),
+        ({0: -1}, "{0: -1}"),
+        ({0: 256}, "{0: 256}"),
+        ({0: 1.0}, "{0: 1.0}"),
+        ({0: "1"}, "{0: 1}"),
+        ({0: None}, "{0: None}"),
+        ({0: 0, "other": 256}, "{other: 256}"),
+        ({0: 0, "other": None}, "{other: None}"),
+    ],
+)
+def test_mappings_that_make_no_sense_are_refused(values, found):
+    assert sentence(MaskReader, values) == (
+        "expected dataset.mask_values as {value in the files: class}, with values from 0 to 65535 (or other) and "
+        f"classes from 0 to 255, but got {found}"
+    )
+
+
+@pytest.mark.parametrize("values", [[0, 255], 3, "0:0"])
+def test_what_is_no_mapping_is_refused(values):
+    assert sentence(MaskReader, values) == (
+        f"expected dataset.mask_values as {{value in the files: class}}, but got {values}"
+    )
+
+
+@pytest.mark.parametrize("color", [[1, 2], [1, 2, 3, 4], [1, 2, 256], [-1, 2, 3], [1.0, 2, 3], ["a", 2, 3], 7, "abc"])
+@pytest.mark.parametrize("key", ["palette", "ignore_colors"])
+def test_colors_that_are_none_are_refused(key, color):
+    arguments = (None, [color], ()) if key == "palette" else (None, PALETTE, [color])
+    assert sentence(MaskReader, *arguments) == (
+        f"expected colors as [red, green, blue] from 0 to 255 in dataset.{key}, but got {color}"
+    )
+
+
+def test_readers_survive_pickling_and_tell_their_options_apart(save):
+    readers = [
+        MaskReader(),
+        MaskReader({0: 0, 255: 1}),
+        MaskReader({0: 0, 255: 2}),
+        MaskReader(colors=PALETTE),
+        MaskReader(colors=PALETTE[::-1]),
+        MaskReader(colors=PALETTE[:2], ignore_colors=PALETTE[2:]),
+        MaskReader(ignore_index=254),
+        ImageReader(),
+        ImageReader(1),
+        ImageReader(3, 16),
+    ]
+    assert len({reader.describe() for reader in readers}) == len(readers)
+    for reader in readers:
+        assert pickle.loads(pickle.dumps(reader)).describe() == reader.describe()
+    path = save("a.png", np.array(PALETTE, np.uint8)[IDS])
+    assert (pickle.loads(pickle.dumps(readers[3]))(path) == IDS).all()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_mapping_can_be_given_on_the_command_line(tmp_path, other):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[4:] = 255
+    pixels[0] = 9 if other else 0
+    for folder, content in (("images", np.zeros((8, 8, 3), np.uint8)), ("masks", pixels)):
+        (tmp_path / folder).mkdir()
+        for index in range(3):
+            Image.fromarray(content).save(tmp_path / folder / f"{index}.png")
+    values = "{0:0,255:1,other:255}" if other else "{0:0,255:1}"
+    cfg = compose_train(
+        "dataset=folder",
+        f"dataset.root={tmp_path}",
+        "dataset.classes=[a,b]",
+        f"dataset.mask_values={values}",
+        output_dir=tmp_path,
+    )
+    config = OmegaConf.to_container(cfg, resolve=True)  # as the command does
+    mask = instantiate(config["dataset"], _convert_="all").train.mask(0)
+    expected = np.zeros((8, 8), np.uint8)
+    expected[4:] = 1
+    expected[0] = 255 if other else 0
+    assert (mask == expected).all()

@@ -1,0 +1,100 @@
+"""The notebooks run as they stand, and what they store is small and names no machine.
+
+``python tests/test_notebooks.py [name ...]`` runs them and stores their outputs anew; then look at the pictures.
+"""
+
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PICTURES = ("image/png", "image/jpeg")
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+LARGEST = 200_000  # bytes
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def run(path: Path, folder: Path) -> Any:
+    """Run a notebook in a folder; an error in a cell is raised with the cell's code and traceback."""
+    notebook = nbformat.read(path, as_version=4)
+    options = {"resources": {"metadata": {"path": str(folder)}}, "record_timing": False, "coalesce_streams": True}
+    return NotebookClient(notebook, timeout=300, kernel_name="python3", **options).execute()
+
+
+def outputs(notebook: Any) -> Iterator[Any]:
+    for cell in notebook.cells:
+        yield from cell.get("outputs", [])
+
+
+def store(path: Path) -> None:
+    """Run a notebook and write its outputs into it; of a picture's two encodings the smaller one."""
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = run(path, Path(folder))
+    for output in outputs(notebook):
+        encodings = sorted(set(PICTURES) & set(output.get("data", ())), key=lambda kind: len(output["data"][kind]))
+        for larger in encodings[1:]:
+            del output["data"][larger]
+    notebook.metadata = nbformat.from_dict(METADATA)
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.slow
+@every_notebook
+def test_a_notebook_runs_and_leaves_nothing_behind(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    executed = run(path, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    errors = [output.text for output in outputs(executed) if output.get("name") == "stderr"]
+    assert errors == []
+    shown = [picture_count(notebook) for notebook in (executed, nbformat.read(path, as_version=4))]
+    assert shown[0] == shown[1]
+
+
+def picture_count(notebook: Any) -> int:
+    kinds = {*PICTURES, "image/svg+xml"}
+    return sum(bool(kinds & set(output.get("data", ()))) for output in outputs(notebook))
+
+
+@every_notebook
+def test_the_stored_outputs_are_complete_and_small(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size <= LARGEST
+    assert picture_count(notebook) or path.stem == "4_another_project"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # stored from one run, in order
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs(notebook))
+
+
+@every_notebook
+def test_the_stored_outputs_name_no_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata == METADATA
+    assert not any(cell.metadata for cell in notebook.cells)
+    for output in outputs(notebook):
+        texts = [output.get("text", ""), *(text for kind, text in output.get("data", {}).items() if "text" in kind)]
+        for text in texts:
+            assert not re.search(r"(?<![\w.:/])/(?:\w|\.)[\w.-]*/|[A-Z]:\\|\x1b", text), text
+
+
+def test_the_readme_has_a_line_for_each_notebook():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\) \|", text, re.M) == [path.stem for path in NOTEBOOKS]
+    assert len(NOTEBOOKS) == 5
+
+
+if __name__ == "__main__":
+    for notebook_path in NOTEBOOKS:
+        if notebook_path.stem in sys.argv[1:] or not sys.argv[1:]:
+            store(notebook_path)
