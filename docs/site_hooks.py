@@ -1,6 +1,7 @@
 """What the site does beyond Markdown: links into the code lead to the reference, and formulas are MathML.
 
-The pages are also read beside the code, where ``../src/mlpmatch_pl/methods/step.py`` is the right link and ``$x$`` a formula.
+The pages are also read in the repository, where ``../src/mlpmatch_pl/methods/step.py`` is the right link and ``$x$`` a
+formula.
 """
 
 import html
