@@ -11,7 +11,7 @@ from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File, FileIndex
+from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 _CODE = re.compile(r"\]\(\.\./src/([\w/]+)\.py\)")
@@ -29,7 +29,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = re.sub(r"::$", ":", text, flags=re.M)
 
 
-def on_files(files: FileIndex, config: Any, **_: Any) -> FileIndex:
+def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the measured figures, to which pages link."""
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         uri = path.relative_to(ROOT).as_posix()

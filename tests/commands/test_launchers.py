@@ -39,7 +39,7 @@ SRUN = {
     "SLURM_LOCALID": "0",
 }  # fmt: skip
 """What srun puts into the environment of the first of two tasks."""
-PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "multi_gpu.md"
 
 
 def free_port():

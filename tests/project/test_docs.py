@@ -82,7 +82,7 @@ def test_formulas_are_mathml_without_leftovers(site):
 def test_links_into_the_code_lead_to_the_reference(site):
     text = (site / "method.html").read_text(encoding="utf-8")
     assert "../src/" not in text
-    assert 'href="reference/module.html#mlpmatch_pl.methods.step"' in text
+    assert 'href="reference/methods.html#mlpmatch_pl.methods.step"' in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser")

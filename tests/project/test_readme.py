@@ -123,14 +123,20 @@ def test_every_command_composes(line, monkeypatch):
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.M) for target in arguments)
+    elif program == "python" and arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
+        flags_exist(ROOT / "benchmarks" / f"{arguments[1].removeprefix('benchmarks.')}.py", arguments[2:])
     elif program == "python" and arguments[0] == "-m":
         compose_command(arguments[1].removeprefix("mlpmatch_pl."), arguments[2:])
     elif program == "python":
-        assert (ROOT / arguments[0]).is_file()
-        scripts = "".join(path.read_text() for path in (ROOT / arguments[0]).parent.glob("*.py"))
-        assert all(f'"{flag}"' in scripts for flag in arguments if flag.startswith("--"))
+        flags_exist(ROOT / arguments[0], arguments[1:])
     else:
         pytest.fail(f"{line}: run it here, or give the reason in NOT_COMPOSED")
+
+
+def flags_exist(script: Path, arguments: list[str]) -> None:
+    assert script.is_file()
+    scripts = "".join(path.read_text() for path in script.parent.glob("*.py"))
+    assert all(f'"{flag}"' in scripts for flag in arguments if flag.startswith("--"))
 
 
 def compose_command(command: str, arguments: list[str]) -> None:
