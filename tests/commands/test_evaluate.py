@@ -27,7 +27,6 @@ from mlpmatch_pl.data.datasets.shapes import CLASS_NAMES, PALETTE, Shapes
 from mlpmatch_pl.evaluate import evaluate
 from mlpmatch_pl.evaluation.boundary import boundary_counts, boundary_iou
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
-from mlpmatch_pl.visualization.plots import CELL, EMPTY, FULL, MARGIN, WHITE, confusion_matrix_plot
 
 SIZES = ((20, 31), (31, 20), (20, 31), (8, 9), (20, 31))
 C = 4
@@ -398,27 +397,6 @@ def test_a_batch_without_a_given_size_has_two_megapixels():
     assert [len(batch) for batch in same_size_batches(samples, None)] == [10, 10, 5]
     samples = ({"image": torch.zeros(1, 1500, 1500)} for _ in range(2))
     assert [len(batch) for batch in same_size_batches(samples, None)] == [1, 1]
-
-
-def test_the_picture_of_a_confusion_matrix_is_normalised_by_row():
-    counts = np.array([[0, 20, 0], [1, 1, 2], [0, 0, 0]])
-    picture = confusion_matrix_plot(counts, ["a", "bb", "c"])
-    right, bottom = picture.width, picture.height - MARGIN
-    left = min(x for x in range(right) if picture.getpixel((x, bottom - CELL)) == EMPTY)  # the row without pixels
-    colors = [
-        [picture.getpixel((left + column * CELL + 1, bottom - (3 - row) * CELL + 1)) for column in range(3)]
-        for row in range(3)
-    ]
-    quarter, half = (tuple(round(255 + (full - 255) * share) for full in FULL) for share in (0.25, 0.5))
-    assert colors == [[WHITE, FULL, WHITE], [quarter, quarter, half], [EMPTY] * 3]
-
-
-def test_the_picture_of_many_classes_has_small_cells_and_long_names_are_cut():
-    picture = confusion_matrix_plot(
-        np.eye(150, dtype=np.int64), [f"a name that is longer than most {i}" for i in range(150)]
-    )
-    assert 150 * 14 < picture.width < 150 * 14 + 250
-    assert picture.height < 150 * 14 + 300
 
 
 def test_large_images_are_shrunk_in_the_picture_of_the_worst(trained, tmp_path):
