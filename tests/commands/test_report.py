@@ -211,15 +211,6 @@ def test_what_cannot_change_a_result_does_not_part_runs(make_run, tmp_path):
     assert (row["seeds"], float(row["miou_mean"])) == ("0 1 2", pytest.approx(0.6))
 
 
-def test_references_are_followed_where_they_can_be(make_run, tmp_path):
-    make_run("a", 0, 0.4, loader__cache="${oc.env:MLPMATCH_NOT_SET}/cache")
-    make_run("b", 1, 0.6, loader__unlabeled_batch_size=4)  # what the other's ${.batch_size} is
-    assert "${.batch_size}" in (tmp_path / "runs" / "a" / "config.yaml").read_text()
-    assert read_run(tmp_path / "runs" / "a").config["loader.unlabeled_batch_size"] == 4
-    (row,) = summary_of(tmp_path / "runs")
-    assert row["seeds"] == "0 1"
-
-
 def test_an_own_folder_is_called_by_its_name(make_run, tmp_path):
     changes = {"dataset___target_": "mlpmatch_pl.data.datasets.folder.folder", "dataset__root": "/data/fields"}
     run = read_run(make_run("a", label="/data/fields/lists/16.txt", **changes))

@@ -1,4 +1,4 @@
-"""The run folder: what is written when a run starts, and whether a run that goes on fits to it."""
+"""The run folder: the files written when a run starts, and the check that a resumed run uses the same images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from mlpmatch_pl.data.base import ImageSource, SegmentationData
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.files import atomic_write, free_name
+from mlpmatch_pl.utils.files import atomic_write, free_name, load_yaml
 
 log = logging.getLogger(__name__)
 SPLITS = "splits.json"
@@ -21,17 +23,48 @@ SPLITS = "splits.json"
 def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) -> None:
     """Write config.yaml, the lists labeled.txt and val.txt, and splits.json with the name, size and hash of each.
 
-    In a run that is resumed with another configuration, the one before stays as config-1.yaml, config-2.yaml ...
+    When a run is resumed with another configuration, the previous one is kept as config-1.yaml, config-2.yaml ...
     """
-    config, text = output_dir / "config.yaml", OmegaConf.to_yaml(cfg)
-    changed = config.exists() and _settings(config.read_text(encoding="utf-8")) != _settings(text)
-    atomic_write(config, text, keep_as=free_name(config).name if changed else None)
+    path, config = output_dir / "config.yaml", resolved_config(cfg)
+    changed = path.exists() and _settings(_load_or_none(path)) != _settings(config)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    atomic_write(path, text, keep_as=free_name(path).name if changed else None)
     save_lists(output_dir, data)
     atomic_write(output_dir / SPLITS, json.dumps(describe_splits(data), indent=2) + "\n")
 
 
-def _settings(config: str) -> list[str]:
-    return [line for line in config.splitlines() if not line.startswith("resume:")]
+def resolved_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain data, with every interpolation resolved except environment variables.
+
+    An environment variable may hold a secret, and run folders are shared. Only variables named ``MLPMATCH_*`` are
+    replaced by their values; others stay as ``${oc.env:NAME}``, also where another key refers to them.
+
+    Example:
+        >>> resolved_config(OmegaConf.create({"seed": 3, "same": "${seed}", "key": "${oc.env:HOME}", "also": "${key}/a"}))
+        {'seed': 3, 'same': 3, 'key': '${oc.env:HOME}', 'also': '${oc.env:HOME}/a'}
+    """
+
+    def env(name: str, *default: str | None) -> str | None:
+        return oc.env(name, *default) if name.startswith("MLPMATCH_") else f"${{oc.env:{name}}}"
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    try:
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        return config
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _settings(config: Any) -> Any:
+    """Leave out what differs between two starts of the same run, such as W&B's group, the time of the start."""
+    return {key: config[key] for key in config if key not in ("resume", "logger")} if isinstance(config, dict) else None
+
+
+def _load_or_none(path: Path) -> Any:
+    try:
+        return load_yaml(path)
+    except ValueError:  # damaged: kept beside the new one
+        return None
 
 
 def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> None:

@@ -8,9 +8,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from mlpmatch_pl.utils.errors import UserError
 
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**18, 20  # the configuration of a run has about 3 kB and 4 levels
 _UNFINISHED = ".unfinished"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of network and FUSE disks, which cannot force a folder to the disk
@@ -164,6 +168,39 @@ def _full_disk(path: Path, size: int) -> str:
         f"expected {max(size / 2**20, 0.1):.1f} MiB of free space for {path}, but the disk is full ({kept}); make room "
         "and go on with resume=auto"
     )
+
+
+def load_yaml(path: Path) -> Any:
+    r"""Read a YAML file as plain data; ``${...}`` stays a string.
+
+    The file may come from anyone. Aliases, which let a small file fill the memory, are refused, as is a file that is
+    larger or nested deeper than a configuration.
+
+    Raises:
+        ValueError: If the file is not such YAML.
+        OSError: If it cannot be read.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "config.yaml"
+        ...     _ = path.write_text("seed: 3\nloader: {seed: '${seed}'}", encoding="utf-8")
+        ...     load_yaml(path)
+        {'seed': 3, 'loader': {'seed': '${seed}'}}
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ValueError(f"expected at most {MAX_YAML_BYTES} bytes")
+    try:
+        depth = 0
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
+                raise ValueError(f"expected no aliases and at most {MAX_YAML_DEPTH} levels")
+        return yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 OTHER_OUTPUT = "choose another output, or set overwrite=true"

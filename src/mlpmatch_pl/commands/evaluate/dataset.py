@@ -15,7 +15,7 @@ from mlpmatch_pl.engine.run_folder import describe_splits
 from mlpmatch_pl.engine.schema import checked_target
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.errors import UserError, suggest
-from mlpmatch_pl.utils.plain_yaml import load_yaml, unresolved
+from mlpmatch_pl.utils.files import load_yaml
 
 Part = Literal["val", "test"]
 # A function in a module of its name, and nothing that such a module imports.
@@ -116,11 +116,12 @@ def _dataset_config(checkpoint: Path, dataset: Mapping[str, Any] | None) -> dict
             f"expected keys of the dataset in {folder / 'config.yaml'}, but it has no {unknown[0]}."
             + suggest(unknown[0], own)
         )
-    for key, text in [(key, text) for key, value in own.items() if key not in given for text in unresolved(value)]:
-        raise UserError(
-            f"expected a value for dataset.{key} in {folder / 'config.yaml'}, but found {text!r}, which is not looked "
-            f"up; set it, as in +dataset.{key}=..."
-        )
+    for key, value in own.items():
+        if key not in given and "${" in str(value):
+            raise UserError(
+                f"expected a value for dataset.{key} in {folder / 'config.yaml'}, but found {value!r}, which is not "
+                f"resolved here; set it, as in +dataset.{key}=..."
+            )
     return {**own, **given}
 
 
@@ -135,12 +136,16 @@ def _saved_dataset(path: Path) -> dict[str, Any]:
     saved = content.get("dataset") if isinstance(content, dict) else None
     if not isinstance(saved, dict) or not isinstance(saved.get("_target_"), str):
         raise UserError(f"expected the configuration of a training in {path}, but it describes no dataset")
-    if not OWN_TARGET.fullmatch(saved["_target_"]) or _has_target([*saved.values()]):
+    target = OWN_TARGET.fullmatch(saved["_target_"])
+    if not target or _has_target([*saved.values()]):
         raise UserError(
             f"expected a dataset of mlpmatch_pl in {path}, but it calls {saved['_target_']}; if you trust it, name it "
             f"with all its keys, as in +dataset._target_={saved['_target_']}"
         )
-    return saved
+    return {
+        **saved,
+        "_target_": f"mlpmatch_pl.data.datasets.{target[1]}.{target[1]}",
+    }  # runs from before this package existed
 
 
 def _has_target(value: Any) -> bool:

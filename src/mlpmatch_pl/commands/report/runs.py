@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmatch_pl.commands.report.metrics_csv import Curve, read_curves, steps_done
-from mlpmatch_pl.utils.plain_yaml import load_yaml
+from mlpmatch_pl.utils.files import load_yaml
 
 _NOT_SEARCHED = {"checkpoints", "predictions", "tensorboard", "wandb"}  # W&B writes a config.yaml of its own
 
