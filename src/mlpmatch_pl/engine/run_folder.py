@@ -40,8 +40,8 @@ def resolved_config(cfg: DictConfig) -> dict[str, Any]:
     replaced by their values; others stay as ``${oc.env:NAME}``, also where another key refers to them.
 
     Example:
-        >>> resolved_config(OmegaConf.create({"seed": 3, "same": "${seed}", "key": "${oc.env:HOME}", "also": "${key}/a"}))
-        {'seed': 3, 'same': 3, 'key': '${oc.env:HOME}', 'also': '${oc.env:HOME}/a'}
+        >>> resolved_config(OmegaConf.create({"seed": 3, "same": "${seed}", "key": "${oc.env:HOME}", "also": "${key}"}))
+        {'seed': 3, 'same': 3, 'key': '${oc.env:HOME}', 'also': '${oc.env:HOME}'}
     """
 
     def env(name: str, *default: str | None) -> str | None:
