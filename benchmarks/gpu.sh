@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA machine, in one call and without network: GPU tests, times of the training step, of
-# evaluation and of loading, and a training. It has not run on a GPU yet; made to take about ten minutes there, to which
-# compiling (in the tests and in the levers) adds what it takes.
+# Everything that needs a CUDA machine, in one call and without network: GPU tests, benchmarks of the training step,
+# evaluation and loading, and a training. It has not run on a GPU yet; it is meant to take about ten minutes there, plus
+# compilation (in the tests and in the levers benchmark).
 #
 #   benchmarks/gpu.sh [FOLDER]          results go to FOLDER (default: benchmarks/results)
 #
-# A part that fails does not end it: the others run, and at the end the failed ones are named and the exit code is 1. The
-# parts that say most come first, and each prints how many seconds have passed.
+# If a part fails, the others still run; the failed ones are listed at the end, and the exit code is 1. The most informative
+# parts come first, and each prints the elapsed seconds.
 # Needs: Python >= 3.11 with torch (CUDA) and the package's dependencies; W&B is not needed (logger=csv). The package
 # itself need not be installed. MLPMATCH_DATA, if set, names a folder with camvid/ and weights/ to train on,
 # and voc2012/ to time loading with.
 # SECONDS_EACH: time for the rounds of a step benchmark (default 45). TRAIN_STEPS: length of that training (default 2000).
-# To see that every line runs, without a GPU:
+# To try every line without a GPU:
 #   DEVICE=cpu TRAINER=default BACKBONE=test_resnet CROPS="49 65" BATCHES="2 2" SECONDS_EACH=0 EVAL_IMAGES=4 ROUNDS=1 \
 #     SAMPLES=4 TRAIN_CROP=65 TRAIN_BATCH=2 TRAIN_STEPS=5 BENCHMARK_STEPS=3 benchmarks/gpu.sh FOLDER
 set -uo pipefail  # no -e: see part
@@ -24,7 +24,7 @@ read -r -a batches <<< "${BATCHES:-8 2}"
 classes=(21 19) criteria=(ce ohem)
 seconds=${SECONDS_EACH:-45}
 
-# conf/ is the package mlpmatch_pl.conf; a copy of the tree with it in place needs no build tools.
+# conf/ is the package mlpmatch_pl.conf; a copy of the tree with conf/ inside the package needs no build tools.
 stage=$(mktemp -d) || exit 1
 trap 'rm -rf "$stage"' EXIT
 cp -r src/mlpmatch_pl "$stage/" && cp -r conf "$stage/mlpmatch_pl/conf" || exit 1
@@ -37,7 +37,7 @@ print(torch.cuda.get_device_name().replace(" ", "-").lower() if sys.argv[1] == "
 echo "== $machine"
 
 failed=()
-part() {  # NAME COMMAND...: one part, whose failure is noted
+part() {  # NAME COMMAND...: run one part and record its failure
   echo "== $1"
   "${@:2}"
   local code=$?
@@ -46,7 +46,7 @@ part() {  # NAME COMMAND...: one part, whose failure is noted
 }
 
 gpu_tests() {
-  # Only files with such tests are collected: others import what the tests alone need.
+  # Collect only files with GPU tests: the others import packages that are missing on such machines.
   local files; mapfile -t files < <(grep -rl "mark\.gpu" tests --include="test_*.py")
   "$python" -m pytest "${files[@]}" -m gpu -q -p no:cacheprovider -o addopts= -o timeout=0 -o testpaths=tests
 }
@@ -62,7 +62,7 @@ levers() {
     --seconds "$seconds" --out "$out/levers_${crops[0]}_$machine.json"
 }
 
-benchmark_command() {  # on the embedded data: the command itself, its clock and its line of memory
+benchmark_command() {  # on generated images
   "$python" -m mlpmatch_pl.benchmark trainer="$trainer" backbone=timm backbone.name="$backbone" \
     loader.crop_size="${TRAIN_CROP:-321}" loader.batch_size="${TRAIN_BATCH:-8}" benchmark.steps="${BENCHMARK_STEPS:-50}" \
     hydra.run.dir="$stage/timing" && cp "$stage"/timing/*.json "$out/benchmark_$machine.json"

@@ -1,7 +1,6 @@
-"""What the site does beyond Markdown: links into the code lead to the reference, and formulas are MathML.
+"""MkDocs hooks: links to source files point to the API reference, and formulas become MathML.
 
-The pages are also read in the repository, where ``../src/mlpmatch_pl/methods/step.py`` is the right link and ``$x$`` a
-formula.
+The pages are also read in the repository, where ``../src/mlpmatch_pl/methods/step.py`` and ``$x$`` work as they are.
 """
 
 import html
@@ -20,17 +19,17 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 class Docstrings(griffe.Extension):
-    """Tell mkdocstrings that a section "Example" holds doctests, as "Examples" does, and that "::" is a colon."""
+    """Rename "Example" sections to "Examples", which mkdocstrings parses as doctests, and read "::" as a colon."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Change the docstring while the code is read."""
+        """Edit the docstring when the object is loaded."""
         if obj.docstring:
             text = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
             obj.docstring.value = re.sub(r"::$", ":", text, flags=re.M)
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the measured figures, to which pages link."""
+    """Add the benchmark results that pages link to."""
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         uri = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, uri, abs_src_path=str(path)))
@@ -38,13 +37,13 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point links at files outside of docs/ to their place in the site."""
+    """Redirect links to files outside docs/ to their location in the site."""
     markdown = _CODE.sub(lambda match: f"][{match[1].replace('/', '.')}]", markdown)
     return _FIGURES.sub(r"](\1)", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Write formulas as MathML, which browsers show without a script."""
+    """Convert formulas to MathML, which browsers render without a script."""
     return _FORMULA.sub(
         lambda match: convert(html.unescape(match[2]).strip(), "block" if match[1] == "div" else "inline"), content
     )

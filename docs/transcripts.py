@@ -1,10 +1,10 @@
-"""Run the commands that a page shows, and write what they print below them.
+"""Run the commands of a page and write their output below them.
 
     python docs/transcripts.py                    # all blocks of docs/commands.md, in a few minutes on a CPU
 
-A block of the language ``console`` holds ``$ command``, which is kept, and the output, which is replaced. The commands
-run in order in one new folder, where ``my_images`` (with masks) and ``photos`` hold scenes of the embedded data. What
-differs from run to run is written as ``<time>``, ``<date>``, ``<rate>``, ``<share>`` or ``<device>``.
+A ``console`` block contains ``$ command``, which is kept, and its output, which is replaced. The commands run in order
+in a new folder, in which ``my_images`` (with masks) and ``photos`` contain generated scenes. Values that differ between
+runs are written as ``<time>``, ``<date>``, ``<rate>``, ``<share>`` or ``<device>``.
 """
 
 import os
@@ -37,12 +37,12 @@ _NORMALIZED = (
 
 
 def outputs(page: str) -> dict[str, str]:
-    """Map the commands of a page's blocks, in order, to what stands below them."""
+    """Map the commands of a page, in order, to their output."""
     return {match["command"]: match["output"] for match in _BLOCK.finditer(page)}
 
 
 def write_images(folder: Path) -> None:
-    """Write scenes of the embedded data as files: 12 images with 8 masks, and 4 photos."""
+    """Write generated scenes as files: 12 images with 8 masks, and 4 photos."""
     scenes = Shapes("files", count=16, size=96)
     for index in range(16):
         part = "photos" if index >= 12 else "my_images/images"
@@ -57,10 +57,10 @@ def _save(pixels: NDArray[np.uint8], path: Path) -> None:
 
 
 def run(command: str, folder: Path) -> str:
-    """Run a command, and return what it prints, without what differs from machine to machine.
+    """Run a command and return its normalized output.
 
     Raises:
-        RuntimeError: If it fails other than by an error that it explains in a line.
+        RuntimeError: If it fails with anything but a one-line error.
     """
     arguments = [sys.executable if part == "python" else part for part in shlex.split(command.replace("\\\n", " "))]
     done = subprocess.run(
@@ -91,7 +91,7 @@ def normalize(text: str, folder: Path) -> str:
 
 
 def shorten(text: str) -> str:
-    r"""Leave out all but the result of a sweep's jobs after the first.
+    r"""Shorten the jobs of a sweep after the first to their result.
 
     Example:
         >>> print(shorten("[HYDRA] #0\nloss\ntest mIoU 1\n[HYDRA] #1\nloss\ntest mIoU 2\n"), end="")
@@ -107,7 +107,7 @@ def shorten(text: str) -> str:
 
 
 def replace_output(page: str, command: str, output: str) -> str:
-    r"""Return the page with another output below a command.
+    r"""Return the page with the output of a command replaced.
 
     Example:
         >>> replace_output("```console\n$ true\nold\n```", "true", "new\n")
@@ -119,7 +119,7 @@ def replace_output(page: str, command: str, output: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the page, a block at a time."""
+    """Rewrite the page, block by block."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         write_images(folder)
