@@ -11,10 +11,9 @@ import logging
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,6 +24,7 @@ from mlpmatch_pl.data.base import Image, ImageSource, Mask, SegmentationData, ha
 from mlpmatch_pl.data.cache_file import ALIGNMENT, ArrayFile, write_arrays
 from mlpmatch_pl.utils.cpu import reader_threads
 from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.prefetch import ordered_map
 
 SAMPLED = 32  # images that are decoded to estimate the room that all need
 _GB = 1e9
@@ -201,19 +201,7 @@ def _decode(source: ImageSource, job: _Job) -> NDArray[Any]:
 
 def _decoded(source: ImageSource, jobs: Sequence[_Job]) -> Iterator[NDArray[Any]]:
     """Decode in threads, in order, and not much further ahead than the disk writes."""
-    threads = reader_threads()
-    with ThreadPoolExecutor(threads) as pool:  # decoding releases the interpreter lock
-        pending: deque[Future[NDArray[Any]]] = deque()
-        try:
-            for job in jobs:
-                pending.append(pool.submit(_decode, source, job))
-                if len(pending) > 4 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:  # where the build fails
-                future.cancel()
+    return ordered_map(partial(_decode, source), jobs, reader_threads())
 
 
 def _check_room(source: ImageSource, jobs: Sequence[_Job], path: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from mlpmatch_pl.data.base import Image, ImageSource, Mask, SegmentationData, require_classes, require_same_size
 from mlpmatch_pl.utils.cpu import reader_threads
 from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.prefetch import ordered_map
 from mlpmatch_pl.utils.seeding import evenly_spaced
 
 log = logging.getLogger(__name__)
@@ -90,13 +90,7 @@ def inspect(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iter
         jobs: Which files.
         thorough: Whether to hash images and add up their channels, too.
     """
-    look = _inspector(data, thorough)
-    with ThreadPoolExecutor(reader_threads()) as pool:  # decoding releases the interpreter lock
-        try:
-            for start in range(0, len(jobs), IN_FLIGHT):
-                yield from pool.map(look, jobs[start : start + IN_FLIGHT])
-        finally:  # the caller may stop at the first problem
-            pool.shutdown(cancel_futures=True)
+    return ordered_map(_inspector(data, thorough), jobs, reader_threads(), IN_FLIGHT)
 
 
 def _inspector(data: SegmentationData, thorough: bool) -> Callable[[Job], Inspected]:
