@@ -26,7 +26,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from PIL import Image
 
-from mlpmatch_pl.callbacks.kept_step import KeptStep, Precision
 from mlpmatch_pl.commands.cli import _message
 from mlpmatch_pl.commands.predict.outputs import KINDS
 from mlpmatch_pl.commands.report.runs import Unreadable, read_run
@@ -54,7 +53,6 @@ from mlpmatch_pl.export import export
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.predict import predict
 from mlpmatch_pl.predictor import Predictor, load
-from mlpmatch_pl.replay import replay
 from mlpmatch_pl.utils.errors import UserError
 
 SECONDS = 30  # after which an input counts as a hang
@@ -521,39 +519,6 @@ def try_cache(drawn: Any) -> None:
             assert cached.train.image(index).shape == image.shape
 
 
-@cache
-def kept_step() -> dict[str, bytes]:
-    """The files of a small step."""
-    labeled = {"image": torch.zeros(2, 3, 33, 33, dtype=torch.uint8), "index": torch.arange(2)}
-    labeled["mask"] = torch.zeros(2, 33, 33, dtype=torch.uint8)
-    module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder_channels=8)
-    step = KeptStep({"labeled": labeled}, {"x": 1.0, "loss": 1.0}, 3, 0.0, "32-true", "cpu", 1)
-    report = {"step": 3, "epoch": 1, "weights_not_finite": [], "images": {"labeled": ["a", "b"]}}
-    with tempfile.TemporaryDirectory() as place:
-        folder = step.save(Path(place) / "step_3", module, report)
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def try_kept_step(drawn: Any) -> None:
-    name, change = drawn
-    with tempfile.TemporaryDirectory() as place:
-        for other, content in kept_step().items():
-            (Path(place) / other).write_bytes(content)
-        path = Path(place) / name
-        if isinstance(change, bytes):
-            path.write_bytes(change)
-        elif isinstance(change, tuple):
-            path.write_bytes(broken(path.read_bytes(), change))
-        elif path.suffix == ".json":
-            path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        else:
-            content = torch.load(path, weights_only=True)
-            content["batch"]["labeled"] |= change.get("labeled", {})
-            torch.save(content | {key: value for key, value in change.items() if key != "labeled"}, path)
-        with redirect_stdout(io.StringIO()):
-            replay(Path(place))
-
-
 def try_run_folder(drawn: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as place:
         for name, content in drawn.items():
@@ -588,31 +553,6 @@ HPARAMS = (
     "_instantiator",
 )
 ANY_BYTES = st.one_of(st.binary(max_size=80), st.text(max_size=80).map(lambda text: text.encode("utf-8", "ignore")))
-
-# What stands in the files of a step, in place of what belongs there.
-TENSORS = st.builds(
-    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
-    st.lists(st.integers(0, 40), max_size=5).filter(lambda shape: np.prod([*shape, 1]) < 10**6),
-    st.sampled_from([torch.uint8, torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16]),
-    st.sampled_from([0, 1, 2, 3, 255, -1]),
-)
-STEP_FIELDS = {
-    "labeled": st.dictionaries(st.sampled_from(["image", "mask", "index"]), st.one_of(TENSORS, VALUES), min_size=1),
-    "batch": VALUES,
-    "terms": st.one_of(VALUES, st.dictionaries(st.sampled_from(["x", "loss", "s1"]), FLOATS)),
-    "draw_step": INTEGERS,
-    "lambda_np": FLOATS,
-    "precision": st.one_of(st.sampled_from(get_args(Precision)), VALUES),
-    "device": st.one_of(st.sampled_from(["cpu", "cuda", "mps", "xpu"]), VALUES),
-    "threads": INTEGERS,
-}
-REPORT_FIELDS = dict.fromkeys(("step", "epoch", "weights_not_finite", "images", "terms"), VALUES)
-
-
-def some_of(fields: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Draw one or two of the keys with values."""
-    keys = st.lists(st.sampled_from([*fields]), min_size=1, max_size=2, unique=True)
-    return keys.flatmap(lambda names: st.fixed_dictionaries({name: fields[name] for name in names}))
 
 
 AREAS = {
@@ -669,14 +609,6 @@ AREAS = {
     "sizes": Area(st.tuples(st.integers(1, 120), st.integers(1, 120), st.integers(30, 70)), try_size),
     "checkpoints": Area(
         st.one_of(HOW, st.dictionaries(st.sampled_from(HPARAMS), VALUES, min_size=1, max_size=2)), try_checkpoint
-    ),
-    "kept steps": Area(
-        st.one_of(
-            st.tuples(st.just("batch.pt"), st.one_of(some_of(STEP_FIELDS), some_of(STEP_FIELDS), HOW)),
-            st.tuples(st.just("report.json"), st.one_of(some_of(REPORT_FIELDS), HOW, ANY_BYTES)),
-            st.tuples(st.just("module.ckpt"), HOW),
-        ),
-        try_kept_step,
     ),
     "caches": Area(HOW, try_cache),
     "run folders": Area(

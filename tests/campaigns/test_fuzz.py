@@ -15,7 +15,7 @@ from mlpmatch_pl.utils.errors import UserError
 
 SCRIPT = Path(__file__).parent / "fuzz.py"
 EXAMPLES = {"choices": 300, "run folders": 150, "lists": 80, "configs": 60, "sizes": 60, "paths": 40, "masks": 40,
-            "files": 100, "checkpoints": 40, "caches": 20, "kept steps": 80, "commands": 60}  # fmt: skip
+            "files": 100, "checkpoints": 40, "caches": 20, "commands": 60}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mlpmatch_pl
-from mlpmatch_pl.callbacks.kept_step import KeptStep
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.readers.decoding import MOST_PIXELS
 from mlpmatch_pl.data.readers.image import ImageReader
@@ -35,7 +34,6 @@ from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.predictor import load
 from mlpmatch_pl.segmentor.weights import read_state_dict
 from mlpmatch_pl.utils.checkpoint import read_checkpoint
-from mlpmatch_pl.utils.cpu import usable_cores
 from mlpmatch_pl.utils.errors import UserError
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # as long as a key of W&B
@@ -188,106 +186,6 @@ def test_checkpoints_that_would_unpack_to_gigabytes_are_refused(content, tmp_pat
             load(tmp_path / f"{name}.ckpt")
     with pytest.raises(UserError, match=r"zipped.ckpt, but it cannot be read as one"):
         read_state_dict(tmp_path / "zipped.ckpt")
-
-
-def test_the_folder_of_a_step_from_somebody_is_not_trusted_either(content, tmp_path):
-    module = MLPMatch(**content["hyper_parameters"])
-    path = KeptStep({}, {}, 3, 0.0, "32-true", "cpu", 1).save(tmp_path / "step_3", module, REPORT)
-    assert KeptStep.load(path)[0].draw_step == 3
-    torch.save(content | {"hyper_parameters": {"num_classes": 10**9}}, path / "module.ckpt")
-    with pytest.raises(UserError, match="arguments and weights fit together"):
-        KeptStep.load(path)
-    torch.save({"batch": Bomb(tmp_path / "marker")}, path / "batch.pt")
-    with pytest.raises(UserError, match="UnpicklingError"):
-        KeptStep.load(path)
-    assert not (tmp_path / "marker").exists()
-
-
-REPORT = {"step": 3, "epoch": 1, "weights_not_finite": [], "images": {"labeled": ["a"]}}
-
-
-def kept_batch():
-    """What a supervised step needs."""
-    images = torch.zeros(2, 3, 33, 33, dtype=torch.uint8)
-    return {"labeled": {"image": images, "mask": images[:, 0].clone(), "index": torch.arange(2)}}
-
-
-CHANGES = {
-    "threads as text": lambda kept: kept.update(threads="2"),
-    "negative threads": lambda kept: kept.update(threads=-1),
-    "unknown precision": lambda kept: kept.update(precision="3-true"),
-    "precision as number": lambda kept: kept.update(precision=32),
-    "device as list": lambda kept: kept.update(device=["cpu"]),
-    "empty batch": lambda kept: kept.update(batch={}),
-    "no batch": lambda kept: kept.pop("batch"),
-    "batch as text": lambda kept: kept.update(batch="abc"),
-    "halves as numbers": lambda kept: kept.update(batch={"labeled": 3}),
-    "images as text": lambda kept: kept["batch"]["labeled"].update(image="abc"),
-    "images of stride 0": lambda kept: kept["batch"]["labeled"].update(
-        image=torch.zeros((), dtype=torch.uint8).expand(2, 3, 10**5, 10**5)
-    ),
-    "masks of no class": lambda kept: kept["batch"]["labeled"].update(mask=torch.full((2, 33, 33), 77)),
-    "images that do not fit": lambda kept: kept["batch"]["labeled"].update(image=torch.zeros(2, 7, 33, 33)),
-    "unknown terms": lambda kept: kept.update(terms={"foo": 1.0}),
-    "terms as text": lambda kept: kept.update(terms={"x": "1"}),
-    "endless draws": lambda kept: kept.update(draw_step=-(10**30)),
-    "lambda that is none": lambda kept: kept.update(lambda_np=float("nan")),
-    "an unknown key": lambda kept: kept.update(foo=1),
-}
-REPORTS = (
-    "[]",
-    "{}",
-    '{"step": 3}',
-    json.dumps(REPORT | {"images": ["a"]}),
-    json.dumps(REPORT | {"step": "x"}),
-    "[" * 10**5,
-)
-
-
-@pytest.fixture
-def kept(tmp_path):
-    """The folder of a step, and a way to change what batch.pt holds."""
-    module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder_channels=8)
-    step = KeptStep(kept_batch(), {"x": 1.0, "loss": 1.0}, 3, 0.0, "32-true", "cpu", 1)
-    path = step.save(tmp_path / "step_3", module, REPORT)
-
-    def change(how):
-        content = torch.load(path / "batch.pt", weights_only=True)
-        how(content)
-        torch.save(content, path / "batch.pt")
-
-    return path, change
-
-
-@pytest.mark.parametrize("how", CHANGES.values(), ids=CHANGES)
-def test_a_changed_batch_of_a_kept_step_ends_with_a_sentence(command, kept, little_memory, how):
-    path, change = kept
-    assert command("replay", str(path))[0] == 0
-    change(how)
-    code, printed = command("replay", str(path))
-    assert code == 1
-    assert printed.splitlines()[-1].startswith("error: expected ")
-    assert len(printed) < 2000
-
-
-@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report[:20])
-def test_a_changed_report_of_a_kept_step_ends_with_a_sentence(command, kept, report):
-    path, _ = kept
-    (path / "report.json").write_text(report)
-    code, printed = command("replay", str(path))
-    assert code == 1
-    assert printed.startswith("error: expected the folder of a step, ")
-
-
-def test_a_kept_step_takes_no_more_threads_than_there_are_cores(command, kept, monkeypatch):
-    path, change = kept
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    change(lambda content: content.update(threads=100_000))
-    code, printed = command("replay", str(path))
-    assert code == 0, printed
-    assert asked == [usable_cores()]
-    assert f"different: x, loss (with {usable_cores()} threads, not 100000)" in printed
 
 
 @pytest.mark.parametrize("header", [struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{}" * 9, b"\0" * 4])
