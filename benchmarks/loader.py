@@ -8,7 +8,7 @@ the same files, in one process and thread, in turns of short rounds; the figures
 
     reference       benchmarks/loader_reference.py: PIL and torchvision; a step loads two unlabeled samples
     mlpmatch_pl     LabeledDataset and UnlabeledDataset
-    with cache      the same, with decoded images in a memory-mapped file (loader.cache)
+    with cache      the same, with decoded images as memory-mapped files (loader.cache)
 
 A step is 1 labeled and 1 unlabeled sample (the reference: and its CutMix partner); the ratio is of steps a second.
 """
@@ -78,7 +78,7 @@ def measure(name: str, pairs: list[Pair], scratch: Path, arguments: argparse.Nam
     """Time all pipelines on one format, print a line for each, and return the lines."""
     classes = CLASSES if name == "cityscapes" else VOC_CLASSES
     source = file_source(pairs, classes, scratch)
-    cached = CachedSource(source, scratch / "images.cache", masked=range(len(pairs)))
+    cached = CachedSource(source, scratch / "cache")
     size = FORMATS[name]
     pipelines = {
         "reference": reference(pairs, size),

@@ -41,7 +41,7 @@ from mlpmatch_pl.commands.cli import _message
 from mlpmatch_pl.commands.predict.outputs import KINDS
 from mlpmatch_pl.commands.report.runs import Unreadable, read_run
 from mlpmatch_pl.commands.train import _build
-from mlpmatch_pl.data.cache import with_cache
+from mlpmatch_pl.data.cache import fill_cache, with_cache
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.datasets.shapes import shapes
@@ -511,10 +511,10 @@ def try_cache(drawn: Any) -> None:
     with tempfile.TemporaryDirectory() as place:
         data = folder(str(write_folder(Path(place) / "data")), ["a", "b"])
         plain = [data.train.image(index) for index in range(len(data.train))]
-        with_cache(data, Path(place) / "cache", unlabeled=True)
+        fill_cache(data, Path(place) / "cache")
         for path in [path for path in (Path(place) / "cache").rglob("*") if path.is_file()]:
             path.write_bytes(broken(path.read_bytes(), drawn))
-        cached = with_cache(data, Path(place) / "cache", unlabeled=True)
+        cached = with_cache(data, Path(place) / "cache")
         for index, image in enumerate(plain):
             assert cached.train.image(index).shape == image.shape
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from mlpmatch_pl import MLPMatch
-from mlpmatch_pl.data.cache import with_cache
+from mlpmatch_pl.data.cache import fill_cache, with_cache
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.datasets.shapes import shapes
@@ -369,7 +369,7 @@ def test_checkpoints_after_an_epoch_and_in_it_hold_where_to_go_on(straight):
     assert places["step=8"] == {"epoch": 1, "batch": 3, "batches": STEPS}
 
 
-# The decoded cache ----------------------------------------------------------------------------------------------------
+# The cache ----------------------------------------------------------------------------------------------------
 
 
 def with_folder(root, classes, cache, **options):
@@ -394,11 +394,6 @@ def test_batches_from_the_cache_are_the_same(folder_root, classes, tmp_path):
     plain = content(with_folder(folder_root, classes, None))
     assert content(with_folder(folder_root, classes, str(tmp_path / "cache"))) == plain
     assert content(with_folder(folder_root, classes, str(tmp_path / "cache"))) == plain
-    assert sorted(path.name.split("_")[0] for path in (tmp_path / "cache").iterdir()) == [
-        "evaluation",
-        "images",
-        "masks",
-    ]
 
 
 def test_files_are_decoded_once_and_again_when_they_change(folder_root, classes, tmp_path, monkeypatch):
@@ -417,29 +412,18 @@ def test_files_are_decoded_once_and_again_when_they_change(folder_root, classes,
     assert len(read) > 0
 
 
-def test_another_choice_of_labels_decodes_no_image_anew(folder_root, classes, tmp_path):
-    cache = tmp_path / "cache"
+def test_another_choice_of_labels_decodes_no_image_again(folder_root, classes, tmp_path):
     val = tmp_path / "val.txt"
     val.write_text("images/img0.jpg masks/img0.png")
     for seed in range(4):
         data = folder(str(folder_root), classes, labeled=1, val=str(val), split_seed=seed)
-        built = SemiSupervisedDataModule(data, crop_size=33, batch_size=2, num_workers=0, cache=str(cache))
-        built.prepare_data()
-    assert len(list(cache.glob("images_*"))) == 1
-    assert len(list(cache.glob("masks_*"))) > 1
-
-
-@pytest.mark.slow
-def test_workers_read_the_cache(folder_root, classes, tmp_path):
-    options = {"cache": str(tmp_path / "cache"), "split_seed": 0}
-    alone = content(with_folder(folder_root, classes, **options))
-    built = with_folder(folder_root, classes, **options)
-    built.num_workers, built.multiprocessing_context = 2, "spawn"
-    assert content(built) == alone
+        fill_cache(data, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*_image.npy"))) == 8
+    assert 2 < len(list((tmp_path / "cache").glob("*_mask.npy"))) <= 5
 
 
 def test_a_source_without_files_has_no_cache(tmp_path):
-    with pytest.raises(UserError, match=r"expected files for loader.cache, but Shapes has no stamps"):
+    with pytest.raises(UserError, match=r"expected files for loader.cache, but Shapes cannot tell"):
         datamodule(cache=str(tmp_path)).prepare_data()
 
 
@@ -456,15 +440,9 @@ def test_data_sets_of_equal_names_sizes_and_times_share_a_cache_folder_without_m
                 Image.fromarray(pixels).save(path)
                 os.utime(path, (0, 0))
         data = folder(str(root), classes, labeled=1, val=1)
+        fill_cache(data, tmp_path / "cache")
         found.append(with_cache(data, tmp_path / "cache").train.image(0)[0, 0, 0])
     assert found == [10, 200]
-
-
-def test_a_method_without_unlabeled_images_caches_labeled_ones_only(folder_root, classes, tmp_path, caplog):
-    with caplog.at_level("INFO", logger="mlpmatch_pl"):
-        with_folder(folder_root, classes, str(tmp_path / "cache"), method="supervised")
-    (line,) = [record.message for record in caplog.records if "built" in record.message and "images_" in record.message]
-    assert ": 2 arrays" in line
 
 
 @pytest.mark.parametrize(("loader", "val", "test", "name"), [("val", 2, 3, "validation"), ("test", 3, 2, "test")])

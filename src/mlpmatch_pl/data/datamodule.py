@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlpmatch_pl.data.bad_images import SkippedImages, bad_image_policy, collate
 from mlpmatch_pl.data.base import ImageSource, SegmentationData
-from mlpmatch_pl.data.cache import with_cache
+from mlpmatch_pl.data.cache import fill_cache, with_cache
 from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset, UnlabeledDataset
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, current_place
 from mlpmatch_pl.data.transforms.strong import StrongView
@@ -268,13 +268,13 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
             )
         if self.cache is not None:
-            with_cache(self.data, Path(self.cache), unlabeled=self.method.uses_unlabeled)
+            fill_cache(self.data, Path(self.cache), self.method.uses_unlabeled, self._skips)
         self._checked = True
 
     def setup(self, stage: str) -> None:
         """Open the cache, in every process."""
         if self.cache is not None and not self._cached:
-            self.data = with_cache(self.data, Path(self.cache), unlabeled=self.method.uses_unlabeled)
+            self.data = with_cache(self.data, Path(self.cache))
             self._labeled.source = self._unlabeled.source = self.data.train
             self._cached = True
 
