@@ -29,7 +29,7 @@ stage=$(mktemp -d) || exit 1
 trap 'rm -rf "$stage"' EXIT
 cp -r src/mlpmatch_pl "$stage/" && cp -r conf "$stage/mlpmatch_pl/conf" || exit 1
 export PYTHONPATH=$stage${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-"$python" -c 'import albucore, albumentations, cv2, hydra, lightning, omegaconf, PIL, pydantic, rich, safetensors
+"$python" -c 'import albumentations, cv2, hydra, lightning, omegaconf, PIL, pydantic, rich, safetensors
 import scipy, tifffile, timm, torchmetrics, torchvision' \
   || { echo "a dependency is missing, see above" >&2; exit 1; }
 machine=$("$python" -c 'import sys, torch

@@ -467,7 +467,7 @@ def test_nothing_in_the_source_unpickles_evaluates_or_starts_a_shell():
         ("~schedule.lr", "expected a value for schedule.lr, but the configuration lacks it"),
         ("callbacks.predictions.num_images=null", "num_images as a whole number, but got null"),
         ("method.cutmix.area=[0.1]", "expected method.cutmix.area as a list of two numbers, but got [0.1]"),
-        ("loader.strong.extra=[1]", "expected loader.strong.extra as a list of mappings, but got [1]"),
+        ("loader.strong=[1]", "expected loader.strong as a list of mappings, but got [1]"),
         ("seed=-1", "expected seed as a whole number from 0 to 4294967295, but got -1"),
     ],
 )

@@ -40,7 +40,7 @@ def test_spawned_workers_of_the_command_give_the_same_weights(tmp_path, folder_r
         *(key for key in RUN if not key.startswith("dataset.")),
         *("dataset=folder", f"dataset.root={folder_root}", f"dataset.classes=[{','.join(classes)}]", "dataset.val=2"),
         *("loader.crop_size=33", "loader.batch_size=2", "loader.eval_batch_size=1", "loader.on_bad_image=skip"),
-        "loader.strong.extra=[{name: RandomGamma, p: 0.5}, {name: GaussNoise, p: 0.5}]",
+        "loader.strong=[{name: ColorJitter, p: 0.8}, {name: RandomGamma, p: 0.5}, {name: GaussNoise, p: 0.5}]",
         f"loader.cache={tmp_path / 'cache'}",
     )
     train(compose_train(*options, output_dir=tmp_path / "here" / "run"))

@@ -82,7 +82,7 @@ def test_index_of_a_sample_counts_in_the_source_not_in_the_choice():
 
 
 def test_the_two_strong_views_differ_in_every_sample():
-    dataset = unlabeled(strong=StrongView(jitter_p=1.0))
+    dataset = unlabeled(strong=StrongView([{"name": "ColorJitter", "p": 1.0}]))
     for draw in range(30):
         first, second = dataset[draw % 3, draw]["strong"]
         assert not torch.equal(first, second)
@@ -99,8 +99,7 @@ def test_the_boxes_of_a_sample_differ_and_lie_in_the_view():
 
 
 def test_strong_views_are_of_the_weak_view():
-    strong = StrongView(jitter_p=0.0, gray_p=0.0, blur_p=0.0)
-    sample = unlabeled(strong=strong, second_view=True)[0, 3]
+    sample = unlabeled(strong=StrongView([]), second_view=True)[0, 3]
     for views in (sample, sample["partner"]):
         assert all(torch.equal(view, views["weak"]) for view in views["strong"])
 

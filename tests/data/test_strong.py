@@ -1,21 +1,26 @@
+import inspect
 import pickle
 import random
 import subprocess
 import sys
 
+import albumentations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import compose_train
+from omegaconf import OmegaConf
+from PIL import Image, ImageFilter
 from scipy import stats
+from torchvision.transforms import functional as F
 
 from benchmarks.loader_reference import strong_view as reference_strong_view
-from mlpmatch_pl.data.transforms.strong import StrongView
+from mlpmatch_pl.data.transforms.strong import UNIMATCH, StrongView
 from mlpmatch_pl.utils.errors import UserError
 
-# The published pipeline in PIL and torchvision.
-
-OFF = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0}
+JITTER, GRAY, BLUR = UNIMATCH
+INVERT = {"name": "InvertImg", "p": 1.0}
+NOISE = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
 
 
 def smooth(seed, height, width):
@@ -25,142 +30,91 @@ def smooth(seed, height, width):
 
 
 def strong_views(strong, image, count=400):
-    for seed in range(count):
-        yield strong(image, random.Random(seed))
+    return [strong(image, random.Random(seed)) for seed in range(count)]
 
 
-def test_strong_view_keeps_size_and_type_and_its_input():
-    image = smooth(0, 40, 50)
-    before = image.copy()
-    for view in strong_views(StrongView(), image, 50):
-        assert (view.shape, view.dtype) == (image.shape, np.uint8)
-    assert (image == before).all()
+def always(options, **changes):
+    return StrongView([{**options, "p": 1.0, **changes}])
 
 
-def test_two_views_from_one_generator_differ():
-    strong, image = StrongView(jitter_p=1.0), smooth(0, 40, 50)
-    for seed in range(20):
-        rng = random.Random(seed)
-        assert (strong(image, rng) != strong(image, rng)).any()
+def test_the_configured_default_is_the_default_of_the_class():
+    configured = OmegaConf.to_container(compose_train().loader.strong)
+    assert configured == [{k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()} for entry in UNIMATCH]
 
 
-@pytest.mark.parametrize("extra", [(), [{"name": "GaussNoise", "p": 0.7}, {"name": "RandomGamma", "p": 0.7}]])
-def test_same_seed_gives_the_same_views_whatever_came_before(extra):
-    image, strong, other = smooth(0, 40, 50), StrongView(extra=extra), StrongView(extra=extra)
+def test_one_probability_can_be_overridden_and_the_view_switched_off():
+    assert compose_train("loader.strong.0.p=1.0").loader.strong[0] == {**JITTER, "p": 1.0}
+    assert compose_train("loader.strong=[]").loader.strong == []
+
+
+def test_no_transforms_are_the_identity():
+    for image in (NOISE, NOISE.astype(np.uint16) * 257 + 1):
+        assert all((view == image).all() for view in strong_views(StrongView([]), image, 3))
+
+
+def test_transforms_are_applied_in_order():
+    view = StrongView([INVERT, {"name": "Solarize", "threshold_range": (0.5, 0.5), "p": 1.0}])(NOISE, random.Random(0))
+    inverted = 255 - NOISE.astype(int)
+    assert (view[inverted < 127] == inverted[inverted < 127]).all()
+    assert (view[inverted > 128] == 255 - inverted[inverted > 128]).all()
+
+
+# Draws ----------------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_a_function_of_the_generator_also_in_spawned_workers():
+    transforms = [*UNIMATCH, {"name": "GaussNoise", "p": 0.7}, {"name": "RandomGamma", "p": 0.7}]
+    strong, image = StrongView(transforms), smooth(0, 40, 50)
+    others = (strong, StrongView(transforms), pickle.loads(pickle.dumps(strong)))
     for seed in range(20):
         rng = random.Random(seed)
         expected = [strong(image, rng), strong(image, rng)]
         strong(smooth(1, 20, 20), random.Random(seed + 1))
         np.random.seed(seed)  # noqa: NPY002  global generators do not matter
         random.seed(seed)
-        for again in (strong, other):
+        for other in others:
             rng = random.Random(seed)
-            assert all((again(image, rng) == view).all() for view in expected)
+            assert all((other(image, rng) == view).all() for view in expected)
 
 
-def test_different_seeds_give_different_views():
-    found = {view.tobytes() for view in strong_views(StrongView(jitter_p=1.0), smooth(0, 40, 50), 50)}
-    assert len(found) == 50
+def test_a_view_takes_one_draw_whatever_the_transforms():
+    for strong in (StrongView([]), StrongView()):
+        rng, expected = random.Random(5), random.Random(5)
+        strong(NOISE, rng)
+        expected.getrandbits(63)
+        assert rng.getstate() == expected.getstate()
 
 
-@pytest.mark.parametrize("options", [OFF, {**OFF, "jitter": (0, 0, 0, 0), "jitter_p": 1.0}])
-def test_nothing_switched_on_is_the_identity(options):
-    image = smooth(0, 40, 50)
-    assert all((view == image).all() for view in strong_views(StrongView(**options), image, 30))
+def test_different_seeds_and_the_two_views_of_a_sample_differ():
+    strong = always(JITTER)
+    assert len({view.tobytes() for view in strong_views(strong, NOISE, 50)}) == 50
+    for seed in range(20):
+        rng = random.Random(seed)
+        assert (strong(NOISE, rng) != strong(NOISE, rng)).any()
 
 
-@pytest.mark.parametrize("key", ["jitter_p", "gray_p", "blur_p"])
-@pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 1.0])
-def test_every_transform_is_applied_as_often_as_asked(key, p):
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    options = {**OFF, key: p, "blur_sigma": (1.0, 2.0)}
-    changed = np.mean([(view != image).any() for view in strong_views(StrongView(**options), image)])
-    assert changed == pytest.approx(p, abs=0.08)
+@pytest.mark.parametrize("options", [JITTER, GRAY, {**BLUR, "sigma_limit": (1.0, 2.0)}])
+def test_transforms_of_the_recipe_are_applied_with_their_probability(options):
+    changed = np.mean([(view != NOISE).any() for view in strong_views(StrongView([options]), NOISE, 1000)])
+    assert changed == pytest.approx(options["p"], abs=0.05)  # 3 to 4 standard deviations
 
 
-def test_gray_views_have_three_equal_channels():
-    for view in strong_views(StrongView(**{**OFF, "gray_p": 1.0}), smooth(0, 30, 30), 5):
-        assert (view[..., :1] == view).all()
-
-
-def test_blur_smooths_and_keeps_the_mean():
-    image = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
-    for view in strong_views(StrongView(**{**OFF, "blur_p": 1.0}, blur_sigma=(1.5, 2.0)), image, 10):
-        assert view.std() < 0.4 * image.std()
-        assert view.mean() == pytest.approx(image.mean(), abs=2)
-
-
-def test_transforms_are_drawn_independently_of_each_other():
-    # Blur shows in noise, gray in equal channels; a flat color jitter would hide neither.
-    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    strong = StrongView(jitter_p=0.0, gray_p=0.5, blur_p=0.5, blur_sigma=(1.5, 2.0))
-    gray, blurred = np.array(
-        [((view[..., :1] == view).all(), view[..., 0].std() < 40) for view in strong_views(strong, image, 600)]
-    ).T
-    assert gray.mean() == pytest.approx(0.5, abs=0.08)
-    assert blurred.mean() == pytest.approx(0.5, abs=0.08)
-    assert abs(np.corrcoef(gray, blurred)[0, 1]) < 0.15
-
-
-def test_the_two_views_of_a_sample_are_drawn_independently():
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    strong, pairs = StrongView(**{**OFF, "gray_p": 0.5}), []
+def test_transforms_and_views_are_drawn_independently():
+    # Gray shows in equal channels, and blur of noise in its deviation.
+    strong = StrongView([{**GRAY, "p": 0.5}, {**BLUR, "sigma_limit": (1.5, 2.0)}])
+    draws = []
     for seed in range(600):
         rng = random.Random(seed)
-        pairs.append([(strong(image, rng)[..., 0] == image[..., 0]).all() for _ in range(2)])
-    first, second = np.array(pairs).T
-    assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
+        for_sample = [strong(NOISE, rng) for _ in range(2)]
+        draws.append(
+            [f(view) for view in for_sample for f in (lambda v: (v[..., :1] == v).all(), lambda v: v.std() < 40)]
+        )
+    correlation = np.corrcoef(np.array(draws, float).T)
+    assert np.abs(correlation - np.eye(4)).max() < 0.15
+    assert np.mean(draws, axis=0) == pytest.approx(0.5, abs=0.08)
 
 
-def test_jitter_strength_bounds_the_change():
-    image = np.full((16, 16, 3), 100, np.uint8)
-    options = {**OFF, "jitter": (0.5, 0.0, 0.0, 0.0), "jitter_p": 1.0}
-    levels = np.array([view.mean() for view in strong_views(StrongView(**options), image, 300)])
-    assert levels.min() == pytest.approx(50, abs=4)
-    assert levels.max() == pytest.approx(150, abs=4)
-    assert levels.mean() == pytest.approx(100, abs=5)
-
-
-@pytest.mark.parametrize(
-    "jitter", [(0.5, 0.5, 0.5), (-0.1, 0, 0, 0), (1.5, 0, 0, 0), (0, 0, 0, 0.6), (0.1, 0.1, 0.1, 0.1, 0.1)]
-)
-def test_wrong_jitter_is_refused(jitter):
-    with pytest.raises(UserError) as caught:
-        StrongView(jitter=jitter)
-    assert str(caught.value) == (
-        "expected loader.strong.jitter as brightness, contrast and saturation from 0 to 1 and hue from 0 to 0.5, "
-        f"but got {list(jitter)}"
-    )
-
-
-@pytest.mark.parametrize("options", [{"jitter_p": 2.0}, {"gray_p": 1.5}, {"blur_p": -0.1}])
-def test_wrong_probabilities_are_refused(options):
-    with pytest.raises(ValueError, match=r"\bp\b|probabilities"):
-        StrongView(**options)
-
-
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, np.uint8), (4, np.uint8), (12, np.uint8), (3, np.uint16), (1, np.uint16)]
-)
-def test_any_channels_and_both_depths_are_changed_and_keep_their_type(channels, dtype):
-    top = np.iinfo(dtype).max
-    image = np.random.default_rng(0).integers(0, top, (30, 40, channels), dtype)
-    image.setflags(write=False)
-    changed = 0
-    for view in strong_views(StrongView(), image, 40):
-        assert (view.shape, view.dtype) == (image.shape, dtype)
-        changed += (view != image).any()
-    assert changed > 30
-
-
-def test_images_that_are_not_rgb_keep_the_order_of_the_draws():
-    # Gray is drawn, too, so that blur is as frequent as in RGB.
-    strong = StrongView(jitter_p=0.0, gray_p=0.5, blur_p=0.5, blur_sigma=(1.0, 2.0))
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 1), dtype=np.uint8)
-    assert np.mean([(view != image).any() for view in strong_views(strong, image)]) == pytest.approx(0.5, abs=0.08)
-
-
-# Statistics, beside torchvision on PIL images -------------------------------------------------------------------------
+# The published recipe in torchvision and PIL --------------------------------------------------------------------------
 
 
 def statistics(views):
@@ -185,7 +139,7 @@ def photograph():
 
 @pytest.fixture(scope="module")
 def both():
-    image, count = photograph(), 1500
+    image, count = photograph(), 1000
     own = statistics(strong_views(StrongView(), image, count))
     state = random.getstate()
     random.seed(0)
@@ -197,85 +151,144 @@ def both():
 
 
 @pytest.mark.parametrize("what", ["mean", "contrast", "saturation", "red against blue", "sharpness"])
-def test_colours_are_distributed_as_in_the_reference(both, what):
+def test_views_are_distributed_as_in_the_reference(both, what):
     own, expected = (found[what] for found in both)
-    # Views that nothing was drawn for are all alike; rounding must not tell them apart.
+    # Views that no transform was drawn for are all alike; rounding must not tell them apart.
     assert stats.ks_2samp(own.round(2), expected.round(2)).pvalue > 0.001
     assert own.mean() == pytest.approx(expected.mean(), abs=4 * expected.std() / np.sqrt(len(own) / 2))
     assert own.std() == pytest.approx(expected.std(), rel=0.1)
 
 
-# Transforms of albumentations -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("strength", "adjust", "amount"),
+    [
+        ("brightness", F.adjust_brightness, 0.6),
+        ("brightness", F.adjust_brightness, 1.4),
+        ("contrast", F.adjust_contrast, 0.6),
+        ("contrast", F.adjust_contrast, 1.4),
+        ("saturation", F.adjust_saturation, 0.6),
+        ("saturation", F.adjust_saturation, 1.4),
+        ("hue", F.adjust_hue, -0.2),
+        ("hue", F.adjust_hue, 0.13),
+    ],
+)
+def test_each_operation_of_the_jitter_equals_torchvisions_up_to_rounding(strength, adjust, amount):
+    image, off = smooth(0, 40, 50), {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
+    view = always(JITTER, **{**off, strength: (amount, amount)})(image, random.Random(0)).astype(int)
+    difference = np.abs(view - np.asarray(adjust(Image.fromarray(image), amount)))
+    assert difference.mean() < 1.5
+    assert difference.max() <= (14 if strength == "hue" else 1)  # the hue has 180 steps, and 256 in PIL
 
 
-def test_extra_transforms_come_after_the_built_in_ones_in_order():
-    image = smooth(0, 40, 50)
-    extra = [{"name": "InvertImg", "p": 1.0}, {"name": "Solarize", "threshold_range": (0.5, 0.5), "p": 1.0}]
-    view = StrongView(**OFF, extra=extra)(image, random.Random(0))
-    inverted = 255 - image.astype(int)
-    threshold = view[inverted < 127]
-    assert (threshold == inverted[inverted < 127]).all()
-    assert (view[inverted > 128] == 255 - inverted[inverted > 128]).all()
+def test_gray_equals_torchvisions_up_to_rounding():
+    expected = np.asarray(F.rgb_to_grayscale(Image.fromarray(NOISE), 3)).astype(int)
+    assert np.abs(always(GRAY)(NOISE, random.Random(0)) - expected).max() <= 1
 
 
-def test_extra_transforms_have_their_own_probability():
-    image = smooth(0, 20, 20)
-    strong = StrongView(**OFF, extra=[{"name": "InvertImg", "p": 0.3}])
-    changed = np.mean([(view != image).any() for view in strong_views(strong, image)])
-    assert changed == pytest.approx(0.3, abs=0.08)
+@pytest.mark.parametrize("sigma", [0.1, 0.25, 0.4, 0.45, 0.7, 1.0, 1.5, 2.0])
+def test_blur_is_as_strong_as_pils_but_weaker_for_a_small_sigma(sigma):
+    image = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    own = always(BLUR, sigma_limit=(sigma, sigma))(image, random.Random(0)).std()
+    pil = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))).std()
+    if sigma < 0.45:
+        assert pil < own <= image.std()
+    else:
+        assert own == pytest.approx(pil, rel=0.12)
+
+
+# Other images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "depth"), [(1, 8), (4, 8), (12, 8), (3, 16), (1, 16), (12, 16)])
+def test_any_channels_and_both_depths_are_changed_and_keep_their_type(channels, depth):
+    dtype = np.dtype(f"uint{depth}")
+    image = np.random.default_rng(0).integers(0, 2**depth, (30, 40, channels), dtype)
+    image.setflags(write=False)
+    strong = StrongView([*UNIMATCH, {"name": "RandomBrightnessContrast", "p": 1.0}], channels, depth)
+    for view in strong_views(strong, image, 20):
+        assert (view.shape, view.dtype) == (image.shape, dtype)
+        assert (view != image).any()
+
+
+@pytest.mark.parametrize(("channels", "left_out"), [(1, "ToGray,"), (3, ""), (4, "ColorJitter, ToGray,")])
+def test_transforms_that_are_not_defined_for_the_channels_are_left_out_with_a_note(channels, left_out, caplog, recwarn):
+    caplog.set_level("INFO")
+    strong = StrongView(in_chans=channels)
+    strong_views(strong, np.zeros((8, 8, channels), np.uint8), 20)
+    notes = [record.getMessage() for record in caplog.records]
+    assert len(notes) == bool(left_out)
+    assert all(note.startswith(f"loader.strong leaves out {left_out} which") for note in notes)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("options", [JITTER, GRAY, BLUR])
+def test_sixteen_bits_give_what_eight_bits_give_but_finer(options):
+    image = smooth(3, 40, 50)
+    coarse = always(options)(image, random.Random(1)).astype(float)
+    fine = StrongView([{**options, "p": 1.0}], bit_depth=16)(image.astype(np.uint16) * 257, random.Random(1))
+    assert np.abs(fine / 257 - coarse).mean() < 1.5
+    assert len(np.unique(fine)) > len(np.unique(coarse))
+
+
+def test_every_pixel_transform_is_refused_or_pure_and_deterministic():
+    image = smooth(2, 40, 50)
+    image.setflags(write=False)  # a transform that writes to its input would raise
+    before, refused = image.copy(), []
+    for name, kind in vars(albumentations).items():
+        if not (inspect.isclass(kind) and issubclass(kind, albumentations.ImageOnlyTransform)):
+            continue
+        try:
+            strong = StrongView([{"name": name, "p": 1.0}])
+        except UserError:
+            refused.append(name)
+            continue
+        first, again = (strong(image, random.Random(4)) for _ in range(2))
+        assert (first.shape, first.dtype) == (image.shape, image.dtype), name
+        assert (first == again).all(), name
+        assert (image == before).all(), name
+    # They change the type, do nothing for RGB, or need more than the image.
+    assert set(refused) == {
+        *("ImageOnlyTransform", "Normalize", "ToFloat", "FromFloat", "ToRGB", "TextImage"),
+        *("FDA", "HistogramMatching", "PixelDistributionAdaptation"),
+    }
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"name": "RandomGama"}, r"a pixel transform of albumentations .* got 'RandomGama'\. Did you mean RandomGamma"),
-        ({"gamma_limit": 3}, r"a pixel transform of albumentations .* got None"),
-        ({"name": "HorizontalFlip"}, r"a pixel transform of albumentations .* got 'HorizontalFlip'"),
-        ({"name": "RandomGamma", "gama": 3}, r"expected the arguments gamma_limit, .* for RandomGamma .* got gama"),
-        ({"name": "RandomGamma", "p": 7}, r"RandomGamma refuses them: "),
+        ({"name": "RandomGama"}, r"transform of pixel values as name .* got RandomGama\. Did you mean RandomGamma"),
+        ({"gamma_limit": 3}, r"transform of pixel values as name .* got None"),
+        ("jitter_p", r"transform of pixel values as name .* got jitter_p"),
+        ({"name": "HorizontalFlip"}, r"transform of pixel values as name .* got HorizontalFlip"),
+        ({"name": "RandomGamma", "gama": 3}, r"the arguments gamma_limit, p for RandomGamma .* got gama"),
+        ({"name": "RandomGamma", "p": 7}, r"\{name: RandomGamma, p: 7\} fails: p: Input should be less than"),
+        ({"name": "ColorJitter", "brightness": -1}, "fails: brightness: .*must be non negative"),
+        ({"name": "ColorJitter", "hue": [0.1, 0.2, 0.3]}, "fails: hue: "),
+        ({"name": "GaussianBlur", "sigma_limit": 0}, r"\{name: GaussianBlur, sigma_limit: 0\} fails: "),
+        ({"name": "ToFloat"}, r"fails: images of \(33, 33, 3\) uint8 become \(33, 33, 3\) float32"),
+        ({"name": "ToGray", "num_output_channels": 1}, r"fails: images of \(33, 33, 3\) uint8 become \(33, 33\) uint8"),
+        ({"name": "FDA"}, "fails: FDA requires"),
     ],
 )
-def test_wrong_extra_transforms_are_refused_in_one_sentence(options, sentence):
+def test_wrong_transforms_are_refused_in_one_sentence(options, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
-        StrongView(extra=[options])
+        StrongView([options])
     assert "\n" not in str(caught.value)
 
 
-def test_extra_transforms_refuse_sixteen_bits_and_changes_of_type():
-    with pytest.raises(UserError, match=r"expected 8-bit images for loader\.strong\.extra, but got uint16"):
-        StrongView(extra=[{"name": "InvertImg"}])(np.zeros((8, 8, 3), np.uint16), random.Random(0))
-    strong = StrongView(extra=[{"name": "ToFloat", "p": 1.0}])
-    with pytest.raises(UserError, match=r"to keep images of \(8, 8, 3\) uint8, but they became \(8, 8, 3\) float32"):
-        strong(np.zeros((8, 8, 3), np.uint8), random.Random(0))
-
-
-def test_extra_transforms_reach_spawned_workers():
-    strong = StrongView(extra=[{"name": "RandomGamma", "p": 1.0}])
-    image = smooth(0, 20, 20)
-    again = pickle.loads(pickle.dumps(strong))
-    assert (again(image, random.Random(3)) == strong(image, random.Random(3))).all()
-
-
-def run(script):
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
-    ).stdout
-
-
-def test_albumentations_is_imported_only_when_asked_for_and_then_asks_no_network():
+def test_albumentations_is_imported_on_use_without_network_and_opencv_has_no_threads():
     script = """
 import os, socket, sys
 os.environ.pop("NO_ALBUMENTATIONS_UPDATE", None)
 asked = []
 socket.getaddrinfo = lambda *arguments, **options: asked.append(arguments) or []
-from mlpmatch_pl.data.transforms.strong import StrongView
-StrongView()
+import mlpmatch_pl.data.dataset, cv2
 print("albumentations" in sys.modules)
-StrongView(extra=[{"name": "RandomGamma"}])
-print(asked, os.environ["NO_ALBUMENTATIONS_UPDATE"], "albumentations" in sys.modules)
+mlpmatch_pl.data.dataset.StrongView()
+print(asked, "albumentations" in sys.modules, cv2.getNumThreads())
 """
-    assert run(script).split("\n") == ["False", "[] 1 True", ""]
-
-
-def test_import_switches_inner_threads_off():
-    assert run("import mlpmatch_pl.data.dataset, cv2; print(cv2.getNumThreads())").strip() == "1"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split("\n") == ["False", "[] True 1", ""]

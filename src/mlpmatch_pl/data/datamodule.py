@@ -23,7 +23,7 @@ from mlpmatch_pl.data.base import ImageSource, SegmentationData
 from mlpmatch_pl.data.cache import fill_cache, with_cache
 from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset, UnlabeledDataset
 from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, current_place
-from mlpmatch_pl.data.transforms.strong import StrongView
+from mlpmatch_pl.data.transforms.strong import UNIMATCH, StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.data.validation import validate_dataset
 from mlpmatch_pl.methods.method import Method, resolve_method
@@ -147,7 +147,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         batch_size: Labeled images in a batch, a device.
         unlabeled_batch_size: Unlabeled images in a batch, a device; as many as labeled ones if left out.
         scale: Smallest and largest factor of the long side, in the weak view.
-        strong: Options of `mlpmatch_pl.data.transforms.strong.StrongView`.
+        strong: Pixel transforms of albumentations for the strong views, see
+            `mlpmatch_pl.data.transforms.strong.StrongView`; an empty list for none.
         eval_batch_size: Images in an evaluation batch; more than 1 only if all have the same size.
         num_workers: Worker processes in all; as many as there are free cores if left out.
         multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
@@ -177,7 +178,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         batch_size: int = 8,
         unlabeled_batch_size: int | None = None,
         scale: tuple[float, float] = (0.5, 2.0),
-        strong: Mapping[str, Any] | None = None,
+        strong: Sequence[Mapping[str, Any]] = UNIMATCH,
         eval_batch_size: int = 1,
         num_workers: int | None = None,
         multiprocessing_context: str | None = None,
@@ -210,7 +211,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             data.train,
             data.unlabeled,
             weak,
-            StrongView(**(strong or {})),
+            StrongView(strong, data.in_chans, data.bit_depth),
             CutMix(**{key: _pair(value) for key, value in self.method.cutmix.items()}),
             len(self.method.strong_weights),
             self.method.partner == "same_image",

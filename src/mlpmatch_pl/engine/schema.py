@@ -12,7 +12,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-from mlpmatch_pl.data.transforms.strong import StrongView
 from mlpmatch_pl.engine.trainer import MODULE_OPTIONS
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.module import MLPMatch
@@ -83,7 +82,6 @@ def checked(config: dict[str, Any], others: Iterable[str] = ()) -> dict[str, Any
     result = dict(config) | {key: fit(key, config[key], kind) for key, kind in _RUN.items()}
     nodes = {key: mapping(key, config[key]) for key in _GROUPS}
     loader = fitted("loader", nodes["loader"], _LOADER)
-    loader = _inner(loader, "loader", "strong", parameters(StrongView)[0])
     method = fitted("method", nodes["method"], parameters(Method)[0], ["name"])
     method = _inner(method, "method", "cutmix", parameters(CutMix)[0])
     method = _inner(method, "method", "network_perturbation", _SAMPLER)
