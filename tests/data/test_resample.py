@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,3 +119,7 @@ def test_an_image_that_keeps_its_size_is_cropped_only():
     rows, columns = Span(30, 30, 4, 20), Span(40, 40, 7, 25)
     image = noise(0, rows, columns)
     assert (resample_image(image, rows, columns) == image[4:24, 7:32]).all()
+
+
+def test_opencv_starts_no_threads_in_workers():
+    assert cv2.getNumThreads() == 1

@@ -168,6 +168,10 @@ def _message(error: BaseException, config_name: str) -> str | None:
             return f"there is no {match[1]}={match[2]}, only {', '.join(options)}." + suggest(match[2], options)
         if match := re.search(r"Missing mandatory value: \S+\s+full_key: (\S+)", text):
             return f"expected a value for {match[1]}, but none is set; add {match[1]}=... to the command"
+        if match := re.search(r"invalid literal for int\(\) with base 10: '(\w+)'", text):  # OmegaConf's, at a list
+            keys = [argument for argument in sys.argv[1:] if f".{match[1]}" in argument.partition("=")[0]]
+            if keys:
+                return f"expected an index into a list, as in loader.strong.0.p=1.0, but got {match[1]} in {keys[0]}"
         if match := re.search(r"Environment variable '(\w+)' not found", text):
             return f"expected the environment variable {match[1]}, but it is not set; export {match[1]}=..."
     for link in chain:
