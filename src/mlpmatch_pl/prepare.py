@@ -1,11 +1,11 @@
-"""Prepare a benchmark data set from the command line.
+"""Prepare a public dataset from the command line.
 
     python -m mlpmatch_pl.prepare dataset=voc root=/data/voc                   # download, convert SBD, verify
-    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc splits=unimatch   # and the published lists
+    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc splits=unimatch   # and UniMatch's lists of labeled images
     python -m mlpmatch_pl.prepare dataset=voc root=/data/voc archives=/usb     # offline
-    python -m mlpmatch_pl.prepare dataset=cityscapes root=/data/cityscapes     # says how to get the archives
+    python -m mlpmatch_pl.prepare dataset=cityscapes root=/data/cityscapes     # prints how to get the archives
 
-Heavy imports are inside `prepare`, so that ``--help`` and ``--cfg job`` answer at once.
+Heavy imports are inside `prepare`, so that ``--help`` and ``--cfg job`` are fast.
 """
 
 import sys
@@ -17,16 +17,15 @@ from mlpmatch_pl.commands.cli import guarded
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Prepare what a composed configuration names.
+    """Prepare the dataset of a composed configuration.
 
     Args:
         cfg: As composed from ``commands/prepare/prepare.yaml``.
 
     Raises:
-        UserError: If the configuration is wrong, or something cannot be had, is damaged, or is not whole at the end.
+        UserError: If the configuration is wrong, or an archive is missing, damaged or incomplete.
     """
-    from mlpmatch_pl.commands.prepare.options import Options
-    from mlpmatch_pl.commands.prepare.run import prepare_dataset
+    from mlpmatch_pl.commands.prepare.run import Options, prepare_dataset
     from mlpmatch_pl.utils.validation import read_options
 
     prepare_dataset(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
@@ -38,7 +37,7 @@ def _hydra_main(cfg: DictConfig) -> None:
         try:
             prepare(cfg)
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+            print("interrupted; run the same command again to continue", file=sys.stderr)
             sys.exit(130)
 
 

