@@ -192,5 +192,5 @@ def test_a_file_that_breaks_during_training_is_named_in_one_line(folder_root, tm
         assert done.stderr.strip().splitlines()[-1] == (
             "error: expected mask values 0..2 or 255 (ignore), but the mask of images/wide.png has 9; correct the mask,"
             " dataset.classes or dataset.ignore_index, or map the values by dataset.mask_values, or set"
-            " loader.on_bad_image=skip to train on without such files"
+            " loader.on_bad_image=skip to train without it"
         )

@@ -451,5 +451,5 @@ def test_a_process_without_an_image_to_evaluate_is_refused_rather_than_waited_fo
     data.trainer = SimpleNamespace(global_rank=0, world_size=3, num_devices=3, strategy=Trainer(**QUIET).strategy)
     other = {"val": data.test_dataloader, "test": data.val_dataloader}[loader]
     assert len(other()) == 1
-    with pytest.raises(UserError, match=f"expected at least 3 {name} images, one a process, but got 2"):
+    with pytest.raises(UserError, match=f"expected at least 3 {name} images, one per process, but got 2"):
         getattr(data, f"{loader}_dataloader")()

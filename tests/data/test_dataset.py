@@ -1,20 +1,28 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset, UnlabeledDataset
+from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule
+from mlpmatch_pl.data.dataset import MAX_TRIES, EvalDataset, LabeledDataset, SkippedImages, UnlabeledDataset
 from mlpmatch_pl.data.datasets.folder import folder
-from mlpmatch_pl.data.datasets.shapes import Shapes
+from mlpmatch_pl.data.datasets.shapes import Shapes, shapes
 from mlpmatch_pl.data.files import FileSource
 from mlpmatch_pl.data.sampler import StreamSampler
 from mlpmatch_pl.data.transforms.strong import StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
+from mlpmatch_pl.utils.errors import UserError
 
 SIZE = 40
 
@@ -78,7 +86,7 @@ def test_whole_image_sample_keeps_the_contract():
 def test_index_of_a_sample_counts_in_the_source_not_in_the_choice():
     dataset = unlabeled(indices=[2, 0])
     assert len(dataset) == 2
-    assert [dataset[place, 0]["index"] for place in (0, 1)] == [2, 0]
+    assert [dataset[position, 0]["index"] for position in (0, 1)] == [2, 0]
 
 
 def test_the_two_strong_views_differ_in_every_sample():
@@ -117,8 +125,8 @@ def test_unlabeled_samples_have_no_mask_and_read_none(folder_root, classes, monk
         data.train, data.unlabeled, WeakView(SIZE), StrongView(), CutMix(), 2, second_view=True, seed=0
     )
     assert data.train.pair(data.unlabeled[0]).mask
-    for place in range(len(dataset)):
-        sample = dataset[place, place]
+    for position in range(len(dataset)):
+        sample = dataset[position, position]
         assert set(sample) == {"weak", "strong", "valid", "boxes", "index", "partner"}
         assert set(sample["partner"]) == {"weak", "strong", "valid"}
 
@@ -163,7 +171,7 @@ def test_global_generators_do_not_matter(make):
 SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from test_samples import digest, labeled, unlabeled
+from test_dataset import digest, labeled, unlabeled
 dataset = unlabeled(second_view=True)
 print(json.dumps([[digest(dataset[i, d]), digest(labeled()[i, d])] for i, d in ((0, 0), (2, 11), (1, 10**9))]))
 """
@@ -190,14 +198,198 @@ def loaded(dataset, num_workers, epochs=(0,), batch_size=2):
 
 @pytest.mark.parametrize("make", [labeled, unlabeled])
 def test_any_number_of_workers_gives_the_same_samples_in_every_epoch(make):
-    plain = loaded(make(), 0, epochs=(0, 1))
-    assert loaded(make(), 1, epochs=(0, 1)) == plain
-    assert loaded(make(), 2, epochs=(0, 1)) == plain
+    assert loaded(make(), 2, epochs=(0, 1)) == loaded(make(), 0, epochs=(0, 1))
 
 
 @pytest.mark.parametrize("make", [labeled, unlabeled])
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_no_view_of_an_image_comes_twice_over_workers_and_epochs(make, num_workers):
-    epochs = loaded(make(indices=[0]), num_workers, epochs=(0, 1, 2), batch_size=1)
+def test_no_view_of_an_image_is_repeated_over_workers_and_epochs(make):
+    epochs = loaded(make(indices=[0]), 2, epochs=(0, 1, 2), batch_size=1)
     views = [json.dumps(sample) for epoch in epochs for sample in epoch]
     assert len(views) == len(set(views)) == 24
+
+
+# Bad images -----------------------------------------------------------------------------------------------------------
+
+
+def resize(path):
+    Image.open(path).resize((70, 71), Image.Resampling.NEAREST).save(path)
+
+
+def deepen(path):
+    Image.fromarray(np.full((40, 64), 40_000, np.uint16)).save(path, format="png")
+
+
+def replace_with_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+UNREADABLE = {
+    "deleted": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(500)),
+    "a folder": replace_with_folder,
+    "16-bit": deepen,
+}
+OF_A_PAIR = {**UNREADABLE, "another size": resize}
+BAD = [
+    *(("unlabeled", "image", name, change) for name, change in UNREADABLE.items()),
+    *(("labeled", "image", name, change) for name, change in OF_A_PAIR.items()),
+    *(("labeled", "mask", name, change) for name, change in OF_A_PAIR.items()),
+    ("labeled", "mask", "unknown class", lambda path: Image.new("L", (64, 40), 7).save(path)),
+]
+
+
+@pytest.fixture
+def make_datamodule(make_folder, classes):
+    """Ten images; three labeled and two validation images have masks."""
+    root = make_folder(count=10, masked=5)
+
+    def make(on_bad_image="raise", **options):
+        options = {"crop_size": 33, "batch_size": 2, "num_workers": 0, "seed": 1, **options}
+        return SemiSupervisedDataModule(folder(str(root), classes, val=2), on_bad_image=on_bad_image, **options)
+
+    return make
+
+
+def file_of(datamodule, part, kind="image"):
+    """Return the file of the first image of a part."""
+    data = datamodule.data
+    source = data.val if part == "val" else data.train
+    index = {"labeled": data.labeled_indices, "unlabeled": data.unlabeled, "val": (0,)}[part][0]
+    return Path(source.root, getattr(source.pair(index), kind))
+
+
+def training_set(datamodule, part):
+    return datamodule.train_dataloader().iterables[part].dataset
+
+
+@pytest.mark.parametrize(("part", "kind", "name", "change"), BAD, ids=[" ".join(case[:3]) for case in BAD])
+def test_a_bad_file_is_named_or_replaced(make_datamodule, part, kind, name, change):
+    strict, good = (training_set(make_datamodule(policy), part) for policy in ("raise", "skip"))
+    path = file_of(make_datamodule(), part, kind)
+    change(path)
+    with pytest.raises(UserError, match=path.stem) as caught:
+        strict[0, 5]
+    assert str(caught.value).endswith("set loader.on_bad_image=skip to train without it")
+    assert "\n" not in str(caught.value)
+    sample = good[0, 5]
+    ((skipped, problem),) = sample.pop("skipped")
+    assert Path(skipped).stem == path.stem
+    assert str(caught.value).startswith(problem)
+    assert set(sample) == set(good[1, 5])
+
+
+def test_a_replacement_depends_on_seed_and_draw_only(make_datamodule):
+    path = file_of(make_datamodule(), "unlabeled")
+    path.write_bytes(b"")
+    first, again = (training_set(make_datamodule("skip"), "unlabeled") for _ in range(2))
+    again[1, 3], again[0, 9]
+    assert digest(first[0, 5]) == digest(again[0, 5])
+    found = [first[0, draw]["index"] for draw in range(100)]
+    assert set(found) == set(first.indices.tolist()) - {int(first.indices[0])}
+
+
+def test_the_search_for_a_replacement_is_bounded():
+    datamodule = SemiSupervisedDataModule(shapes(labeled=3, train=60, val=2), crop_size=33, on_bad_image="skip")
+    dataset, tried = training_set(datamodule, "unlabeled"), []
+    dataset.source.image = lambda index: tried.append(index) or (_ for _ in ()).throw(OSError("gone"))
+    with pytest.raises(UserError, match=f"but {MAX_TRIES} of 57 drawn in a row cannot be read .*check that the data"):
+        dataset[3, 0]
+    assert len(tried) == len(set(tried)) == MAX_TRIES
+
+
+def test_a_custom_source_need_not_name_the_image(make_datamodule):
+    dataset = training_set(make_datamodule(), "unlabeled")
+    dataset.source.image = lambda index: (_ for _ in ()).throw(OSError("stale file handle"))
+    with pytest.raises(UserError, match=r"^cannot read images/.* \(stale file handle\); replace or remove it, or set"):
+        dataset[0, 0]
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_validation_image_is_never_skipped(make_datamodule, kind):
+    datamodule = make_datamodule("skip")
+    path = file_of(datamodule, "val", kind)
+    path.unlink()
+    with pytest.raises(UserError, match=path.stem):
+        list(datamodule.val_dataloader())
+
+
+def test_cached_images_outlive_their_files(make_datamodule, tmp_path):
+    datamodule = make_datamodule(cache=str(tmp_path / "cache"))
+    root = Path(datamodule.data.train.root)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    shutil.rmtree(root)
+    assert len(list(datamodule.val_dataloader())) == 2
+    assert list(datamodule.train_dataloader())
+
+
+def test_validation_at_the_start_notes_what_will_be_skipped(make_datamodule, caplog):
+    train, val = (file_of(make_datamodule(), part) for part in ("unlabeled", "val"))
+    train.write_bytes(b"")
+    with pytest.raises(UserError, match=train.name):
+        make_datamodule().prepare_data()
+    with caplog.at_level("WARNING"):
+        make_datamodule("skip").prepare_data()
+    (note,) = [record.message for record in caplog.records if "it will be skipped" in record.message]
+    assert train.name in note
+    val.write_bytes(b"")
+    with pytest.raises(UserError, match=val.name):
+        make_datamodule("skip").prepare_data()
+
+
+def test_another_policy_is_refused(make_datamodule):
+    with pytest.raises(UserError, match=r"loader.on_bad_image as raise or skip, but got 'skipping'\. Did you mean"):
+        make_datamodule("skipping")
+
+
+def fit(datamodule, path):
+    """Train for two epochs; a file breaks before the first step."""
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, max_epochs=2, limit_val_batches=0, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    datamodule.prepare_data()
+    path.write_bytes(b"")
+    trainer.fit(MLPMatch(3, backbone="test_resnet", decoder_channels=8), datamodule=datamodule)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_counts_and_logs_the_replaced_samples(make_datamodule, caplog):
+    datamodule = make_datamodule("skip")
+    sampler = datamodule.train_dataloader().iterables["unlabeled"].sampler
+    expected = 0
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        expected += sum(position == 0 for position, _ in sampler)
+    path = file_of(datamodule, "unlabeled")
+    fit(datamodule, path)
+    assert datamodule.skipped.report() == {"draws": expected, "images": 1}
+    assert expected > 1
+    lines = [record.message for record in caplog.records if path.stem in record.message]
+    assert len(lines) == 2
+    assert lines[0].startswith("skipped (loader.on_bad_image=skip): cannot read the image")
+    assert lines[1].startswith(f"{expected} samples were replaced because of bad images: images/")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_raises_the_error_of_a_worker(make_datamodule):
+    datamodule = make_datamodule(num_workers=2)
+    path = file_of(datamodule, "unlabeled")
+    with pytest.raises(UserError, match=f"cannot read the image .*{path.stem}.* to train without it$"):
+        fit(datamodule, path)
+
+
+def test_the_images_of_all_processes_are_counted(monkeypatch):
+    skipped = SkippedImages()
+    skipped.pop_from({"skipped": [("both.png", "broken"), ("both.png", "broken"), ("0.png", "broken")]})
+
+    def gather(gathered, counts):
+        gathered[:] = [counts, Counter({"both.png": 1, "1.png": 1})]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert skipped.report() == {"draws": 5, "images": 3}

@@ -187,7 +187,7 @@ def test_loaders_from_before_the_other_processes_are_refused():
     loaders = loaders_of(build())
     with process(0, 2):
         for loader in loaders:
-            with pytest.raises(UserError, match=r"made for 2 processes, but they were made for 1, .* datamodule="):
+            with pytest.raises(UserError, match=r"for 2 processes, but they were created for 1, .* datamodule="):
                 next(iter(loader))
     with process(0, 1):
         assert all(next(iter(loader)) for loader in loaders)

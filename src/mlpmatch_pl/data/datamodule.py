@@ -1,4 +1,4 @@
-"""What a signal to the whole process group means to the processes that load images."""
+"""The data module: paired labeled and unlabeled batches for training, and whole images for evaluation."""
 
 from __future__ import annotations
 
@@ -12,153 +12,65 @@ from functools import cache, partial
 from multiprocessing import util
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mlpmatch_pl.data.bad_images import SkippedImages, bad_image_policy, collate
 from mlpmatch_pl.data.base import ImageSource, SegmentationData
 from mlpmatch_pl.data.cache import fill_cache, with_cache
-from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset, UnlabeledDataset
-from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, current_place
+from mlpmatch_pl.data.dataset import (
+    EvalDataset,
+    LabeledDataset,
+    OnBadImage,
+    SkippedImages,
+    TrainDataset,
+    UnlabeledDataset,
+    collate,
+)
+from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, rank_and_world_size
 from mlpmatch_pl.data.transforms.strong import UNIMATCH, StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.data.validation import validate_dataset
 from mlpmatch_pl.methods.method import Method, resolve_method
 from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.utils.cpu import usable_cores
-from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.errors import UserError, suggest
 
-
-def outlive_signals() -> Callable[[int], None]:
-    """Return what lets a loading process outlive Ctrl-C and SIGTERM: the main process needs it for its last step.
-
-    Terminals and clusters send them to all processes at once. The main process tells its workers to end itself; at its
-    own end it sends SIGTERM to those that are left and waits for them, and then, only then, it ends them.
-
-    Returns:
-        A `worker_init_fn` for a `torch.utils.data.DataLoader` of this process.
-    """
-    return partial(_outlive, _ending(os.getpid()))
-
-
-@cache
-def _ending(pid: int) -> Any:
-    """Return a flag, shared with the workers, which this process sets when it ends. A forked child needs its own."""
-    flag = multiprocessing.RawValue(c_bool, False)
-    # Finalizers of this priority run before multiprocessing sends SIGTERM, which an `atexit` function does not do in
-    # a process that multiprocessing started itself.
-    util.Finalize(None, setattr, args=(flag, "value", True), exitpriority=100)
-    return flag
-
-
-def _outlive(ending: Any, worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, partial(_end_with_main, ending))
-
-
-def _end_with_main(ending: Any, signum: int, frame: FrameType | None) -> None:
-    if ending.value:
-        os._exit(0)  # as PyTorch's own handler does
-
-
-MOST_WORKERS = 16  # more seldom load faster, and each costs memory
-
-
-def build_loader(
-    dataset: Dataset[Any],
-    batch_size: int,
-    sampler: Sampler[Any],
-    workers: int,
-    context: str | None = None,
-    *,
-    pinned: bool = False,
-    **options: Any,
-) -> DataLoader[Any]:
-    """Build a loader whose processes stay, and do not end before the main process.
-
-    Args:
-        dataset: Samples.
-        batch_size: Samples in a batch.
-        sampler: Which samples, and when.
-        workers: Processes; 0 loads in the main process.
-        context: How processes are started; the platform's default if left out.
-        pinned: Whether batches go to memory that a GPU reads directly.
-        options: Further ones of torch's DataLoader.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        multiprocessing_context=context if workers else None,
-        pin_memory=pinned,
-        worker_init_fn=outlive_signals(),
-        **options,
-    )
-
-
-def free_workers(processes: int) -> int:
-    """Return how many workers each of the training processes on this machine may have, so that cores are left."""
-    return min(max(usable_cores() // processes - 1, 0), MOST_WORKERS)
-
-
-def share_workers(total: int, loaders: int) -> dict[str, int]:
-    """Share workers out to one or two loaders: an unlabeled sample costs about three times a labeled one.
-
-    Example:
-        >>> share_workers(8, 2), share_workers(1, 2), share_workers(8, 1)
-        ({'labeled': 2, 'unlabeled': 6}, {'labeled': 0, 'unlabeled': 1}, {'labeled': 8})
-    """
-    if loaders == 1:
-        return {"labeled": total}
-    labeled = max(total // 4, 1) if total > 1 else 0
-    return {"labeled": labeled, "unlabeled": total - labeled}
-
-
-def check_share(name: str, source: ImageSource, world_size: int) -> None:
-    """Refuse fewer images to evaluate than there are processes.
-
-    Raises:
-        UserError: With the name of the set.
-    """
-    if len(source) < world_size:
-        raise UserError(
-            f"expected at least {world_size} {name} images, one a process, but got {len(source)}; use fewer devices"
-        )
+MAX_WORKERS = 16  # more workers rarely load faster, and each needs memory
 
 
 class SemiSupervisedDataModule(LightningDataModule):
     """Training batches of ``{"labeled": ..., "unlabeled": ...}``, and whole images for evaluation.
 
-    An epoch is one pass over the longer of the two streams; the shorter one is passed over again, reshuffled each
-    time. Both streams and all views are functions of (seed, epoch, draw).
+    An epoch is one pass over the longer of the two streams. The shorter one repeats, reshuffled for each pass. Both
+    streams and all views are functions of (seed, epoch, draw).
 
     Args:
-        data: The dataset, from `mlpmatch_pl.folder`, `mlpmatch_pl.shapes` or your own sources.
-        method: What the batches are for, as the module takes it, or the module's ``method`` itself: it says how many
-            strong views there are, which boxes CutMix draws, and whether every unlabeled image comes with a second view
-            to paste from. One without strong views gets labeled images only, ``unlabeled_batch_size`` more of them, so
-            that a step sees as many images and an epoch has as many steps as with unlabeled images.
+        data: The dataset, from `mlpmatch_pl.folder`, `mlpmatch_pl.shapes` or custom sources.
+        method: The method that the batches are for: a preset's name, options as the module takes them, or the module's
+            ``method``. It determines the number of strong views, the CutMix boxes, and whether each unlabeled image has
+            a second view to paste from. A method without strong views gets labeled images only,
+            ``unlabeled_batch_size`` more of them, so that a step sees as many images and an epoch has as many steps as
+            with unlabeled images.
         crop_size: Height and width of the training views in pixels.
-        batch_size: Labeled images in a batch, a device.
-        unlabeled_batch_size: Unlabeled images in a batch, a device; as many as labeled ones if left out.
+        batch_size: Labeled images in a batch of one device.
+        unlabeled_batch_size: Unlabeled images in a batch of one device. Default: ``batch_size``.
         scale: Smallest and largest factor of the long side, in the weak view.
         strong: Pixel transforms of albumentations for the strong views, see
             `mlpmatch_pl.data.transforms.strong.StrongView`; an empty list for none.
-        eval_batch_size: Images in an evaluation batch; more than 1 only if all have the same size.
-        num_workers: Worker processes in all; as many as there are free cores if left out.
-        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; the platform's default if left out.
-        cache: Folder for decoded images, see `mlpmatch_pl.data.cache.with_cache`; none if left out.
-        on_bad_image: ``raise`` or ``skip``: whether a training image or mask that cannot be read ends the training, or
-            is replaced by another draw and counted in ``skipped``. Evaluation never skips: scores are of whole sets.
+        eval_batch_size: Images in an evaluation batch. More than 1 requires images of equal size.
+        num_workers: Worker processes of one device, over all its loaders. Default: one fewer than the device's share of
+            the cores, at most 16.
+        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``. Default: the platform's.
+        cache: Folder for decoded images, see `mlpmatch_pl.data.cache`. Default: no cache.
+        on_bad_image: Whether a training image or mask that cannot be read stops the training (``raise``), or is
+            replaced by another one and counted in ``skipped`` (``skip``). Evaluation images are never skipped.
         seed: Seed of the streams and the views.
 
     Raises:
-        UserError: If a value is out of range, or there are no unlabeled images for a method that needs them.
+        UserError: If a value is out of range, or the method needs unlabeled images and there are none.
 
     Example:
         >>> from mlpmatch_pl.data.datasets.shapes import shapes
@@ -192,8 +104,14 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
-        self.skipped, policy = SkippedImages(), bad_image_policy(on_bad_image)
-        self._skips = on_bad_image == "skip"
+        self.skipped = SkippedImages()
+        if on_bad_image not in ("raise", "skip"):
+            raise UserError(
+                f"expected loader.on_bad_image as raise or skip, but got {on_bad_image!r}."
+                + suggest(on_bad_image, ("raise", "skip"))
+            )
+        bad = cast(OnBadImage, on_bad_image)
+        self._skip_bad = bad == "skip"
         if min(self.batch_size, self.unlabeled_batch_size, eval_batch_size) < 1 or (num_workers or 0) < 0:
             raise UserError(
                 f"expected batch sizes of at least 1 and workers of at least 0, but got {batch_size} labeled, "
@@ -206,7 +124,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             )
         weak = WeakView(crop_size, (scale[0], scale[1]), ignore_index=data.ignore_index)
         num_classes = len(data.class_names)
-        self._labeled = LabeledDataset(data.train, data.labeled_indices, num_classes, weak, seed, policy)
+        self._labeled = LabeledDataset(data.train, data.labeled_indices, num_classes, weak, seed, bad)
         self._unlabeled = UnlabeledDataset(
             data.train,
             data.unlabeled,
@@ -216,14 +134,14 @@ class SemiSupervisedDataModule(LightningDataModule):
             len(self.method.strong_weights),
             self.method.partner == "same_image",
             seed,
-            policy,
+            bad,
         )
         self._checked = self._cached = False
         self.cache = cache
-        self._resume = (0, 0)  # epoch and batch to go on with
+        self._resume = (0, 0)  # epoch and batch to start from
 
     def __repr__(self) -> str:
-        """Say what it is for, and how many images it has."""
+        """Return the main options and the numbers of images."""
         data = self.data
         return (
             f"{type(self).__name__}(method={self.method.name!r}, crop_size={self.crop_size}, "
@@ -232,11 +150,11 @@ class SemiSupervisedDataModule(LightningDataModule):
             f"{len(data.test or ())} test images)"
         )
 
-    __str__ = __repr__  # Lightning's own asks loaders for their lengths, and fails at two in one
+    __str__ = __repr__  # Lightning's __str__ fails for a CombinedLoader
 
     @property
     def images_per_step(self) -> int:
-        """Images in a batch, labeled and unlabeled, a device."""
+        """Number of images in a batch of one device, labeled and unlabeled."""
         return self.batch_size + self.unlabeled_batch_size
 
     def steps_per_epoch(self, world_size: int = 1) -> int:
@@ -246,132 +164,170 @@ class SemiSupervisedDataModule(LightningDataModule):
         return max(labeled, unlabeled)
 
     def check_world_size(self, world_size: int) -> None:
-        """Refuse more processes than there are images to evaluate: one without a batch keeps the others waiting.
-
-        Args:
-            world_size: Number of processes.
+        """Refuse more processes than evaluation images: a process without a batch would block the others.
 
         Raises:
-            UserError: If there are fewer validation or test images.
+            UserError: If there are fewer validation or test images than processes.
         """
         for name, source in (("validation", self.data.val), ("test", self.data.test)):
             if source:
-                check_share(name, source, world_size)
+                _require_images(name, source, world_size)
 
     def prepare_data(self) -> None:
-        """Validate the files with `validation.validate_dataset` and build the cache, once per machine."""
+        """Validate the files with `mlpmatch_pl.data.validation`, and fill the cache, once per machine."""
         if self._checked:
             return
-        sizes = validate_dataset(self.data, self.crop_size, self._skips)
+        sizes = validate_dataset(self.data, self.crop_size, self._skip_bad)
         if self.eval_batch_size > 1 and len(sizes) > 1:
             raise UserError(
                 f"expected evaluation images of one size for loader.eval_batch_size={self.eval_batch_size}, "
                 f"but got {len(sizes)} sizes; use loader.eval_batch_size=1"
             )
         if self.cache is not None:
-            fill_cache(self.data, Path(self.cache), self.method.uses_unlabeled, self._skips)
+            fill_cache(self.data, Path(self.cache), self.method.uses_unlabeled, self._skip_bad)
         self._checked = True
 
     def setup(self, stage: str) -> None:
-        """Open the cache, in every process."""
+        """Use the cache, in every process."""
         if self.cache is not None and not self._cached:
             self.data = with_cache(self.data, Path(self.cache))
             self._labeled.source = self._unlabeled.source = self.data.train
             self._cached = True
 
     def train_dataloader(self) -> CombinedLoader:
-        """Return the paired loader; the first epoch after a resume starts where the run stopped."""
+        """Return the paired loader. The first epoch after a resume starts at the batch where the run stopped."""
         (epoch, batch), self._resume = self._resume, (0, 0)
-        if not self.method.uses_unlabeled:
-            sizes: dict[str, tuple[LabeledDataset | UnlabeledDataset, int]]
-            sizes = {"labeled": (self._labeled, self.images_per_step)}
-        else:
-            sizes = {
+        streams: dict[str, tuple[TrainDataset, int]] = {"labeled": (self._labeled, self.images_per_step)}
+        if self.method.uses_unlabeled:
+            streams = {
                 "labeled": (self._labeled, self.batch_size),
                 "unlabeled": (self._unlabeled, self.unlabeled_batch_size),
             }
-        workers = self._workers(len(sizes))
-        loaders = {
-            name: self._stream(dataset, size, name, epoch, batch, workers[name])
-            for name, (dataset, size) in sizes.items()
-        }
+        rank, world_size = self._rank_and_world_size()
+        steps = self.steps_per_epoch(world_size or rank_and_world_size()[1])
+        workers = share_workers(self._workers(), len(streams))
+        loaders = {}
+        for name, (dataset, batch_size) in streams.items():
+            seed = 2 * self.seed + (name == "unlabeled")
+            sampler = StreamSampler(len(dataset), steps * batch_size, rank, world_size, seed)
+            sampler.set_epoch(epoch)
+            sampler.start = batch * batch_size
+            loaders[name] = self._loader(
+                dataset, batch_size, sampler, workers[name], drop_last=True, collate_fn=collate
+            )
         return CombinedLoader(loaders, "min_size")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return whole validation images, each exactly once over all ranks."""
-        return self._whole("validation", self.data.val)
+        """Return the loader of whole validation images, each exactly once over all ranks."""
+        return self._eval_loader("validation", self.data.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return whole test images, or the validation images where there are no others."""
-        return self._whole("test", self.data.test or self.data.val)
+        """Return the loader of whole test images, or of the validation images if there are no test images."""
+        return self._eval_loader("test", self.data.test or self.data.val)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Take note of the images that were left out on the way to a training batch."""
-        return {name: self.skipped.take(part) if isinstance(part, dict) else part for name, part in batch.items()}
+        """Remove the list of skipped images from a training batch, and count them."""
+        return {name: self.skipped.pop_from(part) if isinstance(part, dict) else part for name, part in batch.items()}
 
     def state_dict(self) -> dict[str, int]:
-        """Return how far the training stream has been read (saved in every checkpoint); nothing if it was not."""
+        """Return the position in the training streams, saved in every checkpoint; empty without a training."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         if math.isinf(loop.max_batches):  # as after trainer.validate alone
             return {}
         return {
-            # Not "processed", which is raised before the checkpoint of a finished epoch is written.
+            # "processed" is already incremented when the checkpoint of a finished epoch is written.
             "epoch": loop.epoch_progress.current.ready - 1,
             "batch": loop.epoch_loop.batch_progress.current.ready,
             "batches": int(loop.max_batches),
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on where the checkpoint was written. Lightning calls this before it asks for loaders."""
+        """Continue from the position in a checkpoint. Lightning calls this before it asks for loaders."""
         if not state_dict:
             return
         epoch, batch = state_dict["epoch"], state_dict["batch"]
         self._resume = (epoch + 1, 0) if batch >= state_dict["batches"] else (epoch, batch)
 
-    def _stream(
-        self,
-        dataset: LabeledDataset | UnlabeledDataset,
-        batch_size: int,
-        name: str,
-        epoch: int,
-        batch: int,
-        workers: int,
-    ) -> DataLoader[Any]:
-        rank, world_size = self._place()
-        num_samples = self.steps_per_epoch(world_size or current_place()[1]) * batch_size
-        sampler = StreamSampler(len(dataset), num_samples, rank, world_size, seed=_stream_seed(self.seed, name))
-        sampler.set_epoch(epoch)
-        sampler.start = batch * batch_size
-        return self._loader(dataset, batch_size, sampler, workers, drop_last=True, collate_fn=collate)
-
-    def _whole(self, name: str, source: ImageSource) -> DataLoader[Any]:
-        rank, world_size = self._place()
-        check_share(name, source, world_size or current_place()[1])
-        sampler = ShardSampler(len(source), rank, world_size)
-        workers = self._workers(1)["labeled"]
+    def _eval_loader(self, name: str, source: ImageSource) -> DataLoader[Any]:
+        rank, world_size = self._rank_and_world_size()
+        _require_images(name, source, world_size or rank_and_world_size()[1])
         dataset = EvalDataset(source, len(self.data.class_names), self.data.ignore_index)
-        return self._loader(dataset, self.eval_batch_size, sampler, workers)
+        sampler = ShardSampler(len(source), rank, world_size)
+        return self._loader(dataset, self.eval_batch_size, sampler, self._workers())
 
     def _loader(
         self, dataset: Dataset[Any], batch_size: int, sampler: Sampler[Any], workers: int, **options: Any
     ) -> DataLoader[Any]:
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return build_loader(
-            dataset, batch_size, sampler, workers, self.multiprocessing_context, pinned=on_gpu, **options
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context=self.multiprocessing_context if workers else None,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=ignore_signals(),
+            **options,
         )
 
-    def _place(self) -> tuple[int, int] | tuple[None, None]:
+    def _rank_and_world_size(self) -> tuple[int, int] | tuple[None, None]:
         return (None, None) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _workers(self, loaders: int) -> dict[str, int]:
-        """Return how many workers each loader gets."""
+    def _workers(self) -> int:
+        """Return the number of workers of this process; one core stays free for the process itself."""
+        if self.num_workers is not None:
+            return self.num_workers
         processes = 1 if self.trainer is None else self.trainer.num_devices  # on this machine
-        total = free_workers(processes) if self.num_workers is None else self.num_workers
-        return share_workers(total, loaders)
+        return min(max(usable_cores() // processes - 1, 0), MAX_WORKERS)
 
 
-def _stream_seed(seed: int, name: str) -> int:
-    return 2 * seed + (name == "unlabeled")
+def share_workers(total: int, loaders: int) -> dict[str, int]:
+    """Distribute workers over one or two loaders: an unlabeled sample costs about three times as much as a labeled one.
+
+    Example:
+        >>> share_workers(8, 2), share_workers(1, 2), share_workers(8, 1)
+        ({'labeled': 2, 'unlabeled': 6}, {'labeled': 0, 'unlabeled': 1}, {'labeled': 8})
+    """
+    if loaders == 1:
+        return {"labeled": total}
+    labeled = max(total // 4, 1) if total > 1 else 0
+    return {"labeled": labeled, "unlabeled": total - labeled}
+
+
+def ignore_signals() -> Callable[[int], None]:
+    """Return a `worker_init_fn` that keeps workers alive on Ctrl-C and SIGTERM.
+
+    Terminals and clusters send these signals to all processes at once, but the main process finishes its step first,
+    and needs their batches. When it exits itself, it sends SIGTERM to the remaining workers; only then do they exit.
+    """
+    return partial(_ignore_signals, _exit_flag(os.getpid()))
+
+
+@cache
+def _exit_flag(pid: int) -> Any:
+    """Return a flag, shared with the workers, that this process sets when it exits. A forked child needs its own."""
+    flag = multiprocessing.RawValue(c_bool, False)
+    # Finalizers with this priority run before multiprocessing sends SIGTERM. `atexit` functions do not run before it in
+    # a process that multiprocessing started itself.
+    util.Finalize(None, setattr, args=(flag, "value", True), exitpriority=100)
+    return flag
+
+
+def _ignore_signals(exiting: Any, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, partial(_exit_with_main, exiting))
+
+
+def _exit_with_main(exiting: Any, signum: int, frame: FrameType | None) -> None:
+    if exiting.value:
+        os._exit(0)  # as PyTorch's own handler does
+
+
+def _require_images(name: str, source: ImageSource, world_size: int) -> None:
+    if len(source) < world_size:
+        raise UserError(
+            f"expected at least {world_size} {name} images, one per process, but got {len(source)}; use fewer devices"
+        )
 
 
 def _pair(value: Any) -> Any:

@@ -1,60 +1,99 @@
-"""Map-style datasets: a source and its views, as samples of tensors.
+"""Map-style datasets: the views of an image source as samples of tensors.
 
-The training datasets are indexed by ``(index, draw)``, as `mlpmatch_pl.data.sampler.StreamSampler` yields it: the
-image, and the number of the draw that seeds its views. The tensors' contract is in `mlpmatch_pl.methods.step`;
-`mlpmatch_pl.data.bad_images` handles images that cannot be read.
+Training datasets are indexed by ``(position, draw)`` as `mlpmatch_pl.data.sampler.StreamSampler` yields it: the
+position of the image in the dataset, and the number of the draw, which seeds the views. The tensors are described in
+`mlpmatch_pl.methods.step`.
 """
 
+from __future__ import annotations
+
+import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from mlpmatch_pl.data.bad_images import Draw, Policy, raise_bad
 from mlpmatch_pl.data.base import Image, ImageSource, require_classes, require_same_size
 from mlpmatch_pl.data.transforms.strong import StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
+from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.seeding import derive_seed
 
+MAX_TRIES = 20  # if half of all files were missing, one draw in a million would find none
+Sample = dict[str, Any]
+OnBadImage = Literal["raise", "skip"]
 
-class Views(Dataset[dict[str, Any]], ABC):
-    """Some images of a source, a sample for each draw.
+log = logging.getLogger(__name__)
+
+
+class TrainDataset(Dataset[Sample], ABC):
+    """Some images of a source; one sample for each draw.
+
+    Files are validated before training, but disks fail and files change during a run. With ``skip``, a sample whose
+    image or mask cannot be read is replaced by another one, which depends on the seed and the draw only. The sample
+    then lists the names of the bad images, each with an error message, under ``skipped``.
 
     Args:
         source: Images.
         indices: Which of them.
         seed: Seed of all draws.
-        on_bad_image: What is done about an image that cannot be read.
+        on_bad_image: ``raise`` or ``skip``.
+
+    Raises:
+        UserError: When indexed, for an image that cannot be read, or with ``skip``, if 20 in a row cannot be read.
     """
 
-    stream: str  # names the draws
+    stream: str  # separates the draws of the datasets
 
-    def __init__(self, source: ImageSource, indices: Sequence[int], seed: int, on_bad_image: Policy) -> None:
+    def __init__(self, source: ImageSource, indices: Sequence[int], seed: int, on_bad_image: OnBadImage) -> None:
         self.source, self.indices, self.seed, self.on_bad_image = source, np.asarray(indices), seed, on_bad_image
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        return self.on_bad_image(self, draw)
-
-    def name(self, place: int) -> str:
-        """Return the name of an image."""
-        return self.source.name(int(self.indices[place]))
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        skipped: list[tuple[str, str]] = []
+        for position in self._candidates(*item):
+            index = int(self.indices[position])
+            try:
+                sample = self.sample(index, draw=item[1])
+            except (UserError, OSError) as error:
+                name = self.source.name(index)
+                # The error of a custom source need not name the image.
+                known = isinstance(error, UserError)
+                problem = str(error) if known else f"cannot read {name} ({error}); replace or remove it"
+                if self.on_bad_image == "raise":
+                    joint = ", or" if ";" in problem else ";"
+                    raise UserError(f"{problem}{joint} set loader.on_bad_image=skip to train without it") from error
+                skipped.append((name, problem))
+            else:
+                return {**sample, "skipped": skipped} if skipped else sample
+        raise UserError(
+            f"expected readable {self.stream} images, but {len(skipped)} of {len(self)} drawn in a row cannot be read "
+            f"({skipped[-1][1]}); check that the data folder still exists"
+        )
 
     @abstractmethod
-    def sample(self, place: int, number: int) -> dict[str, Any]:
-        """Read an image and make the views of a draw."""
+    def sample(self, index: int, draw: int) -> Sample:
+        """Read an image of the source and make the views of a draw."""
+
+    def _candidates(self, position: int, draw: int) -> Iterator[int]:
+        """Yield the position, and then its replacements."""
+        yield position
+        rng = random.Random(derive_seed(self.seed, self.stream, "replacement", draw))
+        others = rng.sample(range(len(self)), min(MAX_TRIES, len(self)))
+        yield from [other for other in others if other != position][: MAX_TRIES - 1]
 
 
-class LabeledDataset(Views):
+class LabeledDataset(TrainDataset):
     """Weak views of labeled images: ``image`` (channels, S, S), ``mask`` (S, S) uint8, and ``index``."""
 
     stream = "labeled"
@@ -66,37 +105,39 @@ class LabeledDataset(Views):
         num_classes: int,
         weak: WeakView,
         seed: int,
-        on_bad_image: Policy = raise_bad,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
         super().__init__(source, indices, seed, on_bad_image)
         self.num_classes, self.weak = num_classes, weak
 
-    def sample(self, place: int, number: int) -> dict[str, Any]:
+    def sample(self, index: int, draw: int) -> Sample:
         """Read an image and its mask, and make the view of a draw."""
-        index = int(self.indices[place])
-        rng = random.Random(derive_seed(self.seed, self.stream, number))
-        image, truth = self.source.image(index), self.source.mask(index)
-        # Only a part of a large data set has been checked before; the device would fail without a name.
+        rng = random.Random(derive_seed(self.seed, self.stream, draw))
+        image, mask = self.source.image(index), self.source.mask(index)
         name = self.source.name(index)
-        require_same_size(image, truth, name)
-        view, mask, _ = self.weak(image, truth, rng)
+        require_same_size(image, mask, name)
+        view, mask, _ = self.weak(image, mask, rng)
+        # The loss on a GPU would fail without a file name.
         require_classes(mask, name, self.num_classes, self.weak.ignore_index)
         return {"image": image_tensor(view), "mask": torch.from_numpy(mask), "index": index}
 
 
-class UnlabeledDataset(Views):
+class UnlabeledDataset(TrainDataset):
     """Weak and strong views of unlabeled images; masks are never read.
+
+    A sample has ``weak`` (channels, S, S), ``strong`` (``num_strong``, channels, S, S), ``valid`` (S, S), ``boxes``
+    (``num_strong``, 4) and ``index``.
 
     Args:
         source: Images.
         indices: Which of them.
         weak: The weak view.
-        strong: The strong view, applied anew for each of them.
+        strong: The strong view, applied ``num_strong`` times to the weak one.
         cutmix: Draws the boxes.
         num_strong: Number of strong views.
-        second_view: Whether a sample brings a second view of its image, as CutMix partner.
+        second_view: Whether a sample contains a second view of its image, under ``partner``, to paste from.
         seed: Seed of all draws.
-        on_bad_image: What is done about an image that cannot be read.
+        on_bad_image: ``raise`` or ``skip``, see `TrainDataset`.
     """
 
     stream = "unlabeled"
@@ -111,18 +152,17 @@ class UnlabeledDataset(Views):
         num_strong: int,
         second_view: bool,
         seed: int,
-        on_bad_image: Policy = raise_bad,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
         super().__init__(source, indices, seed, on_bad_image)
         self.weak, self.strong, self.cutmix = weak, strong, cutmix
         self.num_strong, self.second_view = num_strong, second_view
 
-    def sample(self, place: int, number: int) -> dict[str, Any]:
-        """Read an image, and make the views of a draw."""
-        index = int(self.indices[place])
-        rng = random.Random(derive_seed(self.seed, self.stream, number))
+    def sample(self, index: int, draw: int) -> Sample:
+        """Read an image and make the views of a draw."""
+        rng = random.Random(derive_seed(self.seed, self.stream, draw))
         image = self.source.image(index)
-        sample: dict[str, Any] = self._views(image, rng)
+        sample: Sample = self._views(image, rng)
         size = self.weak.crop_size
         sample["boxes"] = torch.tensor([self.cutmix.box(rng, size, size) for _ in range(self.num_strong)])
         sample["index"] = index
@@ -130,7 +170,7 @@ class UnlabeledDataset(Views):
             sample["partner"] = self._views(image, rng)
         return sample
 
-    def _views(self, image: Image, rng: random.Random) -> dict[str, Tensor]:
+    def _views(self, image: Image, rng: random.Random) -> Sample:
         view, _, valid = self.weak(image, None, rng)
         return {
             "weak": image_tensor(view),
@@ -139,7 +179,7 @@ class UnlabeledDataset(Views):
         }
 
 
-class EvalDataset(Dataset[dict[str, Any]]):
+class EvalDataset(Dataset[Sample]):
     """Images at their own size with their masks, for evaluation: ``image``, ``mask`` and ``index``."""
 
     def __init__(self, source: ImageSource, num_classes: int, ignore_index: int) -> None:
@@ -148,15 +188,60 @@ class EvalDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         image, mask = self.source.image(index), self.source.mask(index)
         require_same_size(image, mask, self.source.name(index))
         require_classes(mask, self.source.name(index), self.num_classes, self.ignore_index)
         return {"image": image_tensor(image), "mask": torch.from_numpy(mask.copy()), "index": index}
 
 
+class SkippedImages:
+    """Counts the samples that were replaced because their image or mask could not be read.
+
+    Attributes:
+        counts: Number of replaced samples by the name of the bad image.
+
+    Example:
+        >>> skipped = SkippedImages()
+        >>> skipped.pop_from({"image": 0, "skipped": [("a.png", "cannot read a.png"), ("a.png", "cannot read a.png")]})
+        {'image': 0}
+        >>> skipped.counts
+        Counter({'a.png': 2})
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def pop_from(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Count the entries of a batch, log each image once, and return the batch without them."""
+        for name, problem in batch.get("skipped", ()):
+            if name not in self.counts:
+                log.warning("skipped (loader.on_bad_image=skip): %s", problem)
+            self.counts[name] += 1
+        return {key: value for key, value in batch.items() if key != "skipped"}
+
+    def report(self) -> dict[str, int]:
+        """Return the number of replaced samples and of bad images over all processes; log them if there are any."""
+        gathered = [self.counts]
+        if torch.distributed.is_initialized():
+            gathered *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, self.counts)
+        counts = sum(gathered, Counter[str]())
+        if counts:
+            names = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+            log.warning("%d samples were replaced because of bad images: %s", counts.total(), names)
+        return {"draws": counts.total(), "images": len(counts)}
+
+
+def collate(samples: list[Sample]) -> Sample:
+    """Collate samples as PyTorch does, and collect the bad images that they replace, if any."""
+    skipped = [entry for sample in samples for entry in sample.pop("skipped", ())]
+    batch: Sample = default_collate(samples)
+    return {**batch, "skipped": skipped} if skipped else batch
+
+
 def image_tensor(image: Image) -> Tensor:
-    """Turn (H, W, channels) into (channels, H, W): uint8, or int32 for 16 bits, as few operations know uint16."""
+    """Turn (H, W, channels) into (channels, H, W): uint8, or int32 for 16 bits, as few operations support uint16."""
     pixels = image if image.dtype == np.uint8 else image.astype(np.int32)
     planes = np.empty((pixels.shape[2], *pixels.shape[:2]), pixels.dtype)
     cv2.split(pixels, list(planes))  # several times faster than numpy's transpose

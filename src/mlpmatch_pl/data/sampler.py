@@ -1,6 +1,6 @@
-"""Which image comes when: pure functions of (seed, epoch), the same for any number of workers and after a resume.
+"""The order of images: pure functions of (seed, epoch), the same for any number of workers and after a resume.
 
-Both samplers are DistributedSamplers, because Lightning leaves those as they are; others it would replace.
+Both samplers are DistributedSamplers, because Lightning replaces any other sampler in distributed training.
 """
 
 from collections.abc import Iterator
@@ -13,54 +13,54 @@ from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.seeding import derive_seed
 
 
-def current_place() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, as far as torch knows them by now.
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes; (0, 1) before torch.distributed is initialized.
 
     Example:
-        >>> current_place()
+        >>> rank_and_world_size()
         (0, 1)
     """
     started = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if started else (0, 1)
 
 
-class _Dealt(DistributedSampler[int]):
-    """Deals to a rank: the one that is given, or the present one, which must not change until it is iterated."""
+class _ShardedSampler(DistributedSampler[int]):
+    """Samples for a given rank, or for the current one, which must not change before iteration."""
 
     def __init__(self, size: int, rank: int | None, world_size: int | None, shuffle: bool, seed: int = 0) -> None:
-        here = current_place()
+        here = rank_and_world_size()
         self._assumed = rank is None or world_size is None
         rank, world_size = here if rank is None or world_size is None else (rank, world_size)
         super().__init__(range(size), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
 
-    def _check_place(self) -> None:
-        """Refuse to give all ranks the same images, because the loader is older than they are."""
-        here = current_place()
+    def _check_world_size(self) -> None:
+        """Refuse a loader that was created before torch.distributed: all ranks would get the same images."""
+        here = rank_and_world_size()
         if self._assumed and here != (self.rank, self.num_replicas):
             raise UserError(
-                f"expected loaders that were made for {here[1]} processes, but they were made for {self.num_replicas}, "
-                "before the others were started; give the Trainer datamodule=..., not its loaders"
+                f"expected loaders for {here[1]} processes, but they were created for {self.num_replicas}, before the "
+                "others were started; pass datamodule=... to the Trainer, not its loaders"
             )
 
 
-class StreamSampler(_Dealt):
-    """An endless stream of shuffled passes, cut into epochs and dealt to the ranks.
+class StreamSampler(_ShardedSampler):
+    """An endless stream of shuffled passes over the images, cut into epochs and divided among the ranks.
 
-    Every pass over the ``size`` images has its own permutation, also within an epoch. The ranks take turns, so a
-    global batch is the same set of draws for any number of ranks, and every rank meets every image.
+    Every pass over the ``size`` images has its own permutation, also within an epoch. The ranks take turns, so a global
+    batch is the same set of draws for any number of ranks, and every rank gets every image.
 
     Args:
         size: Number of images.
-        num_samples: Number of draws a rank and epoch.
-        rank: This process; found out if left out.
-        world_size: Number of processes; found out if left out.
-        seed: Seed of the permutations; the labeled and the unlabeled stream need different ones.
+        num_samples: Number of draws per rank and epoch.
+        rank: Rank of this process. Default: that of torch.distributed.
+        world_size: Number of processes. Default: that of torch.distributed.
+        seed: Seed of the permutations. The labeled and the unlabeled stream need different seeds.
 
     Raises:
-        UserError: When iterated, if it was to find out, and there are more processes by then.
+        UserError: When iterated, if rank and world size were left out and have changed since.
 
     Yields:
-        ``(index, draw)``: the image, and the number of the draw over all ranks and epochs, which seeds its views.
+        ``(index, draw)``: the image, and the number of the draw over all ranks and epochs, which seeds the views.
 
     Example:
         >>> sampler = StreamSampler(size=3, num_samples=6, seed=1)
@@ -79,11 +79,11 @@ class StreamSampler(_Dealt):
         return self.num_samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        self._check_place()
+        self._check_world_size()
         total = self.num_samples * self.num_replicas
         passes = -(-total // self.size)
         order = torch.cat([self._permutation(self.epoch * passes + number) for number in range(passes)])[:total]
-        start, self.start = self.start, 0  # the start counts for the resumed epoch only
+        start, self.start = self.start, 0  # applies to the resumed epoch only
         for position in range(self.rank + start * self.num_replicas, total, self.num_replicas):
             yield int(order[position]), self.epoch * total + position
 
@@ -92,16 +92,16 @@ class StreamSampler(_Dealt):
         return torch.randperm(self.size, generator=generator)
 
 
-class ShardSampler(_Dealt):
-    """Deals images to the ranks in order, each exactly once: no image is repeated to even out the ranks.
+class ShardSampler(_ShardedSampler):
+    """Divides images among the ranks in order, each exactly once: no image is repeated to make the shares equal.
 
     Args:
         size: Number of images.
-        rank: This process; found out if left out.
-        world_size: Number of processes; found out if left out.
+        rank: Rank of this process. Default: that of torch.distributed.
+        world_size: Number of processes. Default: that of torch.distributed.
 
     Raises:
-        UserError: When iterated, if it was to find out, and there are more processes by then.
+        UserError: When iterated, if rank and world size were left out and have changed since.
 
     Example:
         >>> [list(ShardSampler(5, rank, world_size=2)) for rank in range(2)]
@@ -116,5 +116,5 @@ class ShardSampler(_Dealt):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
-        self._check_place()
+        self._check_world_size()
         return iter(self.indices)

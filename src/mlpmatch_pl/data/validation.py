@@ -174,7 +174,7 @@ def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = Fa
         if item.problem is None:
             inspected.append(item)
         elif skip_bad and item.part in ("labeled", "unlabeled"):
-            log.warning("note: %s; it will be left out", item.problem)
+            log.warning("note: %s; it will be skipped", item.problem)
         else:
             raise UserError(item.problem)
     whole = {part for part in PARTS if _number(jobs, part) == _number(chosen, part)}
