@@ -85,7 +85,7 @@ def whole_kernels(segmentor: nn.Module) -> None:
 
 def runs(**options: bool) -> Callable[[nn.Module], None]:
     def change(segmentor: nn.Module) -> None:
-        segmentor.encoder._run_in_training = block_runner(**{"compiled": False, "checkpointed": False, **options})
+        segmentor.encoder._training_runner = block_runner(**{"compiled": False, "checkpointed": False, **options})
 
     return change
 

@@ -1,13 +1,13 @@
 """MLPMatch as a LightningModule.
 
 Li, Wang, Hu, Liu: "Revisiting Network Perturbation for Semi-Supervised Semantic Segmentation" (PRCV 2024,
-arXiv 2411.05307), with UniMatch, FixMatch and the supervised baseline as presets of the same module. Use::
+arXiv 2411.05307), with UniMatch, FixMatch and the supervised baseline as presets of the same module::
 
     trainer = lightning.pytorch.Trainer(max_epochs=80)
     trainer.fit(MLPMatch(num_classes=21, lr=0.001), datamodule=SemiSupervisedDataModule(...))
 
-Any data module will do whose training batches are ``{"labeled": ..., "unlabeled": ...}`` as described in
-`mlpmatch_pl.methods.step`, and whose validation batches are ``{"image": ..., "mask": ...}``.
+Any data module works whose training batches are ``{"labeled": ..., "unlabeled": ...}`` as described in
+`mlpmatch_pl.methods.step`, and whose validation and test batches are ``{"image": ..., "mask": ...}``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from mlpmatch_pl.methods.batch import split_batch
 from mlpmatch_pl.methods.build import build_step
 from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import resolve_method, total_loss
-from mlpmatch_pl.methods.schedules import Length, build_sgd, poly_decay, volatile_weight
+from mlpmatch_pl.methods.schedules import TrainingLength, build_sgd, poly_decay, volatile_weight
 from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
@@ -35,42 +35,42 @@ from mlpmatch_pl.utils.hyperparameters import check_architecture, check_palette,
 class MLPMatch(LightningModule):
     """Semi-supervised segmentation with multi-level perturbation and volatile learning.
 
-    All arguments are plain data, so a checkpoint holds them and loads with ``weights_only=True``, without Hydra.
-    Defaults are the paper's for Pascal VOC.
+    All arguments are plain data, so that checkpoints hold them and load with ``weights_only=True``, without Hydra.
+    The defaults are the paper's for Pascal VOC.
 
     Args:
         num_classes: Number of classes, background included.
         method: A preset (``mlpmatch``, ``mlpmatch_official``, ``unimatch``, ``fixmatch``, ``supervised``) or a
-            mapping with its ``name`` and what differs from it, see `mlpmatch_pl.methods.method.Method`.
+            mapping with its ``name`` and the values to change, see `mlpmatch_pl.methods.method.Method`.
         backbone: Name of a timm model, see `mlpmatch_pl.segmentor.Encoder`.
-        pretrained: True, or the path of a local file with the encoder's weights.
+        pretrained: True for timm's weights, or the path of a local state dict of the encoder.
         in_chans: Number of image channels.
         output_stride: 8, 16 or 32.
         decoder_channels: Width of the decoder.
         atrous_rates: Dilations of the ASPP branches.
-        mean: Mean of each channel, for values as they are stored.
-        std: Standard deviation of each channel, likewise.
-        criterion: Labeled loss, see `mlpmatch_pl.methods.losses.build_criterion`.
-        confidence_threshold: Least confidence of a pseudo label that counts (tau): 0.95 for VOC, 0 for Cityscapes.
-        ignore_index: Mask value of pixels that do not count.
+        mean: Mean of each channel, for values as stored.
+        std: Standard deviation of each channel, for values as stored.
+        criterion: Loss of the labeled terms, see `mlpmatch_pl.methods.losses.build_criterion`.
+        confidence_threshold: Minimum confidence of pseudo-labels (tau), 0.95 for VOC, 0 for Cityscapes.
+        ignore_index: Mask value of ignored pixels.
         lr: Learning rate of the encoder.
-        lr_multi: The decoder learns at ``lr * lr_multi``.
+        lr_multi: The learning rate of the decoder is ``lr * lr_multi``.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
-        power: Exponent of the polynomial decay of the learning rate, per step.
-        class_names: Names for the metrics' keys; ``0``, ``1``, ... when left out.
-        palette: An RGB color for each class, which a checkpoint carries for pictures of its predictions.
-        bit_depth: Bits a channel of the images that it was trained on, 8 or 16, which a checkpoint carries likewise.
-        absent: Whether classes that are absent from truth and prediction are excluded from means, or count zero.
-        channels_last: Keep weights and activations in channels-last memory format (faster on recent GPUs).
+        power: Exponent of the per-step polynomial decay of the learning rate; 0 for a constant one.
+        class_names: Class names in the metrics' keys; ``0``, ``1``, ... by default.
+        palette: RGB color of each class, saved in checkpoints to color predictions.
+        bit_depth: Bits per channel of the training images, 8 or 16, saved in checkpoints to read images the same way.
+        absent: Whether means ``exclude`` classes absent from truth and prediction, or count them as ``zero``.
+        channels_last: Use the channels-last memory format (faster on recent GPUs).
         compile_blocks: Compile each block of the encoder for training.
-        activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass, and compute the
-            rest again: less memory, more time.
-        fused_optimizer: Update all weights in one kernel.
-        seed: Seed of the draws inside the step.
+        activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass, and recompute
+            the rest: less memory, more time.
+        fused_optimizer: Use the fused implementation of the optimizer.
+        seed: Seed of the random draws in the training step.
 
     Raises:
-        UserError: If an argument is unknown or out of range.
+        UserError: If an argument is invalid.
 
     Example:
         >>> module = MLPMatch(num_classes=3, backbone="test_resnet", decoder_channels=16)
@@ -111,7 +111,7 @@ class MLPMatch(LightningModule):
     ) -> None:
         super().__init__()
         check_ranges(lr, lr_multi, momentum, weight_decay, power, confidence_threshold, std)
-        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint has the weights themselves
+        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint holds the weights themselves
         self.method = resolve_method(method)
         self.class_names = names_of_classes(class_names, num_classes)
         check_palette(palette or (), num_classes)
@@ -125,18 +125,18 @@ class MLPMatch(LightningModule):
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed)
         self.confusion = ConfusionMatrix(num_classes)
-        self.last_terms: dict[str, Tensor] = {}  # of the last training step, and "loss"
-        self.own_length, self.own_step = Length(), 0  # where there is no Trainer, see set_length
+        self.last_terms: dict[str, Tensor] = {}  # of the last training step, with the total as "loss"
+        self.own_length, self.own_step = TrainingLength(), 0  # without a Trainer, see set_length
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Return logits at the images' size, (B, num_classes, H, W), for images with values 0..255."""
+        """Return logits (B, num_classes, H, W) for images (B, in_chans, H, W) of any size, with values as stored."""
         return predict_logits(self.segmentor, image_BCHW)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.methods.step`.
 
         Raises:
-            UserError: If the batch is not what the method needs, or lambda's schedule needs a length that nobody knows.
+            UserError: If the batch lacks what the method needs, or lambda's schedule needs an unknown length.
         """
         lambda_np = self.volatile_weight()
         labeled, unlabeled = split_batch(batch)
@@ -153,7 +153,7 @@ class MLPMatch(LightningModule):
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Count the pixels of whole images."""
+        """Add whole images to the confusion matrix."""
         self.confusion.update(self(batch["image"]).argmax(dim=1), batch["mask"])
 
     def on_validation_epoch_end(self) -> None:
@@ -161,7 +161,7 @@ class MLPMatch(LightningModule):
         self._log_scores("val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Count the pixels of whole images."""
+        """Add whole images to the confusion matrix."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
@@ -169,15 +169,15 @@ class MLPMatch(LightningModule):
         self._log_scores("test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the class of every pixel, (B, H, W)."""
+        """Return the class of each pixel, int64, (B, H, W)."""
         prediction: Tensor = self(batch["image"]).argmax(dim=1)
         return prediction
 
     def configure_optimizers(self) -> Any:
-        """SGD with the encoder at ``lr`` and the decoder at ``lr * lr_multi``, decayed polynomially per step.
+        """Build SGD with per-step polynomial decay, with ``lr`` for the encoder and ``lr * lr_multi`` for the decoder.
 
         Raises:
-            UserError: If nobody knows how many steps there will be, unless ``power`` is 0.
+            UserError: If the number of steps is unknown, unless ``power`` is 0.
         """
         optimizer = build_sgd(self.segmentor.encoder, self.segmentor.decoder, self.hparams)
         power = self.hparams["power"]
@@ -187,14 +187,17 @@ class MLPMatch(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def set_length(self, steps: int, epochs: int) -> None:
-        """Say how long a training without a Trainer will be, as in Fabric or a loop of your own.
+        """Set the length of training without a Trainer, with Fabric or your own loop.
 
-        The module then counts its training steps in ``own_step``, which seeds their draws; set that, too, to go on with
-        a training. With a Trainer neither is read.
+        The module then counts its training steps in ``own_step``, which seeds their random draws. Set ``own_step`` too
+        when you resume. A Trainer ignores both.
 
         Args:
-            steps: Training steps in all.
-            epochs: Epochs in all, of the same number of steps each.
+            steps: Total number of training steps.
+            epochs: Total number of epochs, each with the same number of steps.
+
+        Raises:
+            UserError: If there is not at least one step per epoch.
 
         Example:
             >>> module = MLPMatch(num_classes=3, backbone="test_resnet", decoder_channels=16)
@@ -204,18 +207,20 @@ class MLPMatch(LightningModule):
             0.125
         """
         if not 1 <= epochs <= steps:
-            raise UserError(f"expected at least one epoch, and a step in each, but got {steps} steps, {epochs} epochs")
-        self.own_length = Length(steps, epochs)
+            raise UserError(
+                f"expected at least one epoch with at least one step each, but got {steps} steps and {epochs} epochs"
+            )
+        self.own_length = TrainingLength(steps, epochs)
 
-    def length(self) -> Length:
-        """Return how long the training will be, as far as anybody knows."""
-        return self.own_length if self._trainer is None else Length.of(self._trainer)
+    def length(self) -> TrainingLength:
+        """Return the length of training, as far as it is known."""
+        return self.own_length if self._trainer is None else TrainingLength.of(self._trainer)
 
     def volatile_weight(self) -> float:
-        """Return lambda at the present step; 0 without network perturbation.
+        """Return lambda at the current step; 0 without network perturbation.
 
         Raises:
-            UserError: If its schedule needs a length that nobody knows.
+            UserError: If its schedule needs an unknown length.
         """
         if not self.method.network_perturbation or not self.method.lambda_max:
             return 0.0
@@ -234,21 +239,21 @@ class MLPMatch(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, before anything is changed."""
+        """Check the architecture of a checkpoint before it is loaded."""
         check_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
 
     def deactivated_blocks(self, batch_idx: int) -> frozenset[int]:
-        """Return the encoder's blocks that a training step deactivates; none without network perturbation."""
+        """Return the indices of the encoder's blocks that a training step deactivates."""
         drawn: frozenset[int] = frozenset()
         for perturbation in self.step.network_perturbations.values():
             drawn |= perturbation.draw(self.segmentor.encoder.stages, self.draw_step(batch_idx))
         return drawn
 
     def draw_step(self, batch_idx: int) -> int:
-        """Return the number that seeds the draws of a training step."""
+        """Return the number that seeds the random draws of a training step."""
         if self._trainer is None:
             return self.own_step
-        # Batches that are accumulated into one optimizer step still draw differently.
+        # Batches accumulated into one optimizer step have draws of their own.
         accumulated = self.trainer.accumulate_grad_batches
         return self.global_step * accumulated + batch_idx % accumulated
 

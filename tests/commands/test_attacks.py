@@ -191,7 +191,7 @@ def test_checkpoints_that_would_unpack_to_gigabytes_are_refused(content, tmp_pat
 @pytest.mark.parametrize("header", [struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{}" * 9, b"\0" * 4])
 def test_broken_safetensors_are_refused(tmp_path, header):
     (tmp_path / "a.safetensors").write_bytes(header)
-    with pytest.raises(UserError, match="cannot be read as one"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_state_dict(tmp_path / "a.safetensors")
 
 

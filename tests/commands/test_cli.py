@@ -131,7 +131,7 @@ def test_wrong_input_is_one_line(override, sentence, tmp_path):
             ["loader.batch_size=1", "loader.unlabeled_batch_size=1", "method=fixmatch"],
             "expected at least 2 images in every pass, because BatchNorm cannot train on one",
         ),
-        (["loader.unlabeled_batch_size=1"], "so that CutMix finds a different partner, but got 1"),
+        (["loader.unlabeled_batch_size=1"], "so that CutMix has a different image as partner, but got 1"),
         (["loader.batch_size=0"], "expected batch sizes of at least 1"),
         (["loader.crop_size=20"], "expected loader.crop_size from 33 to 8192 pixels, but got 20"),
         (

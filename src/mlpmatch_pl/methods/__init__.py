@@ -1,1 +1,1 @@
-"""The methods as data, the training step, its losses and schedules. Pure torch."""
+"""Methods as data, the training step, its losses and schedules. Pure torch."""

@@ -1,4 +1,4 @@
-"""Which step a method has."""
+"""Choose the step of a method."""
 
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.methods.official_step import OfficialStep
@@ -9,7 +9,7 @@ from mlpmatch_pl.segmentor import Segmentor
 def build_step(
     segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int
 ) -> SupervisedStep | MultiLevelStep:
-    """Choose the step of a method."""
+    """Return the training step of a method; see `MultiLevelStep` for the arguments."""
     if not method.uses_unlabeled:
         return SupervisedStep(segmentor, criterion, method)
     step = {"forked": MultiLevelStep, "official": OfficialStep}[method.passes]

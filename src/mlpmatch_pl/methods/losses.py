@@ -1,7 +1,7 @@
-"""Supervised criteria for the labeled terms.
+"""Losses for the labeled and the unlabeled terms.
 
-Every criterion maps logits (B, C, H, W) and a mask (B, H, W) to a scalar. Pixels with the ignore index do
-not count; a batch in which all are ignored gives zero, with zero gradient, instead of NaN.
+Every loss maps logits (B, C, H, W) and a target (B, H, W) to a scalar. Pixels with the ignore index do not count. If
+all pixels are ignored, the loss is 0 with zero gradient instead of NaN.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +23,8 @@ def cross_entropy(
     Args:
         logits_BCHW: Logits, (B, C, H, W).
         mask_BHW: Classes or the ignore index, uint8 or int64, (B, H, W).
-        ignore_index: Value of the pixels that do not count.
-        class_weights_C: Weight of each class; the mean is then weighted by it, as in torch.
+        ignore_index: Mask value of ignored pixels.
+        class_weights_C: Weight of each class, (C,), for a weighted mean as in torch.
 
     Example:
         >>> logits = torch.zeros(1, 2, 1, 2)
@@ -34,7 +34,7 @@ def cross_entropy(
         0.0
     """
     mask_BHW = mask_BHW.long()
-    # Summed here: torch's own sum adds up in any order on a GPU, and so trainer.deterministic=true would refuse it.
+    # Summed here because torch's own reduction is nondeterministic on a GPU: trainer.deterministic=true refuses it.
     loss_BHW = F.cross_entropy(logits_BCHW, mask_BHW, class_weights_C, ignore_index=ignore_index, reduction="none")
     loss = loss_BHW.sum()
     valid_BHW = mask_BHW != ignore_index
@@ -47,18 +47,18 @@ def cross_entropy(
 def ohem_cross_entropy(
     logits_BCHW: Tensor, mask_BHW: Tensor, ignore_index: int = 255, threshold: float = 0.7, min_kept: int = 100_000
 ) -> Tensor:
-    """Cross entropy over hard pixels only (online hard example mining, as UniMatch uses it for Cityscapes).
+    """Return the mean cross entropy over hard pixels (online hard example mining, as UniMatch uses it for Cityscapes).
 
     A pixel counts when the probability of its true class is at most
     ``max(threshold, the min_kept-th smallest such probability in the batch)``. With fewer than ``min_kept``
-    pixels that are not ignored, all of those count.
+    pixels that are not ignored, all of them count.
 
     Args:
         logits_BCHW: Logits, (B, C, H, W).
         mask_BHW: Classes or the ignore index, (B, H, W).
-        ignore_index: Value of the pixels that do not count.
-        threshold: Probability up to which a pixel is hard.
-        min_kept: Number of pixels to keep at least.
+        ignore_index: Mask value of ignored pixels.
+        threshold: Largest probability of a hard pixel, from 0 to 1.
+        min_kept: Minimum number of pixels to keep in the batch.
 
     Example:
         >>> logits = torch.tensor([[[[9.0, 0.0]], [[0.0, 0.0]]]])  # p(true class 0): 0.9999, 0.5
@@ -68,9 +68,9 @@ def ohem_cross_entropy(
     mask_BHW = mask_BHW.long()
     valid_N = (mask_BHW != ignore_index).flatten()
     loss_N = F.cross_entropy(logits_BCHW, mask_BHW, ignore_index=ignore_index, reduction="none").flatten()
-    # exp(-CE) is the probability of the true class; ignored pixels must never be among the smallest.
+    # exp(-CE) is the probability of the true class; 2 keeps ignored pixels out of the smallest.
     probability_N = torch.exp(-loss_N.detach()).masked_fill(~valid_N, 2.0)
-    # kthvalue would be one block of threads on a GPU, and trainer.deterministic=true would refuse it.
+    # kthvalue runs in a single thread block on a GPU and is nondeterministic, so trainer.deterministic=true refuses it.
     kth = probability_N.topk(min(min_kept, probability_N.numel()), largest=False, sorted=False).values.max()
     limit = torch.where(valid_N.sum() < min_kept, torch.full_like(kth, 2.0), kth.clamp_min(threshold))
     kept_N = valid_N & (probability_N <= limit)
@@ -78,15 +78,15 @@ def ohem_cross_entropy(
 
 
 def dice_loss(logits_BCHW: Tensor, mask_BHW: Tensor, ignore_index: int = 255) -> Tensor:
-    """Soft Dice loss, one minus the mean Dice over the classes that the batch's masks contain.
+    """Return the soft Dice loss: one minus the mean Dice over the classes in the masks of the batch.
 
     Args:
         logits_BCHW: Logits, (B, C, H, W).
         mask_BHW: Classes or the ignore index, (B, H, W).
-        ignore_index: Value of the pixels that do not count.
+        ignore_index: Mask value of ignored pixels.
 
     Returns:
-        A scalar from 0 to 1; 0 when all pixels are ignored.
+        A scalar from 0 to 1; 0 if all pixels are ignored.
 
     Example:
         >>> logits = torch.tensor([[[[20.0]], [[-20.0]]]])
@@ -109,10 +109,10 @@ class SupervisedCriterion(nn.Module):
 
     Args:
         function: One of the functions above.
-        ignore_index: Value of the pixels that do not count.
+        ignore_index: Mask value of ignored pixels.
         options: Keyword arguments of the function.
-        class_weights: Weight of each class, for cross entropy.
-        dice_weight: Weight of an added Dice loss, 0 for none.
+        class_weights: Weight of each class, for cross entropy only.
+        dice_weight: Weight of an additional Dice loss.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class SupervisedCriterion(nn.Module):
         self.register_buffer("class_weights_C", weights, persistent=False)
 
     def forward(self, logits_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the loss of logits (B, C, H, W) against a mask (B, H, W), a scalar."""
+        """Return the scalar loss for logits (B, C, H, W) and a mask (B, H, W)."""
         weights = {} if self.class_weights_C is None else {"class_weights_C": self.class_weights_C}
         loss = self.function(logits_BCHW, mask_BHW, self.ignore_index, **weights, **self.options)
         if self.dice_weight:
@@ -145,16 +145,16 @@ _OPTIONS: dict[str, set[str]] = {
 
 
 def build_criterion(spec: str | Mapping[str, Any], num_classes: int, ignore_index: int = 255) -> SupervisedCriterion:
-    """Build the labeled loss from plain data.
+    """Build the loss of the labeled terms from plain data.
 
     Args:
         spec: ``"ce"``, ``"ohem"`` or ``"dice"``, or a mapping with that ``name`` and its options:
             ``class_weights`` (ce), ``threshold`` and ``min_kept`` (ohem), ``dice_weight`` (ce, ohem).
         num_classes: Number of classes.
-        ignore_index: Value of the pixels that do not count.
+        ignore_index: Mask value of ignored pixels.
 
     Raises:
-        UserError: If the name or an option is unknown, or the class weights do not match the classes.
+        UserError: If the name or an option is unknown, or the number of class weights is not ``num_classes``.
 
     Example:
         >>> criterion = build_criterion({"name": "ohem", "min_kept": 10}, num_classes=3)
@@ -171,7 +171,7 @@ def build_criterion(spec: str | Mapping[str, Any], num_classes: int, ignore_inde
         )
     class_weights = options.pop("class_weights", None)
     if class_weights is not None and len(class_weights) != num_classes:
-        raise UserError(f"expected {num_classes} class weights, one a class, but got {len(class_weights)}")
+        raise UserError(f"expected {num_classes} class weights, one per class, but got {len(class_weights)}")
     if "min_kept" in options:
         if options["min_kept"] < 1:
             raise UserError(f"expected min_kept of at least 1 pixel, but got {options['min_kept']}")
@@ -182,15 +182,15 @@ def build_criterion(spec: str | Mapping[str, Any], num_classes: int, ignore_inde
 
 
 def consistency_loss(logits_BCHW: Tensor, pseudo: PseudoLabels, threshold: float) -> Tensor:
-    """Cross entropy with the pseudo labels: ``sum(CE * counted) / number of valid pixels``.
+    """Return the cross entropy with pseudo-labels: ``sum(CE * confident) / number of valid pixels``.
 
-    Divided by the valid pixels, not by the confident ones, so that an unsure batch weighs little
-    (UniMatch and MLPMatch). With no valid pixel it is zero, with zero gradient.
+    As in UniMatch and MLPMatch, the sum is divided by the number of valid pixels rather than confident ones, so that
+    batches with few confident pixels have little weight.
 
     Args:
-        logits_BCHW: Prediction on a perturbed view, (B, C, H, W).
-        pseudo: Labels, confidences and validity of the weak view, (B, H, W).
-        threshold: Least confidence that counts (tau).
+        logits_BCHW: Prediction for a perturbed view, (B, C, H, W).
+        pseudo: Pseudo-labels from the weak view, (B, H, W).
+        threshold: Minimum confidence (tau).
 
     Returns:
         A scalar.

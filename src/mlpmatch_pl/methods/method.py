@@ -1,8 +1,8 @@
-"""MLPMatch and its baselines as plain data: one set of weights and perturbations a method.
+"""MLPMatch and its baselines as plain data: the weights and perturbations of each method.
 
     L = scale * [ (1 - lambda) * Lx + lambda * Lx_np + sum(s_i * Ls_i) + fp * Lfp + u_np * Lu_np ]
 
-A method differs from another only by values, so every ablation is an override of one of them.
+Methods differ only in these values, so every ablation is an override of one of them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ PASSES = ("forked", "official")
 
 @dataclass(frozen=True)
 class Method:
-    """What a training step computes. A term that is on with weight 0 is still computed and logged.
+    """What a training step computes. A term with weight 0 whose perturbation is on is still computed and logged.
 
     Attributes:
         name: Name of the preset.
         scale: Factor of the whole loss.
-        strong_weights: Weight of each strong view; as many strong views are made. Empty: labeled images only.
-        feature_weight: Weight of the feature-perturbed term; 0 switches it off.
+        strong_weights: Weight of each strong view, which also sets their number. Empty: labeled images only.
+        feature_weight: Weight of the feature-perturbed term; 0 turns the perturbation off.
         feature_dropout: Probability that a feature channel is dropped.
-        network_perturbation: ``{"sampler": ..., **options}``; None switches it off, with both of its terms.
+        network_perturbation: ``{"sampler": ..., **options}``; None turns it off, with both of its terms.
         network_weight: Weight of the network-perturbed unlabeled term.
         lambda_max: Largest weight of the volatile term (network perturbation on labeled images).
         lambda_schedule: ``linear_epoch``, ``linear_step``, ``constant`` or ``off``.
         network_updates_batchnorm: Whether the perturbed pass moves BatchNorm's running statistics.
         cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
-        partner: Where CutMix pastes from: another image of the batch, or another view of the same image.
-        passes: ``forked`` shares the encoder's prefix; ``official`` repeats the authors' passes one by one.
-        late_schedule: Whether the learning rate lags one step behind, as in the authors' code.
+        partner: Source of CutMix's boxes: ``batch`` (another image of the batch) or ``same_image`` (another view).
+        passes: ``forked`` shares the encoder's prefix; ``official`` runs the authors' separate passes.
+        late_schedule: Whether the learning rate lags by one step, as in the authors' code.
     """
 
     name: str
@@ -77,19 +77,19 @@ class Method:
 
     @property
     def uses_unlabeled(self) -> bool:
-        """Whether the step needs unlabeled images."""
+        """Whether the step uses unlabeled images."""
         return bool(self.strong_weights)
 
     def check_batch_sizes(self, labeled: int, unlabeled: int, synchronized: int = 1) -> None:
-        """Refuse batches that BatchNorm or CutMix cannot work with.
+        """Check that batches are large enough for BatchNorm and CutMix.
 
         Args:
-            labeled: Labeled images on a device.
-            unlabeled: Unlabeled images on a device.
-            synchronized: Number of devices over which SyncBatchNorm normalizes together.
+            labeled: Number of labeled images per device.
+            unlabeled: Number of unlabeled images per device.
+            synchronized: Number of devices that share SyncBatchNorm's statistics.
 
         Raises:
-            UserError: If BatchNorm would see a single image, or CutMix would find no partner.
+            UserError: If BatchNorm would see a single image, or CutMix would have no partner.
         """
         views = unlabeled * len(self.strong_weights)
         smallest = min(labeled + unlabeled, views) if self.uses_unlabeled else labeled
@@ -131,10 +131,10 @@ PRESETS: Mapping[str, Method] = {
 
 
 def resolve_method(spec: str | Mapping[str, Any] | Method) -> Method:
-    """Return the method that a preset's name or a mapping describes.
+    """Return the method for a preset's name or a mapping.
 
     Args:
-        spec: A name of `PRESETS`, or a mapping with such a ``name`` and the values that differ from the preset.
+        spec: A name in `PRESETS`, or a mapping with such a ``name`` and the values that differ from the preset.
 
     Raises:
         UserError: If the name or a key is unknown.
@@ -159,11 +159,11 @@ def resolve_method(spec: str | Mapping[str, Any] | Method) -> Method:
 
 
 def total_loss(terms: Mapping[str, Tensor], method: Method, lambda_np: float) -> Tensor:
-    """Weigh the terms of a step: ``scale * [(1 - lambda) Lx + lambda Lx_np + weighted unlabeled terms]``.
+    """Return the loss: ``scale * [(1 - lambda) Lx + lambda Lx_np + weighted unlabeled terms]``.
 
     Args:
-        terms: Scalars by name, see `mlpmatch_pl.methods.step.StepResult`.
-        method: Their weights.
+        terms: Scalar loss terms by name, see `mlpmatch_pl.methods.step.StepResult`.
+        method: The method with their weights.
         lambda_np: Weight of the volatile term, 0 without network perturbation.
 
     Example:

@@ -1,4 +1,4 @@
-"""The training step with the authors' passes one by one."""
+"""The training step with the authors' separate passes."""
 
 from collections.abc import Mapping
 
@@ -10,14 +10,14 @@ from mlpmatch_pl.segmentor import Features
 
 
 class OfficialStep(MultiLevelStep):
-    """The authors' passes one by one, for the faithful preset.
+    """The authors' separate passes, for the preset ``mlpmatch_official``.
 
-    The same terms as `MultiLevelStep`, but the feature-perturbed half holds the labeled images too (their
-    predictions are thrown away, yet enter the decoder's BatchNorm), and the deactivated network runs a full pass.
+    Computes the same terms as `MultiLevelStep`, but features of the labeled images are perturbed too (their
+    predictions are discarded, but contribute to the decoder's BatchNorm), and the deactivated network runs a full pass.
     """
 
     def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
-        """Predict the weak views, plain and with dropped feature channels, both for labeled and unlabeled images."""
+        """Predict the labeled and unlabeled weak views, plain and with dropped feature channels."""
         features = self.segmentor.encode(images_B3HW)
         dropped = [Features(drop(features.levels, step)) for drop in self.feature_perturbations.values()]
         logits = self.segmentor.decode(Features.cat([features, *dropped]), images_B3HW.shape[2:])
@@ -27,7 +27,7 @@ class OfficialStep(MultiLevelStep):
     def network_pass(
         self, images_B3HW: Tensor, sizes: list[int], perturbed: Mapping[str, Features], step: int
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Run the deactivated network in full, after the strong views."""
+        """Run a full pass of the deactivated network, after the strong views."""
         pairs = {}
         for name, perturbation in self.network_perturbations.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)

@@ -1,4 +1,4 @@
-"""What CutMix pastes into an unlabeled image: another image of the batch, or another view of the same one."""
+"""CutMix partners of the unlabeled images: another image of the batch, or another view of the same image."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Partner:
-    """What CutMix pastes: images, and labels once the own pseudo labels are known."""
+    """What CutMix pastes.
+
+    Attributes:
+        strong_BV3HW: Strong views of the partners.
+        labels: Returns the partners' pseudo-labels, given those of the batch.
+    """
 
     strong_BV3HW: Tensor
     labels: Callable[[PseudoLabels], PseudoLabels]
 
 
 class BatchPartner:
-    """The partner is another image of the batch: saves its loading and a pass."""
+    """The partner is another image of the batch, which needs no extra images and no extra pass."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def __call__(self, unlabeled: Batch, step: int) -> Partner:
-        """Pair every image with a different one."""
+        """Pair every image with a different one of the batch."""
         shift = partner_shift(len(unlabeled["weak"]), self.seed, step)
         return Partner(unlabeled["strong"].roll(shift, 0), lambda pseudo: pseudo.roll(shift))
 
 
 class SameImagePartner:
-    """The partner is a second view of the same image, labeled by a pass in eval mode, as in the authors' code."""
+    """The partner is a second view of the same image, labeled in eval mode as in the authors' code."""
 
     def __init__(self, segmentor: Segmentor) -> None:
         self.segmentor = segmentor
 
     def __call__(self, unlabeled: Batch, step: int) -> Partner:
-        """Label the second views."""
+        """Predict pseudo-labels for the second views."""
         partner = unlabeled["partner"]
         with eval_mode(self.segmentor), torch.no_grad():
             labels = PseudoLabels.from_logits(self.segmentor(partner["weak"]), partner["valid"])

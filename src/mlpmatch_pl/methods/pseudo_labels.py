@@ -1,4 +1,4 @@
-"""Pseudo labels: what the network says of a weak view, how sure it is, and where it counts.
+"""Pseudo-labels: the network's confident predictions for the weak views.
 
 Letters: B images, C classes, H and W pixels.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Targets for the unlabeled views. They never carry a gradient.
+    """Targets for the unlabeled views, without gradient.
 
     Attributes:
-        label_BHW: int64, the most probable class.
-        confidence_BHW: Its probability, float32 (float64 for float64 logits), whatever the autocast.
-        valid_BHW: bool, False on padding.
+        label_BHW: Most probable class, int64.
+        confidence_BHW: Its probability, float32 also under autocast (float64 for float64 logits).
+        valid_BHW: False on padding, bool.
 
     Example:
         >>> logits = torch.tensor([4.0, 0.0]).reshape(1, 2, 1, 1)
@@ -34,21 +34,22 @@ class PseudoLabels:
     @classmethod
     @torch.no_grad()
     def from_logits(cls, logits_BCHW: Tensor, valid_BHW: Tensor) -> PseudoLabels:
-        """Take the argmax, and the softmax maximum as exp(max - logsumexp), which is faster than a softmax."""
+        """Return argmax and maximum of the softmax of logits (B, C, H, W)."""
         logits_BCHW = logits_BCHW.detach()
         if logits_BCHW.dtype in (torch.float16, torch.bfloat16):
             logits_BCHW = logits_BCHW.float()
         highest_BHW, label_BHW = logits_BCHW.max(dim=1)
+        # exp(max - logsumexp) is faster than a full softmax.
         return cls(label_BHW, torch.exp(highest_BHW - logits_BCHW.logsumexp(dim=1)), valid_BHW)
 
     def roll(self, shift: int) -> PseudoLabels:
-        """Give every image the labels of the image ``shift`` places before it in the batch."""
+        """Roll the batch: image ``i`` gets the pseudo-labels of image ``i - shift``."""
         return PseudoLabels(
             self.label_BHW.roll(shift, 0), self.confidence_BHW.roll(shift, 0), self.valid_BHW.roll(shift, 0)
         )
 
     def mix(self, partner: PseudoLabels, inside_BHW: Tensor) -> PseudoLabels:
-        """Take label, confidence and validity from the partner inside the CutMix box."""
+        """Return pseudo-labels with the partner's inside the CutMix box."""
         return PseudoLabels(
             torch.where(inside_BHW, partner.label_BHW, self.label_BHW),
             torch.where(inside_BHW, partner.confidence_BHW, self.confidence_BHW),
@@ -56,9 +57,9 @@ class PseudoLabels:
         )
 
     def counted_BHW(self, threshold: float) -> Tensor:
-        """Return where the label counts: valid, and at least as confident as the threshold."""
+        """Return which pixels count: valid and with a confidence of at least ``threshold``, bool."""
         return self.valid_BHW & (self.confidence_BHW >= threshold)
 
     def confident_ratio(self, threshold: float) -> Tensor:
-        """Return the share of the valid pixels that count, a scalar from 0 to 1 (0 when none is valid)."""
+        """Return the fraction of valid pixels that count, a scalar from 0 to 1 (0 if none is valid)."""
         return self.counted_BHW(threshold).sum() / self.valid_BHW.sum().clamp_min(1)

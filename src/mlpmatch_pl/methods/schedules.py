@@ -1,4 +1,4 @@
-"""What changes over a training: the weight of volatile learning, the learning rate, and its length."""
+"""What changes during training: the weight of volatile learning and the learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from mlpmatch_pl.utils.errors import UserError
 
 SCHEDULES = ("linear_epoch", "linear_step", "constant", "off")
-"""How lambda grows; in the paper by epoch, lambda = lambda_max * e / E."""
+"""Schedules of lambda. The paper's is ``linear_epoch``: lambda = lambda_max * e / E."""
 
 
 def volatile_weight(
@@ -24,70 +24,59 @@ def volatile_weight(
     Args:
         schedule: One of `SCHEDULES`.
         maximum: lambda_max, 0.25 in the paper.
-        epoch: Epoch from 0.
-        epochs: Number of epochs in all; None if nobody knows.
-        step: Optimizer step from 0.
-        steps: Number of optimizer steps in all; None if nobody knows.
+        epoch: Current epoch, from 0.
+        epochs: Total number of epochs; None if unknown.
+        step: Current optimizer step, from 0.
+        steps: Total number of optimizer steps; None if unknown.
 
     Returns:
-        A weight from 0 to ``maximum``; with ``linear_epoch`` it starts at 0 and ends just under ``maximum``.
+        A weight from 0 to ``maximum``; with ``linear_epoch`` it starts at 0 and ends just below ``maximum``.
 
     Raises:
-        UserError: If the schedule needs a length that nobody knows.
+        UserError: If the schedule needs a length that is unknown.
 
     Example:
         >>> volatile_weight("linear_epoch", 0.25, epoch=79, epochs=80, step=0, steps=1)
         0.246875
     """
-    if schedule == "linear_epoch":
-        done = _share(schedule, "epochs", epoch, epochs)
-    elif schedule == "linear_step":
-        done = _share(schedule, "steps", step, steps)
-    else:
-        done = {"constant": 1.0, "off": 0.0}[schedule]
-    return maximum * done
-
-
-def _share(schedule: str, unit: str, done: int, in_all: int | None) -> float:
-    if in_all is None:
+    if schedule in ("constant", "off"):
+        return maximum if schedule == "constant" else 0.0
+    unit, done, total = ("epochs", epoch, epochs) if schedule == "linear_epoch" else ("steps", step, steps)
+    if total is None:
         raise UserError(
-            f"expected to know the number of training {unit} for method.lambda_schedule={schedule}, but nothing says "
-            f"it; set max_{unit} of the Trainer, and limit_train_batches where the loader has no length, or call the "
-            "module's set_length where there is no Trainer, or use method.lambda_schedule=constant"
+            f"expected a known number of training {unit} for method.lambda_schedule={schedule}, but it is unknown; set "
+            f"max_{unit} of the Trainer, and limit_train_batches if the loader has no length, call the module's "
+            "set_length if there is no Trainer, or use method.lambda_schedule=constant"
             + (" or linear_step" if unit == "epochs" else "")
         )
-    return min(done / max(in_all, 1), 1.0)
+    return maximum * min(done / max(total, 1), 1.0)
 
 
 def build_sgd(encoder: nn.Module, decoder: nn.Module, hparams: Mapping[str, Any]) -> torch.optim.SGD:
     """Build the optimizer.
 
     Args:
-        encoder: Learns at ``lr``.
-        decoder: Learns at ``lr * lr_multi``.
-        hparams: These two, ``momentum``, ``weight_decay`` and ``fused_optimizer``, as `mlpmatch_pl.module.MLPMatch`
-            takes them.
+        encoder: Trained with learning rate ``lr``.
+        decoder: Trained with learning rate ``lr * lr_multi``.
+        hparams: ``lr``, ``lr_multi``, ``momentum``, ``weight_decay`` and ``fused_optimizer``, as in
+            `mlpmatch_pl.module.MLPMatch`.
     """
     groups = [
         {"params": encoder.parameters(), "lr": hparams["lr"], "name": "encoder"},
         {"params": decoder.parameters(), "lr": hparams["lr"] * hparams["lr_multi"], "name": "decoder"},
     ]
-    return torch.optim.SGD(
-        groups,
-        momentum=hparams["momentum"],
-        weight_decay=hparams["weight_decay"],
-        fused=hparams["fused_optimizer"] or None,
-    )
+    options = {"momentum": hparams["momentum"], "weight_decay": hparams["weight_decay"]}
+    return torch.optim.SGD(groups, **options, fused=hparams["fused_optimizer"] or None)
 
 
 def poly_decay(step: int, steps: int, power: float, late: bool) -> float:
     """Return the factor of the learning rate, ``(1 - step / steps) ** power``.
 
     Args:
-        step: Optimizer step from 0.
-        steps: Number of steps in all; beyond it the factor stays 0.
+        step: Optimizer step, from 0.
+        steps: Total number of steps, after which the factor is 0.
         power: Exponent, 0.9 in the paper.
-        late: Use the value of the step before, as the authors' code does.
+        late: Use the value of the previous step, as the authors' code does.
 
     Example:
         >>> [round(poly_decay(step, 10, 0.9, late=True), 4) for step in range(4)]
@@ -97,22 +86,22 @@ def poly_decay(step: int, steps: int, power: float, late: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Length:
-    """The length of a training.
+class TrainingLength:
+    """The length of a training run.
 
     Attributes:
-        steps: Optimizer steps in all; None if nobody knows.
-        epochs: Epochs in all; None if nobody knows.
+        steps: Total number of optimizer steps; None if unknown.
+        epochs: Total number of epochs; None if unknown.
     """
 
     steps: int | None = None
     epochs: int | None = None
 
     @classmethod
-    def of(cls, trainer: Any) -> Length:
-        """Read it from a Lightning Trainer; its loader may have no length, and its training no end."""
-        estimated = trainer.estimated_stepping_batches
-        steps = max(int(estimated), 1) if 0 <= estimated < math.inf else None  # Lightning has -1 and infinity
+    def of(cls, trainer: Any) -> TrainingLength:
+        """Read the length from a Lightning Trainer, whose loader may have no length and whose run may be endless."""
+        estimated = trainer.estimated_stepping_batches  # -1 or infinity if Lightning does not know
+        steps = max(int(estimated), 1) if 0 <= estimated < math.inf else None
         batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
         if steps is not None and batches < math.inf:
             return cls(steps, math.ceil(steps / math.ceil(max(batches, 1) / trainer.accumulate_grad_batches)))
@@ -122,17 +111,12 @@ class Length:
         """Return the number of optimizer steps.
 
         Raises:
-            UserError: If nobody knows it.
-
-        Example:
-            >>> Length(steps=10).required_steps()
-            10
+            UserError: If it is unknown.
         """
         if self.steps is None:
             raise UserError(
-                "expected to know the number of training steps, over which the learning rate decays, but nothing says "
-                "it; set max_steps of the Trainer, or max_epochs with a loader that has a length (or "
-                "limit_train_batches), call the module's set_length where there is no Trainer, or use power=0 for a "
-                "constant learning rate"
+                "expected a known number of training steps for the decay of the learning rate, but it is unknown; set "
+                "max_steps of the Trainer, or max_epochs with a loader that has a length (or limit_train_batches), "
+                "call the module's set_length if there is no Trainer, or use power=0 for a constant learning rate"
             )
         return self.steps

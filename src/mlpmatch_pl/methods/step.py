@@ -1,18 +1,20 @@
 """The training step: from a batch to its loss terms, as in the paper.
 
-Letters: B images, V strong views, C classes, H and W pixels, D feature channels. ``x`` is labeled, ``u``
-unlabeled, ``fp`` feature-perturbed, ``np`` network-perturbed (as in method and metric names).
+Letters: B images, V strong views, C classes, H and W pixels. ``x`` is labeled, ``u`` unlabeled, ``fp``
+feature-perturbed, ``np`` network-perturbed (as in method and metric names).
 
-Images have three channels or as many as the data have, here 3, and are uint8, or int32 where files have 16 bits. A
-labeled batch holds ``image`` (B, 3, H, W), ``mask`` (B, H, W) uint8 or int64 and ``index`` (B,). An unlabeled batch
-holds ``weak`` (B, 3, H, W), ``strong`` (B, V, 3, H, W), ``valid`` (B, H, W) bool (False on padding), ``boxes``
-(B, V, 4) int64 (CutMix y0, x0, y1, x1; empty: all 0) and ``index`` (B,); with ``partner: same_image`` also ``partner``
-with ``weak``, ``strong`` and ``valid`` of a second view. No step reads ``index``: it names the images for people.
+Images are uint8, or int32 for 16-bit files, with 3 or any other number of channels (written as 3 below). A labeled
+batch holds ``image`` (B, 3, H, W), ``mask`` (B, H, W) uint8 or int64, and ``index`` (B,). An unlabeled batch holds
+``weak`` (B, 3, H, W), ``strong`` (B, V, 3, H, W), ``valid`` (B, H, W) bool (False on padding), ``boxes`` (B, V, 4)
+int64 (CutMix y0, x0, y1, x1; all 0 for no box) and ``index`` (B,). With ``partner: same_image`` it also holds
+``partner`` with ``weak``, ``strong`` and ``valid`` of a second view. ``index`` identifies the images for callbacks; no
+step uses it.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,9 +35,11 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss terms by name, each a scalar, and the pseudo labels they were made with (None if there are none).
+    """Output of a step.
 
-    Names: ``x``, ``x_np``, ``s1``, ``s2`` ..., ``fp``, ``u_np``.
+    Attributes:
+        terms: Scalar loss terms by name: ``x``, ``x_np``, ``s1``, ``s2`` ..., ``fp``, ``u_np``.
+        pseudo: Pseudo-labels of the unlabeled images; None without any.
     """
 
     terms: dict[str, Tensor]
@@ -44,13 +48,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class WeakPass:
-    """What comes of the weak views.
+    """Predictions for the weak views.
 
     Attributes:
-        x: Plain prediction on the labeled views, (B, C, H, W).
-        u: Plain prediction on the unlabeled views, which becomes the pseudo labels.
-        fp: Prediction from perturbed features of the unlabeled views, by name of the perturbation.
-        perturbed: Features from the deactivated network, by name, where they are known already.
+        x: Logits of the labeled views, (B, C, H, W).
+        u: Logits of the unlabeled views, from which the pseudo-labels are made.
+        fp: Logits from perturbed features of the unlabeled views, by name of the perturbation.
+        perturbed: Features from the deactivated network, by name, if the pass has computed them.
     """
 
     x: Tensor
@@ -60,39 +64,42 @@ class WeakPass:
 
 
 class SupervisedStep:
-    """Labeled images only: the baseline."""
+    """The supervised baseline, with labeled images only."""
 
     network_perturbations: Mapping[str, NetworkPerturbation] = {}
 
     def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method) -> None:
         self.segmentor, self.criterion = segmentor, criterion
-        self.check_form = BatchValidator(method, len(segmentor.mean_C11))
+        self.validate_batch = BatchValidator(method, len(segmentor.mean_C11))
 
     def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
         """Return the single term ``x``.
 
         Raises:
-            UserError: If the batch is not of the method's form.
+            UserError: If the batch does not have the tensors that the method needs.
         """
-        self.check_form(labeled, unlabeled)
+        self.validate_batch(labeled, unlabeled)
         return StepResult({"x": self.criterion(self.segmentor(labeled["image"]), labeled["mask"])}, None)
 
 
 class MultiLevelStep:
-    """Weak views, pseudo labels, strong views, and a term for every perturbation that is on.
+    """Weak views, pseudo-labels, strong views, and a term for every perturbation that is on.
 
     Args:
         segmentor: The network, shared by all passes.
-        criterion: Labeled loss.
-        method: Which perturbations are on, and how.
-        threshold: Least confidence of a pseudo label that counts (tau).
-        seed: Seed of all draws.
+        criterion: Loss of the labeled terms.
+        method: Perturbations and their options.
+        threshold: Minimum confidence of pseudo-labels (tau).
+        seed: Seed of all random draws.
+
+    Raises:
+        UserError: If the network is to be perturbed, but the backbone has no blocks that can be deactivated.
     """
 
     def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int) -> None:
         self.segmentor, self.criterion, self.threshold = segmentor, criterion, threshold
-        self.check_form = BatchValidator(method, len(segmentor.mean_C11))
-        # By name; a level that is off is not there, and so the step needs no conditions.
+        self.validate_batch = BatchValidator(method, len(segmentor.mean_C11))
+        # Perturbations by name; those that are off are left out, so the step needs no conditions.
         fp = {"fp": FeaturePerturbation(method.feature_dropout, seed)} if method.feature_weight else {}
         options = method.network_perturbation
         self.feature_perturbations = fp
@@ -107,7 +114,9 @@ class MultiLevelStep:
             "same_image": SameImagePartner(segmentor),
         }
         self.partner = partners[method.partner]
-        self.perturbed_context = _nothing if method.network_updates_batchnorm else self._frozen_statistics
+        self.perturbed_context: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if method.network_updates_batchnorm else partial(frozen_batchnorm_statistics, segmentor)
+        )
 
     def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
         """Return all terms of one step.
@@ -115,12 +124,12 @@ class MultiLevelStep:
         Args:
             labeled: Labeled batch, see the module's docstring.
             unlabeled: Unlabeled batch.
-            step: Number of the step; seeds its draws.
+            step: Number of the step, which seeds its draws.
 
         Raises:
-            UserError: If the batch is not of the method's form.
+            UserError: If the batch does not have the tensors that the method needs.
         """
-        self.check_form(labeled, unlabeled)
+        self.validate_batch(labeled, unlabeled)
         weak_views = [labeled["image"], unlabeled["weak"]]
         images, sizes = torch.cat(weak_views), [len(views) for views in weak_views]
         partner = self.partner(unlabeled, step)
@@ -140,10 +149,10 @@ class MultiLevelStep:
         return StepResult(terms, pseudo)
 
     def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
-        """Predict the weak views, plain and with dropped feature channels; run the deactivated encoder on the way.
+        """Predict the weak views, plain and with dropped feature channels, and run the deactivated encoder.
 
-        The encoder runs once over labeled and unlabeled images, which share BatchNorm's batch; the deactivated
-        copy forks off at its first deactivated block. Only predictions that a term needs are decoded.
+        Labeled and unlabeled images share one pass, and so BatchNorm's statistics. The deactivated pass forks off at
+        the first deactivated block. Only features that a term needs are decoded.
         """
         features, perturbed = self.encode_forked(images_B3HW, step)
         unlabeled = features[sizes[0] :]
@@ -153,7 +162,7 @@ class MultiLevelStep:
         return WeakPass(x, u, dict(zip(self.feature_perturbations, fp, strict=True)), perturbed)
 
     def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
-        """Return plain features, and those of the network perturbation where it is on."""
+        """Return plain features, and those of the deactivated network by name if network perturbation is on."""
         plain, perturbed = None, {}
         for name, perturbation in self.network_perturbations.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
@@ -174,7 +183,7 @@ class MultiLevelStep:
     def strong_pass(
         self, unlabeled: Batch, pseudo: PseudoLabels, partner: Partner
     ) -> tuple[list[Tensor], list[PseudoLabels]]:
-        """CutMix each strong view with its partner, images and targets alike, and predict all in one pass."""
+        """Mix images and targets of each strong view with their partners (CutMix), and predict all views at once."""
         strong_BV3HW, boxes_BV4 = unlabeled["strong"], unlabeled["boxes"]
         labels = partner.labels(pseudo)
         images, targets = [], []
@@ -184,22 +193,19 @@ class MultiLevelStep:
             targets.append(pseudo.mix(labels, inside_BHW))
         return list(self.segmentor(torch.cat(images)).chunk(len(images))), targets
 
-    def _frozen_statistics(self) -> AbstractContextManager[None]:
-        return frozen_batchnorm_statistics(self.segmentor)
-
 
 def step_values(
     result: StepResult, loss: Tensor, lambda_np: float, mask_BHW: Tensor, ignore_index: int, threshold: float
 ) -> dict[str, Tensor]:
-    """Return what is logged of a step, by name, without waiting for the device.
+    """Return the values to log, by name, without synchronizing with the device.
 
     Args:
-        result: What the step gave.
-        loss: Its terms in one.
+        result: Output of the step.
+        loss: Total loss.
         lambda_np: Weight of the volatile term.
         mask_BHW: Masks of the labeled images.
-        ignore_index: Mask value of pixels that do not count.
-        threshold: Least confidence of a pseudo label that counts (tau).
+        ignore_index: Mask value of ignored pixels.
+        threshold: Minimum confidence of pseudo-labels (tau).
     """
     terms, pseudo = result.terms, result.pseudo
     values = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
@@ -207,10 +213,6 @@ def step_values(
         values["loss_s"] = torch.stack([term for name, term in terms.items() if name[1:].isdigit()]).mean()
         values["confident_ratio"] = pseudo.confident_ratio(threshold)
         values["empty_unlabeled"] = (~pseudo.valid_BHW.any()).float()
-    # Numbers are filled in on the device: Lightning would copy each there, and wait for it.
+    # Filled on the device: Lightning would copy Python numbers there and wait for each.
     no_label = (mask_BHW == ignore_index).all()
     return values | {"lambda_np": loss.new_full((), lambda_np), "empty_labeled": no_label.float()}
-
-
-def _nothing() -> AbstractContextManager[None]:
-    return nullcontext()

@@ -1,4 +1,4 @@
-"""Feature perturbation: channel dropout on the features that enter the decoder."""
+"""Feature perturbation: channel dropout on the decoder's inputs."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from mlpmatch_pl.utils.seeding import derive_seed
 
 
 class FeaturePerturbation:
-    """Sets whole feature channels to zero and scales the others by ``1 / (1 - p)`` (UniMatch, p = 0.5).
+    """Drops whole feature channels and scales the others by ``1 / (1 - p)`` (UniMatch, p = 0.5).
 
-    The dropped channels are a function of (seed, step, rank): a resumed run repeats them, and ranks
-    differ. Nothing is drawn from the global generator, and nothing waits for the device.
+    The draw is a function of (seed, step, rank), so a resumed run repeats it and ranks differ. It neither uses the
+    global generator nor synchronizes with the device.
 
     Args:
-        p: Probability that a channel of an image is dropped, in [0, 1).
-        seed: Seed of all draws.
+        p: Probability of dropping a channel of an image, in [0, 1).
+        seed: Seed of all random draws.
 
     Raises:
         UserError: If p is outside [0, 1).
@@ -34,7 +34,7 @@ class FeaturePerturbation:
         self.seed = seed
 
     def __call__(self, features: tuple[Tensor, ...], step: int) -> tuple[Tensor, ...]:
-        """Drop channels of each feature map, (B, D, H, W), independently."""
+        """Drop channels of each feature map (B, D, H, W), independently."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator(features[0].device)
         generator.manual_seed(derive_seed(self.seed, "feature", step, rank))

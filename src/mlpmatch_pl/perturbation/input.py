@@ -1,6 +1,6 @@
-"""Input perturbation on a batch: CutMix boxes, and mixing a batch with its partner.
+"""Input perturbation of a batch: CutMix boxes and partners.
 
-The weak and strong views themselves are made for each sample, by `mlpmatch_pl.data.transforms.weak` and `strong`.
+The weak and strong views are made per sample, in `mlpmatch_pl.data.transforms.weak` and `strong`.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from mlpmatch_pl.utils.seeding import derive_seed
 
 @dataclass(frozen=True)
 class CutMix:
-    """Draws the box that an image takes from its partner (UniMatch's parameters by default).
+    """Draws the boxes that images take from their partners. The defaults are UniMatch's.
 
     Args:
-        p: Probability that there is a box at all.
-        area: Smallest and largest area of the box, as a share of the image.
-        ratio: Smallest and largest height / width, drawn uniformly.
+        p: Probability of a box.
+        area: Range of the box's area, as a fraction of the image.
+        ratio: Range of the box's height / width, drawn uniformly.
 
     Raises:
         UserError: If a value is out of range.
@@ -41,24 +41,21 @@ class CutMix:
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
             raise UserError(f"expected CutMix p between 0 and 1, but got {self.p}")
-        if not 0 < self.area[0] <= self.area[1] <= 0.8:  # larger boxes hardly ever fit, and leave no image
+        if not 0 < self.area[0] <= self.area[1] <= 0.8:  # larger boxes rarely fit
             raise UserError(f"expected CutMix area as 0 < low <= high <= 0.8, but got {list(self.area)}")
-        if (
-            not 0 < self.ratio[0] <= self.ratio[1]
-            or self.area[1] * self.ratio[0] > 1
-            or self.area[1] / self.ratio[1] > 1
-        ):
+        low, high = self.ratio
+        if not 0 < low <= high or self.area[1] * low > 1 or self.area[1] / high > 1:
             raise UserError(
                 f"expected CutMix ratios for which a box of area {self.area[1]} fits, but got {list(self.ratio)}"
             )
 
     def box(self, rng: random.Random, height: int, width: int) -> tuple[int, int, int, int]:
-        """Draw (y0, x0, y1, x1), the end exclusive; all zero when nothing is mixed."""
+        """Draw (y0, x0, y1, x1) in pixels, with exclusive ends; all 0 for no box."""
         if rng.random() >= self.p:
             return 0, 0, 0, 0
         area = rng.uniform(*self.area) * height * width
-        for attempt in itertools.count(1):  # until it fits, as in the authors' code
-            if attempt % 1000 == 0:  # in a narrow image a box of that area may not fit at all
+        for attempt in itertools.count(1):  # until a box fits, as in the authors' code
+            if attempt % 1000 == 0:  # a narrow image may have no room for a box of this area
                 area /= 2
             ratio = rng.uniform(*self.ratio)
             box_width, box_height = int((area / ratio) ** 0.5), int((area * ratio) ** 0.5)
@@ -69,10 +66,10 @@ class CutMix:
 
 
 def inside_boxes(boxes_B4: Tensor, height: int, width: int) -> Tensor:
-    """Turn boxes into masks, without waiting for the device.
+    """Convert boxes to masks, without synchronizing with the device.
 
     Args:
-        boxes_B4: Integer boxes (y0, x0, y1, x1), the end exclusive, (B, 4).
+        boxes_B4: Boxes (y0, x0, y1, x1) with exclusive ends, int64, (B, 4).
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
@@ -90,15 +87,18 @@ def inside_boxes(boxes_B4: Tensor, height: int, width: int) -> Tensor:
 
 
 def partner_shift(batch_size: int, seed: int, step: int) -> int:
-    """Return by how many places a batch is rolled, so that no image is its own partner.
+    """Return the shift by which a batch is rolled to give every image a different one as its partner.
 
     Args:
         batch_size: Number of unlabeled images in the batch, at least 2.
-        seed: Seed of all draws.
-        step: The training step.
+        seed: Seed of all random draws.
+        step: Training step.
 
     Returns:
-        A shift from 1 to batch_size - 1. Batches are shuffled, so a roll pairs images at random.
+        A shift from 1 to ``batch_size - 1``. Batches are shuffled, so rolling pairs images at random.
+
+    Raises:
+        UserError: If the batch has fewer than two images.
 
     Example:
         >>> partner_shift(2, seed=0, step=0)
@@ -109,16 +109,16 @@ def partner_shift(batch_size: int, seed: int, step: int) -> int:
 
 
 def require_partner(batch_size: int) -> None:
-    """Refuse a batch in which an image has no other one to be its partner.
+    """Check that a batch has a partner for every image.
 
     Args:
         batch_size: Number of unlabeled images in the batch.
 
     Raises:
-        UserError: If there are fewer than two.
+        UserError: If the batch has fewer than two images.
     """
     if batch_size < 2:
         raise UserError(
-            "expected at least 2 unlabeled images in a batch, so that CutMix finds a different partner, "
+            "expected at least 2 unlabeled images in a batch, so that CutMix has a different image as partner, "
             f"but got {batch_size}; raise loader.unlabeled_batch_size or use method.partner=same_image"
         )

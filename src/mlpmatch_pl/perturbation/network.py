@@ -1,15 +1,15 @@
-"""Network perturbation: which residual blocks are deactivated at which step, and how one is bypassed.
+"""Network perturbation: deactivate residual blocks (MLPMatch, arXiv 2411.05307).
 
-A residual block computes ``act(shortcut(x) + residual(x))``. Deactivating it drops the residual branch:
-``act(shortcut(x))``. It is stochastic depth with one draw for the whole batch (MLPMatch, arXiv 2411.05307).
+A residual block computes ``act(shortcut(x) + residual(x))``. Deactivating it drops the residual branch, which leaves
+``act(shortcut(x))``: stochastic depth with one draw for the whole batch.
 
-Your own residual block takes part after three lines::
+Register a rule for your own residual blocks with::
 
     @bypass.register
     def _(block: MyBlock, x):
         return x
 
-and in a model of your own, whose forward pass nothing here knows, `deactivate` bypasses it.
+and use `deactivate` to bypass blocks inside any model.
 """
 
 import random
@@ -26,16 +26,16 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.seeding import derive_seed
 
 Stages = Sequence[Sequence[int]]
-"""Indices of the blocks that may be deactivated, grouped by encoder stage."""
+"""Indices of the blocks that can be deactivated, grouped by encoder stage."""
 
 
 @singledispatch
 def bypass(block: nn.Module, x_BDHW: Tensor) -> Tensor:
-    """Return what a residual block gives without its residual branch.
+    """Run a residual block without its residual branch.
 
     Args:
         block: The residual block.
-        x_BDHW: Its input, (B, D, H, W). It is never changed in place, because the active block reads it too.
+        x_BDHW: Its input, (B, D, H, W). It is not modified, because the active block reads it too.
 
     Raises:
         TypeError: If no rule is registered for the type of block.
@@ -52,15 +52,15 @@ def bypass(block: nn.Module, x_BDHW: Tensor) -> Tensor:
 
 @singledispatch
 def has_shortcut(block: nn.Module) -> bool:
-    """Tell whether a block has an identity or projected shortcut, so that it may be deactivated.
+    """Return whether a block has an identity or projected shortcut, so that it can be deactivated.
 
-    Every type with a registered `bypass` has one, unless its family says otherwise here.
+    True for every type with a registered `bypass`, unless a rule registered here decides otherwise.
     """
     return bypass.dispatch(type(block)) is not bypass.dispatch(object)
 
 
 def _bypass_resnet(block: Any, x_BDHW: Tensor, activation: str) -> Tensor:
-    # timm's activations work in place: an identity shortcut must not write into the shared input.
+    # Cloned because timm's activations work in place, and the active block reads the same input.
     shortcut = x_BDHW.clone() if block.downsample is None else block.downsample(x_BDHW)
     return getattr(block, activation)(shortcut)  # type: ignore[no-any-return]
 
@@ -91,12 +91,12 @@ def _(block: Any) -> bool:
 
 @contextmanager
 def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Bypass residual blocks of any model, wherever it calls them, as long as the context lasts.
+    """Context manager that bypasses residual blocks of any model.
 
-    The encoders here do not need it: they take the deactivated blocks as an argument, and share what comes before them.
+    The encoders of this package take deactivated blocks as an argument instead, which lets them share the part before.
 
     Args:
-        blocks: Some of the model's blocks, with one input each.
+        blocks: Blocks of the model that take one tensor each.
 
     Raises:
         TypeError: If a block has no shortcut, or no `bypass` is registered for its type.
@@ -114,15 +114,15 @@ def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
         if not has_shortcut(block):
             raise TypeError(
                 f"expected blocks with a shortcut and a registered bypass, but got {type(block).__name__}; register a "
-                "bypass with @bypass.register, or leave it out"
+                "bypass with @bypass.register, or leave the block out"
             )
-    own = [vars(block).get("forward") for block in chosen]  # of a model that is patched already
+    patched = [vars(block).get("forward") for block in chosen]  # by an outer context or another library
     try:
         for block in chosen:
             block.forward = partial(bypass, block)
         yield
     finally:
-        for block, forward in zip(chosen, own, strict=True):
+        for block, forward in zip(chosen, patched, strict=True):
             if forward is None:
                 del block.forward
             else:
@@ -130,7 +130,7 @@ def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _single_block(stages: Stages, rng: random.Random) -> frozenset[int]:
-    return frozenset({rng.choice(_flat(stages))})
+    return frozenset({rng.choice(_flatten(stages))})
 
 
 def _single_stage(stages: Stages, rng: random.Random) -> frozenset[int]:
@@ -138,39 +138,40 @@ def _single_stage(stages: Stages, rng: random.Random) -> frozenset[int]:
 
 
 def _stage_bernoulli(stages: Stages, rng: random.Random, p: float = 0.25) -> frozenset[int]:
-    return frozenset(_flat([stage for stage in stages if rng.random() < p]))
+    return frozenset(_flatten([stage for stage in stages if rng.random() < p]))
 
 
 def _n_blocks(stages: Stages, rng: random.Random, k: int = 2) -> frozenset[int]:
-    return frozenset(rng.sample(_flat(stages), min(k, len(_flat(stages)))))
+    blocks = _flatten(stages)
+    return frozenset(rng.sample(blocks, min(k, len(blocks))))
 
 
 def _block_bernoulli(stages: Stages, rng: random.Random, p: float = 0.1) -> frozenset[int]:
-    return frozenset(block for block in _flat(stages) if rng.random() < p)
+    return frozenset(block for block in _flatten(stages) if rng.random() < p)
 
 
-def _flat(stages: Stages) -> list[int]:
+def _flatten(stages: Stages) -> list[int]:
     return [block for stage in stages for block in stage]
 
 
 SAMPLERS: Mapping[str, Callable[..., frozenset[int]]] = {
     "single_block": _single_block,  # paper: one bottleneck layer in the entire encoder
     "single_stage": _single_stage,  # the other reading of "layer"
-    "stage_bernoulli": _stage_bernoulli,  # the authors' code; 0.75**4 = 31.6 % of the draws are empty
-    "n_blocks": _n_blocks,  # ablation; the paper says that more than one hurts
+    "stage_bernoulli": _stage_bernoulli,  # the authors' code; 0.75**4 = 31.6% of the draws are empty
+    "n_blocks": _n_blocks,  # ablation; worse with more than one, says the paper
     "block_bernoulli": _block_bernoulli,  # ablation
 }
 
 
 class NetworkPerturbation:
-    """Draws the blocks to deactivate, as a function of (seed, step) alone.
+    """Draws the blocks to deactivate as a function of (seed, step).
 
-    Every rank draws the same blocks without communication (with SyncBatchNorm, ranks that skip different
-    layers would deadlock), and a resumed run repeats the draws of the run it continues.
+    Every rank draws the same blocks without communication (with SyncBatchNorm, ranks that skip different layers would
+    deadlock), and a resumed run repeats the draws of an uninterrupted one.
 
     Args:
         sampler: One of `SAMPLERS`.
-        seed: Seed of all draws.
+        seed: Seed of all random draws.
         options: ``k`` for ``n_blocks``, ``p`` for the two Bernoulli samplers.
 
     Raises:
@@ -206,5 +207,5 @@ class NetworkPerturbation:
         self._sample = partial(SAMPLERS[sampler], **options)
 
     def draw(self, stages: Stages, step: int) -> frozenset[int]:
-        """Return the indices of the blocks to deactivate at a step (possibly none, for Bernoulli samplers)."""
+        """Return the indices of the blocks to deactivate in a step; Bernoulli samplers may draw none."""
         return self._sample(stages, random.Random(derive_seed(self.seed, "network", step)))

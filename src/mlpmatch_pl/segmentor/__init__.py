@@ -1,4 +1,4 @@
-"""Image to logits, nothing else: timm encoders and decoders. Pure torch and timm."""
+"""Segmentation networks: timm encoders and their decoders. Pure torch and timm."""
 
 from mlpmatch_pl.segmentor.deeplabv3plus import DeepLabV3Plus
 from mlpmatch_pl.segmentor.encoder import Encoder, Features

@@ -1,16 +1,15 @@
-"""How the encoder's blocks run while training: as they are, compiled, or with checkpointed activations.
+"""How encoder blocks run: as they are, bypassed, compiled or checkpointed; and BatchNorm modes.
 
-A block is compiled or checkpointed by itself, so that which blocks are deactivated stays in Python: a compiled encoder
-would be compiled anew for every draw.
+Blocks are compiled or checkpointed one by one, so that Python decides which ones are deactivated. A compiled encoder
+would be recompiled for every draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +20,30 @@ from mlpmatch_pl.perturbation.network import bypass
 
 BlockFunction = Callable[[nn.Module, Tensor], Tensor]
 
-GRAPHS = 1024  # at most, for all kinds of blocks and sizes of input of a process
+MAX_GRAPHS = 1024  # per process, for all kinds of blocks and input sizes
 
 
-@dataclass(frozen=True)
-class BlockRunner:
-    """What runs a block.
+def run_block(block: nn.Module, x_BDHW: Tensor) -> Tensor:
+    """Run a block as it is."""
+    return block(x_BDHW)  # type: ignore[no-any-return]
 
-    Attributes:
-        run: Runs it as it is.
-        bypass: Runs it deactivated.
-    """
 
-    run: BlockFunction
-    bypass: BlockFunction
+class BlockRunner(NamedTuple):
+    """Functions that run a block as it is (``run``) or deactivated (``bypass``)."""
+
+    run: BlockFunction = run_block
+    bypass: BlockFunction = bypass
 
 
 def block_runner(compiled: bool, checkpointed: bool, backend: str | Callable[..., Any] = "inductor") -> BlockRunner:
-    """Return what runs a block in training.
+    """Return the functions that run blocks during training.
 
     Args:
-        compiled: Compile blocks with torch.compile, when they first run; the names of their weights stay. The result
-            differs by rounding.
-        checkpointed: Keep a block's input alone, and compute the block again in the backward pass: less memory for
-            more time. The result is the same, and BatchNorm's running statistics are moved once.
-        backend: Compiler.
+        compiled: Compile each block with torch.compile on its first run. Parameter names stay the same; results differ
+            by rounding.
+        checkpointed: Keep only a block's input and recompute the block in the backward pass: less memory, more time.
+            Results are the same, and BatchNorm's running statistics are updated once.
+        backend: Backend of torch.compile.
 
     Example:
         >>> runner, x = block_runner(compiled=False, checkpointed=True), torch.rand(3, 2, 4, 4, requires_grad=True)
@@ -54,26 +52,18 @@ def block_runner(compiled: bool, checkpointed: bool, backend: str | Callable[...
         >>> norm.num_batches_tracked.item()
         1
     """
-    # Deactivated blocks are compiled too: of those with a projection the BatchNorm runs either way, and the running
-    # statistics that an eager pass keeps for its backward pass must not be written by a compiled one after it.
-    plain = BlockRunner(Compiled(run_block, backend), Compiled(bypass, backend)) if compiled else PLAIN
+    # Deactivated blocks are compiled too: the BatchNorm of their projection runs either way, and a compiled pass must
+    # not overwrite the running statistics that an eager pass has saved for its backward pass.
+    plain = BlockRunner(Compiled(run_block, backend), Compiled(bypass, backend)) if compiled else BlockRunner()
     return BlockRunner(partial(_checkpoint, plain.run), plain.bypass) if checkpointed else plain
 
 
-def run_block(block: nn.Module, x_BDHW: Tensor) -> Tensor:
-    """Run a block as it is."""
-    return block(x_BDHW)  # type: ignore[no-any-return]
-
-
-PLAIN = BlockRunner(run_block, bypass)
-
-
 class Compiled:
-    """A function of a block and its input, compiled when it first runs; blocks of one kind share their graph.
+    """A block function that is compiled on its first run; blocks of one kind share a graph. Can be copied and pickled.
 
     Args:
-        function: What to compile.
-        backend: Compiler.
+        function: The function to compile.
+        backend: Backend of torch.compile.
     """
 
     def __init__(self, function: BlockFunction, backend: str | Callable[..., Any]) -> None:
@@ -81,10 +71,9 @@ class Compiled:
 
     def __call__(self, block: nn.Module, x_BDHW: Tensor) -> Tensor:
         """Run a block."""
-        # torch compiles a function 8 times and then runs it uncompiled, which is meant to catch sizes without end;
-        # ResNet-50 alone has 8 kinds of blocks. The names are those that torch 2.6 has too. They hold for a thread, and
-        # on a GPU checkpointed blocks are computed again in another one: so they are set in every call.
-        with torch._dynamo.config.patch(cache_size_limit=GRAPHS, accumulated_cache_size_limit=GRAPHS):
+        # torch falls back to eager after 8 graphs of a function, but ResNet-50 alone has 8 kinds of blocks. The limits
+        # (by their names in torch 2.6) are per thread, and on a GPU checkpointed blocks are recomputed in another one.
+        with torch._dynamo.config.patch(cache_size_limit=MAX_GRAPHS, accumulated_cache_size_limit=MAX_GRAPHS):
             return self._compiled(block, x_BDHW)
 
     @cached_property
@@ -96,19 +85,16 @@ class Compiled:
 
 
 def _checkpoint(run: BlockFunction, block: nn.Module, x_BDHW: Tensor) -> Tensor:
-    # Blocks draw nothing, so the generators' state need not be kept (on a GPU that would wait for the device).
-    return checkpoint(
-        partial(run, block), x_BDHW, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, block)
-    )
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), frozen_batchnorm_statistics(block)
 
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), frozen_batchnorm_statistics(block)
+    # Blocks draw no random numbers, and saving the generators' state would synchronize with a GPU.
+    return checkpoint(run, block, x_BDHW, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and every part of it back into its own mode afterwards, also after an error."""
+    """Context manager that puts a module in eval mode, then restores the mode of each submodule."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -120,7 +106,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_batchnorm_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalize by the batch, but leave the running mean and variance, and the number of batches, as they are.
+    """Context manager in which BatchNorm normalizes by the batch, but does not update its running statistics.
 
     Example:
         >>> norm = nn.BatchNorm2d(2)
@@ -130,13 +116,13 @@ def frozen_batchnorm_statistics(module: nn.Module) -> Iterator[None]:
         ([0.0, 0.0], 0)
     """
     norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
-        for norm, (_, counted) in zip(norms, kept, strict=True):
+        for norm, (_, counter) in zip(norms, saved, strict=True):
             norm.momentum = 0.0
-            # SyncBatchNorm insists on a counter: it gets one to waste, which takes no operation to make.
-            norm.num_batches_tracked = None if counted is None else torch.empty_like(counted)
+            # SyncBatchNorm needs a counter; an uninitialized one costs no operation.
+            norm.num_batches_tracked = None if counter is None else torch.empty_like(counter)
         yield
     finally:
-        for norm, (momentum, counted) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, counted
+        for norm, (momentum, counter) in zip(norms, saved, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter

@@ -1,8 +1,8 @@
-"""What an encoder hands to a decoder."""
+"""timm backbones as encoders whose residual blocks can be deactivated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from mlpmatch_pl.perturbation.network import has_shortcut
-from mlpmatch_pl.segmentor.blocks import PLAIN, BlockRunner, block_runner
+from mlpmatch_pl.segmentor.blocks import BlockRunner, block_runner
 from mlpmatch_pl.segmentor.weights import load_pretrained
 from mlpmatch_pl.utils.errors import UserError, suggest
 
 
 @dataclass(frozen=True)
 class Features:
-    """Feature maps of one batch, from low to high level.
+    """Feature maps of a batch, from low to high level.
 
     Attributes:
-        levels: A map for each level, (B, D, H, W) with its own D, H and W.
+        levels: A map per level, (B, D, H, W), each with its own D, H and W.
 
     Example:
         >>> features = Features((torch.ones(3, 4, 8, 8), torch.ones(3, 6, 2, 2)))
@@ -33,26 +33,31 @@ class Features:
     levels: tuple[Tensor, ...]
 
     def __getitem__(self, images: slice) -> Features:
-        """Select images of the batch."""
+        """Return the features of some images of the batch."""
         return Features(tuple(level[images] for level in self.levels))
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
-        """Concatenate batches."""
+        """Concatenate batches of features."""
         return Features(tuple(torch.cat(levels) for levels in zip(*(part.levels for part in parts), strict=True)))
 
 
 OUTPUT_STRIDES = (8, 16, 32)
-NOTHING: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of timm models keeps its parts."""
+    """A family of timm models.
+
+    Attributes:
+        stem: Runs the layers before the first block.
+        stages: Returns the names of the modules that hold the blocks.
+        unused: Names of the modules after the last block.
+    """
 
     stem: Callable[[Any, Tensor], Tensor]
     stages: Callable[[Any], list[str]]
-    unused: tuple[str, ...]  # would be parameters without gradient, which DDP refuses
+    unused: tuple[str, ...]
 
 
 def _resnet_stem(model: Any, x: Tensor) -> Tensor:
@@ -63,9 +68,9 @@ def _efficientnet_stem(model: Any, x: Tensor) -> Tensor:
     return model.bn1(model.conv_stem(x))  # type: ignore[no-any-return]
 
 
-FAMILIES: dict[str, Family] = {  # by timm's module
+FAMILIES: dict[str, Family] = {  # by module in timm.models
     "resnet": Family(_resnet_stem, lambda model: ["layer1", "layer2", "layer3", "layer4"], ("global_pool", "fc")),
-    "efficientnet": Family(  # MobileNetV2 and EfficientNet-Lite are of this class in timm
+    "efficientnet": Family(  # MobileNetV2 and EfficientNet-Lite too
         _efficientnet_stem,
         lambda model: [f"blocks.{i}" for i in range(len(model.blocks))],
         ("conv_head", "bn2", "global_pool", "classifier"),
@@ -74,19 +79,19 @@ FAMILIES: dict[str, Family] = {  # by timm's module
 
 
 class Encoder(nn.Module):
-    """Image to features at stride 4 and at the output stride, plain or with deactivated blocks.
+    """A timm backbone that returns features at stride 4 and at the output stride, plain or with deactivated blocks.
 
     Args:
-        backbone: Name of a timm model of the ResNet family (``resnet50``, ``resnet101s`` ...) or of an
-            inverted-residual family (``mobilenetv2_100``, ``efficientnet_lite0`` ...).
-        pretrained: True downloads timm's weights; a path reads a state dict from a local file.
-        in_chans: Number of image channels; a pretrained first convolution is adapted to it.
+        backbone: Name of a timm model of the ResNet family (``resnet50``, ``resnet101s``, ...) or of an
+            inverted-residual family (``mobilenetv2_100``, ``efficientnet_lite0``, ...).
+        pretrained: True to download timm's weights, or the path of a local state dict.
+        in_chans: Number of image channels, to which a pretrained first convolution is adapted.
         output_stride: 8, 16 or 32.
-        compile_blocks: Compile each block for training, see `block_runner`.
-        activation_checkpointing: Keep only the blocks' inputs for the backward pass, see `block_runner`.
+        compile_blocks: Compile each block for training.
+        activation_checkpointing: Keep only the blocks' inputs for the backward pass.
 
     Raises:
-        UserError: If the backbone is unknown or of another family, or cannot have the output stride.
+        UserError: If the backbone is unknown or not supported, or cannot have the output stride.
 
     Example:
         >>> import torch
@@ -111,21 +116,22 @@ class Encoder(nn.Module):
         info = self.model.feature_info
         low = next(stage for stage in info if stage["reduction"] == 4)
         self.channels: tuple[int, int] = (low["num_chs"], info[-1]["num_chs"])
-        self._low_tap = sum(len(self._stage(name)) for name in self._stages[: self._stages.index(low["module"]) + 1])
+        low_stages = self._stages[: self._stages.index(low["module"]) + 1]
+        self._last_low_block = sum(len(self._stage(name)) for name in low_stages) - 1
         if pretrained:
             load_pretrained(self.model, backbone, pretrained, in_chans, skip=self._family.unused)
-        for name in self._family.unused:
+        for name in self._family.unused:  # DDP refuses parameters without gradient
             delattr(self.model, name)
-        self._run_in_training = block_runner(compile_blocks, activation_checkpointing)
+        self._training_runner = block_runner(compile_blocks, activation_checkpointing)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All blocks, in the order in which they run."""
+        """All blocks, in the order they run."""
         return [block for name in self._stages for block in self._stage(name)]
 
     @property
     def stages(self) -> list[list[int]]:
-        """Indices into `blocks` of those that may be deactivated, grouped by stage; stages without any are left out."""
+        """Indices of the `blocks` that can be deactivated, grouped by stage, without empty stages."""
         stages, first = [], 0
         for name in self._stages:
             blocks = self._stage(name)
@@ -133,8 +139,8 @@ class Encoder(nn.Module):
             first += len(blocks)
         return [stage for stage in stages if stage]
 
-    def forward(self, image_BCHW: Tensor, deactivated: frozenset[int] = NOTHING) -> Features:
-        """Run one full pass.
+    def forward(self, image_BCHW: Tensor, deactivated: frozenset[int] = frozenset()) -> Features:
+        """Run a full pass.
 
         Args:
             image_BCHW: Normalized images, (B, in_chans, H, W), H and W at least 33.
@@ -143,7 +149,8 @@ class Encoder(nn.Module):
         Returns:
             Features at stride 4 and at the output stride.
         """
-        return self._run(self._family.stem(self.model, image_BCHW), 0, (), deactivated)
+        stem = self._family.stem(self.model, image_BCHW)
+        return Features(self._run((stem,), range(len(self.blocks)), deactivated))
 
     def forward_forked(
         self,
@@ -151,42 +158,39 @@ class Encoder(nn.Module):
         deactivated: frozenset[int],
         perturbed_context: AbstractContextManager[None] | None = None,
     ) -> tuple[Features, Features]:
-        """Run the plain and the perturbed pass, sharing everything before the first deactivated block.
+        """Run a plain and a perturbed pass that share everything before the first deactivated block.
 
-        Loss and gradients equal those of two calls of `forward` (to rounding); only BatchNorm's running
-        statistics see the shared prefix once instead of twice. With nothing deactivated both are the same.
+        Features and gradients equal those of two calls of `forward`, to rounding; only BatchNorm's running statistics
+        are updated once instead of twice in the shared part. With no deactivated block both are the same object.
 
         Args:
             image_BCHW: Normalized images, (B, in_chans, H, W).
             deactivated: Indices of the blocks to bypass in the perturbed pass.
-            perturbed_context: Entered around the part that only the perturbed pass runs.
+            perturbed_context: Context manager around the unshared part of the perturbed pass.
 
         Returns:
             Plain and perturbed features.
         """
-        fork = min(deactivated, default=len(self.blocks))
-        x = self._family.stem(self.model, image_BCHW)
-        levels: tuple[Tensor, ...] = ()
-        runner = self._runner()
-        for index, block in enumerate(self.blocks[:fork]):
-            x = runner.run(block, x)
-            levels = (*levels, x) if index + 1 == self._low_tap else levels
-        plain = self._run(x, fork, levels, NOTHING)
+        fork, end = min(deactivated, default=len(self.blocks)), len(self.blocks)
+        shared = self._run((self._family.stem(self.model, image_BCHW),), range(fork))
+        plain = Features(self._run(shared, range(fork, end)))
         if not deactivated:
             return plain, plain
         with perturbed_context or nullcontext():
-            return plain, self._run(x, fork, levels, deactivated)
+            return plain, Features(self._run(shared, range(fork, end), deactivated))
 
-    def _run(self, x: Tensor, start: int, levels: tuple[Tensor, ...], deactivated: frozenset[int]) -> Features:
-        runner = self._runner()
-        for index, block in enumerate(self.blocks[start:], start):
-            x = (runner.bypass if index in deactivated else runner.run)(block, x)
-            levels = (*levels, x) if index + 1 == self._low_tap else levels
-        return Features((*levels, x))
-
-    def _runner(self) -> BlockRunner:
-        # Evaluation sees images of many sizes, and keeps nothing for a backward pass.
-        return self._run_in_training if self.training else PLAIN
+    def _run(
+        self, levels: tuple[Tensor, ...], indices: range, deactivated: frozenset[int] = frozenset()
+    ) -> tuple[Tensor, ...]:
+        """Run blocks on the last level, which their output replaces; the low-level features are inserted before it."""
+        # Evaluation has images of many sizes and no backward pass.
+        runner = self._training_runner if self.training else BlockRunner()
+        blocks, (*low, x) = self.blocks, levels
+        for index in indices:
+            x = (runner.bypass if index in deactivated else runner.run)(blocks[index], x)
+            if index == self._last_low_block:
+                low.append(x)
+        return (*low, x)
 
     def _stage(self, name: str) -> nn.Sequential:
         stage: nn.Sequential = self.model.get_submodule(name)
@@ -195,8 +199,9 @@ class Encoder(nn.Module):
 
 def _create(backbone: str, in_chans: int, output_stride: int) -> Any:
     if not timm.is_model(backbone):
+        supported = [name for module in FAMILIES for name in timm.list_models(module=module)]
         raise UserError(
-            f"expected the name of a timm model as backbone, but got {backbone!r}." + suggest(backbone, _supported())
+            f"expected the name of a timm model as backbone, but got {backbone!r}." + suggest(backbone, supported)
         )
     _family(backbone)
     if output_stride not in OUTPUT_STRIDES:
@@ -213,10 +218,6 @@ def _family(backbone: str) -> Family:
         if timm.models.is_model_in_modules(backbone, [module]):
             return family
     raise UserError(
-        f"expected a backbone of the ResNet or inverted-residual families, but {backbone} is of another; "
+        f"expected a backbone of the ResNet or inverted-residual families, but got {backbone}; "
         "try resnet50, resnet101s, mobilenetv2_100 or efficientnet_lite0"
     )
-
-
-def _supported() -> Iterable[str]:
-    return [*timm.list_models(module="resnet"), *timm.list_models(module="efficientnet")]

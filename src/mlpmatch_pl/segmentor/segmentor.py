@@ -1,4 +1,4 @@
-"""Image to logits: normalization, encoder, decoder, upsampling."""
+"""The segmentation network: normalization, encoder, decoder, upsampling."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,31 +11,31 @@ from mlpmatch_pl.segmentor.deeplabv3plus import DeepLabV3Plus
 from mlpmatch_pl.segmentor.encoder import Encoder, Features
 from mlpmatch_pl.utils.errors import UserError
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0..255
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values from 0 to 255
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class Segmentor(nn.Module):
     """A timm encoder with a DeepLabV3+ decoder.
 
-    Images go in as they are stored, with values from 0 to 255 (or 65535) in any dtype; they are normalized here, so
-    that training, prediction and export cannot disagree about it.
+    It takes images as stored, with values from 0 to 255 (or 65535) in any dtype, and normalizes them itself, so that
+    training, prediction and export always agree.
 
     Args:
         num_classes: Number of classes.
         backbone: Name of a timm model, see `Encoder`.
-        pretrained: True, or the path of a local file with the encoder's weights.
+        pretrained: True for timm's weights, or the path of a local state dict of the encoder.
         in_chans: Number of image channels.
         output_stride: 8, 16 or 32.
         decoder_channels: Width of the decoder.
         atrous_rates: Dilations of the ASPP branches.
-        mean: Mean of each channel, for values as they are stored.
-        std: Standard deviation of each channel, for values as they are stored.
+        mean: Mean of each channel, for values as stored.
+        std: Standard deviation of each channel, for values as stored.
         compile_blocks: Compile each block of the encoder for training.
         activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass.
 
     Raises:
-        UserError: If an argument is out of range, or mean and std do not match in_chans.
+        UserError: If an argument is out of range, or the length of mean or std is not ``in_chans``.
 
     Example:
         >>> segmentor = Segmentor(5, backbone="test_resnet", decoder_channels=16).eval()
@@ -86,7 +86,7 @@ class Segmentor(nn.Module):
         return self.decode(self.encode(image_BCHW), image_BCHW.shape[2:])
 
     def encode(self, image_BCHW: Tensor, deactivated: frozenset[int] = frozenset()) -> Features:
-        """Run the encoder once, with the given blocks deactivated."""
+        """Return features of images, with the given blocks deactivated."""
         return self.encoder(self.normalize(image_BCHW), deactivated)  # type: ignore[no-any-return]
 
     def encode_forked(
@@ -104,5 +104,5 @@ class Segmentor(nn.Module):
         return F.interpolate(logits_BCHW, size=tuple(size), mode="bilinear", align_corners=True)
 
     def normalize(self, image_BCHW: Tensor) -> Tensor:
-        """Subtract the mean and divide by the standard deviation; the result has the precision of the weights."""
+        """Subtract the mean and divide by the standard deviation, in the dtype of the weights."""
         return (image_BCHW.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11

@@ -1,6 +1,6 @@
-"""Weights from files: pretrained encoders, and the state dicts that UniMatch and MLPMatch publish.
+"""Load weights: pretrained encoders, and the checkpoints published for UniMatch and MLPMatch.
 
-Files are untrusted: nothing is unpickled but tensors and plain values.
+Files are not trusted: only tensors and plain values are unpickled.
 """
 
 import logging
@@ -21,7 +21,7 @@ from mlpmatch_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Names in the published state dicts -> names here. The encoder's own names are timm's already.
+# Names in the published state dicts -> names here. Names within the encoder are timm's in both.
 PUBLISHED_NAMES = (
     (r"^module\.", ""),
     (r"^backbone\.", "encoder.model."),
@@ -31,7 +31,7 @@ PUBLISHED_NAMES = (
     (r"^head\.project\.", "decoder.aspp.project."),
     (r"^(reduce|fuse|classifier)\.", r"decoder.\1."),
 )
-# Published checkpoints hold the best score as a numpy scalar (under numpy 1's name of the module).
+# Published checkpoints hold the best score as a numpy scalar, from numpy 1 or 2.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS: list[Any] = [
     (_scalar, "numpy.core.multiarray.scalar"),
@@ -42,12 +42,12 @@ _NUMPY_SCALARS: list[Any] = [
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a ``.safetensors`` file or a torch file, without running code from it.
+    """Read a state dict from a ``.safetensors`` or torch file, without executing code from it.
 
-    Wrappers are looked through: ``{"model": ...}``, ``{"state_dict": ...}``, ``{"ema": ...}``.
+    Also finds it under the keys ``model``, ``state_dict`` and ``ema``.
 
     Raises:
-        UserError: If the file is missing or no state dict.
+        UserError: If the file does not exist or is not a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,10 +58,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         refuse_inflated(path)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file makes the readers raise nearly anything
+    except Exception as error:  # the readers raise nearly anything for a corrupt file
         raise UserError(
-            f"expected a state dict of tensors in {path}, but it cannot be read as one ({type(error).__name__}); "
-            "broken files are refused, and files with anything but tensors and plain values"
+            f"expected a state dict of tensors in {path}, but it cannot be read ({type(error).__name__}); the file is "
+            "corrupt, or holds objects other than tensors and plain values"
         ) from error
     for key in ("model", "state_dict", "ema"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -75,17 +75,17 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_pretrained(
     model: nn.Module, backbone: str, pretrained: bool | str, in_chans: int, skip: tuple[str, ...]
 ) -> None:
-    """Load a timm model's weights, by name from timm or from a local file, and log a report of three lines.
+    """Load the weights of a timm model, from timm or from a local file, and log a report.
 
     Args:
         model: The timm model.
         backbone: Its name.
-        pretrained: True for timm's own weights, or the path of a local file.
-        in_chans: Number of image channels; the first convolution is adapted to it.
-        skip: Parts of the model that the encoder does not use.
+        pretrained: True for timm's weights, or the path of a local file.
+        in_chans: Number of image channels, to which the first convolution is adapted.
+        skip: Modules of the model that the encoder does not use.
 
     Raises:
-        UserError: If the weights cannot be had, or belong to another architecture.
+        UserError: If the weights cannot be downloaded or read, or are of another architecture.
     """
     source = pretrained if isinstance(pretrained, str) else f"timm {backbone}"
     state = read_state_dict(pretrained) if isinstance(pretrained, str) else _download(backbone, in_chans)
@@ -98,12 +98,12 @@ def load_pretrained(
 
 
 def load_published(segmentor: nn.Module, path: str | Path) -> None:
-    """Load a public UniMatch or MLPMatch ``.pth`` file, or a state dict of a `Segmentor`, into a segmentor.
+    """Load a published UniMatch or MLPMatch ``.pth`` file, or a state dict of a `Segmentor`, into a segmentor.
 
-    A classifier for another number of classes is left as it is, and reported.
+    A classifier for another number of classes is not loaded, which is logged.
 
     Raises:
-        UserError: If the file is missing or belongs to another architecture.
+        UserError: If the file does not exist or is of another architecture.
     """
     state = {}
     for name, value in read_state_dict(path).items():
@@ -116,10 +116,21 @@ def load_published(segmentor: nn.Module, path: str | Path) -> None:
 def load_reported(
     model: nn.Module, state: Mapping[str, Tensor], expected: set[str], source: str, optional: tuple[str, ...] = ()
 ) -> None:
-    """Load the tensors that fit, log what was loaded, missing and mismatched, and refuse a misfit."""
+    """Load a state dict into a model and log the number of loaded tensors and the names of missing and mismatched ones.
+
+    Args:
+        model: The model.
+        state: The state dict.
+        expected: Names that the state dict should have.
+        source: Where it comes from, for messages.
+        optional: Prefixes of names that may be missing or of another shape.
+
+    Raises:
+        UserError: If other names are missing or of another shape; the model is not modified.
+    """
     own = model.state_dict()
     mismatched = sorted(name for name in expected & set(state) if own[name].shape != state[name].shape)
-    # A file from before BatchNorm counted its batches is complete without the counters.
+    # Files of old torch versions lack these counters.
     missing = sorted(name for name in expected - set(state) if not name.endswith("num_batches_tracked"))
     loaded = {name: state[name] for name in expected & set(state) if name not in mismatched}
     log.info("weights from %s: loaded %d of %d tensors", source, len(loaded), len(expected))
@@ -127,8 +138,8 @@ def load_reported(
     log.info("  of another shape: %s", ", ".join(mismatched) or "none")
     if misfits := [name for name in missing + mismatched if not (optional and name.startswith(optional))]:
         raise UserError(
-            f"expected weights of the configured architecture, but {source} lacks or has another shape of "
-            f"{len(misfits)} tensors ({', '.join(misfits[:3])}, ...); check backbone.name"
+            f"expected weights of the configured architecture, but in {source} {len(misfits)} tensors are missing or "
+            f"have another shape ({', '.join(misfits[:3])}, ...); check backbone.name"
         )
     model.load_state_dict({**own, **loaded})
 
@@ -139,6 +150,6 @@ def _download(backbone: str, in_chans: int) -> dict[str, Tensor]:
         return state
     except Exception as error:
         raise UserError(
-            f"could not download timm's weights of {backbone} ({type(error).__name__}); "
-            "give a local file, as in backbone.pretrained=weights.pth, or backbone.pretrained=false"
+            f"could not download timm's weights of {backbone} ({type(error).__name__}); set backbone.pretrained to a "
+            "local file (backbone.pretrained=weights.pth) or to false"
         ) from error
