@@ -1,4 +1,4 @@
-"""Losses against loops over pixels in float64, and pseudo labels against a plain softmax.
+"""Losses against loops over pixels in float64, and pseudo-labels against a plain softmax.
 
 Letters: B images, C classes, H and W pixels.
 """
@@ -19,7 +19,6 @@ from mlpmatch_pl.methods.losses import (
     ohem_cross_entropy,
 )
 from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
-from mlpmatch_pl.methods.schedules import volatile_weight
 
 B, C, H, W = 2, 4, 5, 6
 WEIGHTS_C = (0.5, 2.0, 0.0, 1.25)
@@ -45,7 +44,7 @@ def random_mask(kind="random", ignore_index=255, dtype=torch.uint8):
 
 
 def pixels(mask_BHW, ignore_index=255):
-    """Image, row, column and class of every pixel that counts."""
+    """Yield (image, row, column) and class of every pixel that is not ignored."""
     mask = mask_BHW.numpy()
     for position in np.ndindex(*mask.shape):
         if mask[position] != ignore_index:
@@ -117,7 +116,7 @@ def assert_value_and_gradient(loss, logits_BCHW, plain):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("kind", MASKS)
-def test_cross_entropy_is_the_mean_over_pixels_that_count(kind, dtype):
+def test_cross_entropy_is_the_mean_over_pixels_that_are_not_ignored(kind, dtype):
     logits, mask = random_logits(), random_mask(kind, dtype=dtype)
     assert_value_and_gradient(cross_entropy(logits, mask), logits, lambda z: plain_cross_entropy(z, mask))
 
@@ -129,7 +128,7 @@ def test_weighted_cross_entropy_is_the_weighted_mean(kind):
     assert_value_and_gradient(loss, logits, lambda z: plain_cross_entropy(z, mask, weights=WEIGHTS_C))
 
 
-def test_class_weights_come_from_the_specification():
+def test_class_weights_are_read_from_the_options():
     logits, mask = random_logits(), random_mask()
     loss = build_criterion({"name": "ce", "class_weights": list(WEIGHTS_C)}, C).double()(logits, mask)
     assert loss.item() == pytest.approx(plain_cross_entropy(logits.detach().numpy(), mask, weights=WEIGHTS_C))
@@ -147,14 +146,14 @@ def test_ignore_index_is_configurable(name, ignore_index):
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(("threshold", "min_kept"), [(0.7, 3), (0.05, 20), (0.0, 1), (0.3, 15), (0.5, 10_000)])
-def test_ohem_keeps_hard_pixels_only(kind, threshold, min_kept):
+def test_ohem_is_the_mean_over_hard_pixels(kind, threshold, min_kept):
     logits, mask = random_logits(), random_mask(kind)
     loss = ohem_cross_entropy(logits, mask, threshold=threshold, min_kept=min_kept)
     assert_value_and_gradient(loss, logits, lambda z: plain_ohem(z, mask, 255, threshold, min_kept))
 
 
 def logits_of(probabilities):
-    """Two classes, one row of pixels, with the given probabilities of class 0."""
+    """Return logits of two classes for a row of pixels, from the probabilities of class 0."""
     p = torch.tensor(probabilities, dtype=torch.float64)
     return torch.stack([p, 1 - p]).log()[None, :, None]
 
@@ -167,10 +166,10 @@ def logits_of(probabilities):
         (0.3, 2, [0.1, 0.2]),
         (0.0, 1, [0.1]),
         (0.3, 6, [0.1, 0.2, 0.5, 0.6, 0.8, 0.9]),  # exactly min_kept pixels
-        (0.3, 7, [0.1, 0.2, 0.5, 0.6, 0.8, 0.9]),  # fewer than min_kept: all that are valid
+        (0.3, 7, [0.1, 0.2, 0.5, 0.6, 0.8, 0.9]),  # fewer than min_kept: all valid pixels
     ],
 )
-def test_ohem_limit_is_the_larger_of_threshold_and_kth(threshold, min_kept, kept):
+def test_ohem_limit_is_the_larger_of_the_threshold_and_the_kth_probability(threshold, min_kept, kept):
     logits = logits_of([0.9, 0.1, 0.5, 0.8, 0.01, 0.2, 0.6, 0.02])
     mask = torch.tensor([[[0, 0, 0, 0, 255, 0, 0, 255]]])  # the smallest probabilities are ignored
     loss = ohem_cross_entropy(logits, mask, threshold=threshold, min_kept=min_kept)
@@ -178,13 +177,13 @@ def test_ohem_limit_is_the_larger_of_threshold_and_kth(threshold, min_kept, kept
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_dice_is_the_mean_over_the_classes_of_the_masks(kind):
+def test_dice_is_the_mean_over_the_classes_in_the_masks(kind):
     logits, mask = random_logits(), random_mask(kind)
     assert_value_and_gradient(dice_loss(logits, mask), logits, lambda z: plain_dice(z, mask))
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem"])
-def test_added_dice_has_its_weight(name):
+def test_dice_weight_adds_a_weighted_dice_loss(name):
     logits, mask = random_logits(), random_mask()
     options = {"min_kept": 10} if name == "ohem" else {}
     alone, dice = (build_criterion({"name": kind, **extra}, C) for kind, extra in ((name, options), ("dice", {})))
@@ -197,7 +196,7 @@ CRITERIA = ["ce", "ohem", "dice", {"name": "ce", "class_weights": list(WEIGHTS_C
 
 @pytest.mark.parametrize("spec", CRITERIA, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_all_pixels_ignored_gives_zero_with_zero_gradient(spec, scale):
+def test_losses_are_zero_with_zero_gradient_if_all_pixels_are_ignored(spec, scale):
     logits = random_logits(scale=scale)
     loss = build_criterion(spec, C).double()(logits, torch.full((B, H, W), 255, dtype=torch.uint8))
     (grad,) = torch.autograd.grad(loss, logits)
@@ -205,7 +204,7 @@ def test_all_pixels_ignored_gives_zero_with_zero_gradient(spec, scale):
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_only_pixels_of_weight_zero_give_zero_with_zero_gradient():
+def test_losses_are_zero_with_zero_gradient_if_all_pixels_have_weight_zero():
     logits = random_logits()
     weights = torch.tensor(WEIGHTS_C, dtype=torch.float64)
     loss = cross_entropy(logits, torch.full((B, H, W), 2), class_weights_C=weights)
@@ -215,7 +214,7 @@ def test_only_pixels_of_weight_zero_give_zero_with_zero_gradient():
 
 
 class Operations(TorchDispatchMode):
-    """Notes every operation, with its arguments."""
+    """Records all operations and their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -227,8 +226,8 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("spec", CRITERIA, ids=str)
-def test_nothing_is_computed_that_a_gpu_cannot_do_deterministically(spec):
-    """A loss that torch sums itself, and kthvalue: trainer.deterministic=true refuses them on a GPU."""
+def test_losses_use_operations_that_are_deterministic_on_a_gpu(spec):
+    """trainer.deterministic=true refuses kthvalue and torch's own reduction of the cross entropy."""
     logits = random_logits()
     with Operations() as operations:
         build_criterion(spec, C).double()(logits, random_mask()).backward()
@@ -239,7 +238,7 @@ def test_nothing_is_computed_that_a_gpu_cannot_do_deterministically(spec):
 
 
 @pytest.mark.parametrize("spec", CRITERIA, ids=str)
-def test_very_sure_logits_give_finite_losses_and_gradients(spec):
+def test_large_logits_give_finite_losses_and_gradients(spec):
     logits = (random_logits().detach() * 1e3).float().requires_grad_()
     loss = build_criterion(spec, C)(logits, random_mask())
     (grad,) = torch.autograd.grad(loss, logits)
@@ -257,13 +256,13 @@ def random_pseudo(seed=1):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.95])
-def test_consistency_loss_is_divided_by_the_valid_pixels(threshold):
+def test_consistency_loss_is_divided_by_the_number_of_valid_pixels(threshold):
     logits, pseudo = random_logits(), random_pseudo()
     loss = consistency_loss(logits, pseudo, threshold)
     assert_value_and_gradient(loss, logits, lambda z: plain_consistency(z, pseudo, threshold))
 
 
-def test_consistency_counts_a_confidence_equal_to_the_threshold():
+def test_a_confidence_equal_to_the_threshold_counts():
     logits, pseudo = random_logits(), random_pseudo()
     pseudo.confidence_BHW[:] = 0.75
     assert consistency_loss(logits, pseudo, 0.75) > 0
@@ -271,7 +270,7 @@ def test_consistency_counts_a_confidence_equal_to_the_threshold():
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.95])
-def test_consistency_without_valid_pixels_is_zero_with_zero_gradient(threshold):
+def test_consistency_loss_without_valid_pixels_is_zero_with_zero_gradient(threshold):
     logits, pseudo = random_logits(), random_pseudo()
     pseudo.valid_BHW[:] = False
     loss = consistency_loss(logits, pseudo, threshold)
@@ -311,7 +310,7 @@ def test_confidence_has_float32_precision_for_half_logits(dtype):
 PARTS = ("label_BHW", "confidence_BHW", "valid_BHW")
 
 
-def test_mix_takes_all_three_parts_from_the_partner_inside():
+def test_mix_takes_all_parts_from_the_partner_inside_the_box():
     own, partner = random_pseudo(1), random_pseudo(2)
     inside = torch.rand(B, H, W, generator=torch.Generator().manual_seed(3)) < 0.5
     mixed = own.mix(partner, inside)
@@ -322,7 +321,7 @@ def test_mix_takes_all_three_parts_from_the_partner_inside():
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 5])
-def test_roll_gives_the_labels_of_the_image_before(shift):
+def test_roll_shifts_the_batch(shift):
     rng = torch.Generator().manual_seed(0)
     pseudo = PseudoLabels(
         torch.randint(0, C, (3, H, W), generator=rng),
@@ -353,52 +352,24 @@ def test_confident_ratio_without_valid_pixels_is_zero():
     assert pseudo.confident_ratio(0.0).item() == 0
 
 
-def weight(schedule, epoch=0, step=0, epochs=80, steps=800, maximum=0.25):
-    return volatile_weight(schedule, maximum, epoch=epoch, epochs=epochs, step=step, steps=steps)
-
-
 @pytest.mark.parametrize(
-    ("schedule", "expected"), [("linear_epoch", 0.0), ("linear_step", 0.0), ("constant", 0.25), ("off", 0.0)]
-)
-def test_volatile_weight_at_the_start(schedule, expected):
-    assert weight(schedule) == expected
-
-
-def test_volatile_weight_rises_by_epoch_to_just_under_its_maximum():
-    assert round(weight("linear_epoch", epoch=79), 4) == 0.2469
-    assert [weight("linear_epoch", epoch=e) for e in (0, 20, 40, 60)] == [0, 0.0625, 0.125, 0.1875]
-    assert weight("linear_epoch", epoch=20, step=209) == weight("linear_epoch", epoch=20, step=200)
-
-
-def test_volatile_weight_rises_by_step():
-    assert [weight("linear_step", epoch=9, step=s) for s in (0, 200, 400)] == [0, 0.0625, 0.125]
-    assert weight("linear_step", step=799) == pytest.approx(0.25 * 799 / 800)
-
-
-@pytest.mark.parametrize("schedule", ["linear_epoch", "linear_step", "constant", "off"])
-def test_volatile_weight_never_leaves_its_range(schedule):
-    for epoch, step in [(0, 0), (79, 799), (80, 800), (500, 5000)]:
-        assert 0 <= weight(schedule, epoch, step) <= 0.25
-    assert weight(schedule, epochs=0, steps=0) in (0, 0.25)
-
-
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
+    ("spec", "message"),
     [
         ("cee", "expected a criterion of ce, ohem, dice, but got 'cee'. Did you mean ce?"),
         ({"name": "ohm"}, "expected a criterion of ce, ohem, dice, but got 'ohm'. Did you mean ohem?"),
         ({"name": "ce", "thresh": 0.7}, "criterion ce takes class_weights, dice_weight, but got thresh"),
         ({"name": "dice", "dice_weight": 1}, "criterion dice takes no options, but got dice_weight"),
-        ({"name": "ce", "class_weights": [1.0, 2.0]}, "expected 4 class weights, one a class, but got 2"),
+        ({"name": "ohem", "min_kept": 0}, "expected min_kept of at least 1 pixel, but got 0"),
+        ({"name": "ce", "class_weights": [1.0, 2.0]}, "expected 4 class weights, one per class, but got 2"),
     ],
 )
-def test_wrong_criteria_are_refused_by_one_sentence(spec, sentence):
+def test_wrong_criteria_are_refused(spec, message):
     with pytest.raises(UserError) as error:
         build_criterion(spec, C)
-    assert str(error.value) == sentence
+    assert str(error.value) == message
 
 
-def test_build_criterion_leaves_its_specification_alone():
+def test_build_criterion_does_not_modify_its_options():
     spec = {"name": "ohem", "min_kept": 10, "dice_weight": 0.5}
     build_criterion(spec, C)
     assert spec == {"name": "ohem", "min_kept": 10, "dice_weight": 0.5}

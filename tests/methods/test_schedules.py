@@ -1,0 +1,106 @@
+"""Schedules of lambda and of the learning rate, the length of training, and the optimizer."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mlpmatch_pl import UserError
+from mlpmatch_pl.methods.schedules import TrainingLength, build_sgd, poly_decay, volatile_weight
+
+
+def weight(schedule, epoch=0, step=0, epochs=80, steps=800):
+    return volatile_weight(schedule, 0.25, epoch=epoch, epochs=epochs, step=step, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "start", "middle", "end"),
+    [
+        ("linear_epoch", 0.0, 0.125, 0.25 * 79 / 80),
+        ("linear_step", 0.0, 0.125 + 0.25 * 5 / 800, 0.25 * 799 / 800),
+        ("constant", 0.25, 0.25, 0.25),
+        ("off", 0.0, 0.0, 0.0),
+    ],
+)
+def test_lambda_follows_its_schedule(schedule, start, middle, end):
+    values = [weight(schedule), weight(schedule, epoch=40, step=405), weight(schedule, epoch=79, step=799)]
+    assert values == pytest.approx([start, middle, end], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear_epoch", "linear_step", "constant", "off"])
+def test_lambda_stays_in_its_range(schedule):
+    for epoch, step in [(0, 0), (80, 800), (500, 5000)]:
+        assert 0 <= weight(schedule, epoch, step) <= 0.25
+    assert weight(schedule, epochs=0, steps=0) in (0, 0.25)
+
+
+@pytest.mark.parametrize(("schedule", "unit"), [("linear_epoch", "epochs"), ("linear_step", "steps")])
+def test_a_schedule_asks_for_the_length_it_needs(schedule, unit):
+    known = {"epochs": 80, "steps": 800}
+    assert weight(schedule, **{name: value for name, value in known.items() if name == unit}) == 0
+    message = f"expected a known number of training {unit} for method.lambda_schedule={schedule}.* set max_{unit} of"
+    with pytest.raises(UserError, match=message):
+        weight(schedule, **{unit: None})
+    assert weight("constant", epochs=None, steps=None) == 0.25
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_poly_decay_lags_one_step_if_late(late):
+    factors = [poly_decay(step, 10, 0.9, late) for step in range(15)]
+    assert factors[:11] == pytest.approx([(1 - max(step - late, 0) / 10) ** 0.9 for step in range(11)])
+    assert factors[11:] == [0.0] * 4
+    assert poly_decay(0, 0, 0.9, late) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("estimated", "batches", "max_epochs", "accumulated", "expected"),
+    [
+        (60, 20, 3, 1, TrainingLength(60, 3)),
+        (30, 20, 3, 2, TrainingLength(30, 3)),
+        (25, 20, -1, 1, TrainingLength(25, 2)),  # max_steps within the second epoch
+        (6, 3, 3, 2, TrainingLength(6, 3)),  # the last step of an epoch has fewer batches
+        (4, math.inf, None, 1, TrainingLength(4, None)),  # a loader without length, max_steps
+        (-1, math.inf, 2, 1, TrainingLength(None, 2)),  # a loader without length, max_epochs
+        (math.inf, 20, -1, 1, TrainingLength(None, None)),  # endless
+    ],
+)
+def test_the_length_is_read_from_the_trainer(estimated, batches, max_epochs, accumulated, expected):
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=estimated,
+        num_training_batches=batches,
+        max_epochs=max_epochs,
+        accumulate_grad_batches=accumulated,
+    )
+    assert TrainingLength.of(trainer) == expected
+
+
+def test_an_unknown_number_of_steps_is_asked_for():
+    assert TrainingLength(steps=10).required_steps() == 10
+    with pytest.raises(UserError, match=r"expected a known number of training steps .* set max_steps of the Trainer"):
+        TrainingLength(epochs=3).required_steps()
+
+
+def test_sgd_has_a_learning_rate_for_encoder_and_decoder_and_equals_a_plain_loop():
+    options = {"lr": 0.01, "lr_multi": 5.0, "momentum": 0.8, "weight_decay": 0.002}
+    updated = []
+    for fused in (False, True):
+        encoder, decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            nn.init.constant_(parameter, 1.0)
+        optimizer = build_sgd(encoder, decoder, {**options, "fused_optimizer": fused})
+        assert bool(optimizer.defaults["fused"]) is fused
+        for _ in range(2):
+            for parameter in (*encoder.parameters(), *decoder.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1)
+            optimizer.step()
+        updated.append([encoder.weight[0, 0].item(), decoder.bias[0].item()])
+    expected = []
+    for lr in (0.01, 0.05):
+        value, velocity = 1.0, 0.0
+        for _ in range(2):
+            velocity = 0.8 * velocity + 0.1 + 0.002 * value
+            value -= lr * velocity
+        expected.append(value)
+    assert updated == [pytest.approx(expected, rel=1e-6)] * 2
