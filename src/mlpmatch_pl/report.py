@@ -1,114 +1,76 @@
-"""Report runs: tables, plots and one page from the folders that trainings wrote.
+"""Report runs: tables, plots and one HTML page from run folders.
 
-    python -m mlpmatch_pl.report runs                                        # every run below runs/
+    python -m mlpmatch_pl.report runs                               # every run below runs/
     python -m mlpmatch_pl.report multirun/2026-01-31_12-00-00 runs/mine output=reports/mine
-    python -m mlpmatch_pl.report runs pool_splits=true                       # mean over split seeds, too
+    python -m mlpmatch_pl.report runs=[multirun/a,runs/b] pool_splits=true  # mean over split seeds, too
 
-Reads what is there: trainings may go on meanwhile, may have failed, or be half written.
+Reads what is there: trainings may still be running, may have failed, or be half written. Needs neither torch nor
+Lightning. Heavy imports are inside `report`, so that ``--help`` and ``--cfg job`` answer at once.
 """
 
-import argparse
-import re
 import sys
-import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mlpmatch_pl.commands.cli import guarded
-from mlpmatch_pl.utils.errors import UserError, suggest
+import hydra
+from omegaconf import DictConfig, OmegaConf
 
-if TYPE_CHECKING:
-    from mlpmatch_pl.commands.report.run import Options
-
-_HELP = """options:
-  output=FOLDER      where to write; reports/<time> if left out
-  overwrite=true     replace a report that is there
-  pool_splits=true   average over seeded splits of one size, 1/8 (seed 0) and 1/8 (seed 1); else each split is a row
-  pictures=3         prediction pictures of a run; 0 for none
-
-writes report.html (everything, in one file), summary.md, summary.csv (mean, deviation and number of runs of every
-score), runs.csv (a run a line), miou_*.svg and curves_*.svg
-
-Runs are averaged if they differ in nothing but their seed: every other key in which runs of a data set differ is a
-column, and labeled lists are told apart by their hash. Exit code 1 if a file is broken; all else is reported."""
-_OPTIONS = ("output", "overwrite", "pool_splits", "pictures")
+from mlpmatch_pl.commands.cli import guarded_job, literal_paths, run_command
 
 
-def read_arguments(arguments: Sequence[str]) -> "tuple[list[Path], Options]":
-    """Tell folders from options.
+def report(cfg: DictConfig) -> bool:
+    """Write the report of a composed configuration, and print its tables.
 
     Args:
-        arguments: Folders, and options as ``key=value``; what is there as a file or folder is never an option.
+        cfg: As composed from ``conf/report.yaml``.
+
+    Returns:
+        Whether all files could be read.
 
     Raises:
-        UserError: If there is no folder, an option is unknown, or its value is wrong.
-
-    Example:
-        >>> folders, options = read_arguments(["runs", "output=out", "pictures=0"])
-        >>> [str(folder) for folder in folders], str(options.output), options.pictures
-        (['runs'], 'out', 0)
+        UserError: If the configuration is wrong, or there is nothing to report.
     """
-    from mlpmatch_pl.commands.report.run import Options
+    from mlpmatch_pl.commands.report.run import Options, write_report
     from mlpmatch_pl.utils.validation import read_options
 
-    given: dict[str, Any] = {"output": f"reports/{time.strftime('%Y-%m-%d_%H-%M-%S')}"}
-    folders = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in _OPTIONS:
-            given[key] = value if key == "output" else _plain(value)
-        elif equals and not Path(argument).exists():
-            raise UserError(f"there is no option {key}, only {', '.join(_OPTIONS)}.{suggest(key, _OPTIONS)}")
-        else:
-            folders.append(Path(argument))
-    if not folders:
-        raise UserError("expected a folder of runs, but got none; name one, as in: python -m mlpmatch_pl.report runs")
-    return folders, read_options(Options, given)
-
-
-def _plain(value: str) -> bool | int | str:
-    """Read a value as YAML would."""
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else value
-
-
-def report(arguments: Sequence[str]) -> int:
-    """Report what the arguments name, print the tables, and return the exit code.
-
-    Args:
-        arguments: As on the command line.
-
-    Raises:
-        UserError: If the arguments are wrong, or there is nothing to report.
-    """
-    from mlpmatch_pl.commands.report.run import write_report
-    from mlpmatch_pl.commands.report.terminal import show
-
-    folders, options = read_arguments(arguments)
-    result = write_report(folders, options)
-    for table in result.tables:
-        show(table)
-    print(result.summary)
-    print("\n".join(f"wrote {path}" for path in result.files))
+    result = write_report(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    result.show()
     if result.broken:
         print("error: some files are broken, see the table of problems", file=sys.stderr)
-    return int(result.broken)
+    return not result.broken
+
+
+@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="report")  # type: ignore[untyped-decorator]
+def _hydra_main(cfg: DictConfig) -> None:
+    with guarded_job("report"):
+        if not report(cfg):
+            sys.exit(1)
+
+
+def named_folders(arguments: Sequence[str]) -> list[str]:
+    """Turn folders among a command's arguments into ``runs=[...]``, and quote paths for Hydra.
+
+    Example:
+        >>> named_folders(["multirun/a", "runs/b", "output=x", "--cfg", "job"])
+        ["runs=['multirun/a','runs/b']", "output='x'", '--cfg', 'job']
+        >>> named_folders(["runs=multirun/a, b"]), named_folders(["runs=[a,b]"])
+        (["runs='multirun/a, b'"], ['runs=[a,b]'])
+    """
+    folders, others = [], []
+    for before, argument in pairwise(["", *arguments]):
+        is_option = argument.startswith("-") or before.startswith("-")
+        if is_option or ("=" in argument and not Path(argument).is_dir()):
+            others += [argument] if argument.startswith("runs=[") else literal_paths([argument], ("runs", "output"))
+        else:
+            folders += [quoted.removeprefix("runs=") for quoted in literal_paths([f"runs={argument}"], ("runs",))]
+    return [f"runs=[{','.join(folders)}]", *others] if folders else others
 
 
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1, and so do broken files, after all the rest."""
-    parser = argparse.ArgumentParser(
-        "python -m mlpmatch_pl.report",
-        description="Report runs: tables of mean and deviation, plots, and one page.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("arguments", nargs="*", metavar="FOLDER", help="run folders, or folders with runs below")
-    arguments = parser.parse_args().arguments
-    with guarded("train"):
-        sys.exit(report(arguments))
+    sys.argv[1:] = named_folders(sys.argv[1:])
+    run_command("report", _hydra_main)
 
 
 if __name__ == "__main__":

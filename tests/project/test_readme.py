@@ -15,16 +15,17 @@ from mlpmatch_pl.commands.evaluate.options import Options as Evaluate
 from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import Options as Predict
 from mlpmatch_pl.commands.prepare.run import Options as Prepare
+from mlpmatch_pl.commands.report.run import Options as Report
 from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.evaluate import added_keys
-from mlpmatch_pl.report import read_arguments
+from mlpmatch_pl.report import named_folders
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.validation import fitted, parameters, read_options
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIKE_TRAIN = ("train", "check", "benchmark")  # the same overrides
-OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "prepare": Prepare}
+OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "prepare": Prepare, "report": Report}
 NEEDED = {  # by a command beside an override that stands alone
     "train": ("dataset=folder", "dataset.root=x", "dataset.classes=[a,b]"),
     "benchmark": (),
@@ -32,6 +33,7 @@ NEEDED = {  # by a command beside an override that stands alone
     "predict": ("checkpoint=x", "input=x", "output=x"),
     "export": ("checkpoint=x",),
     "prepare": ("dataset=voc", "root=x"),
+    "report": ("runs=x",),
 }
 REFUSED = ("overwrite=no",)  # what the pages show as refused
 NOT_COMPOSED = {  # by their beginning
@@ -143,8 +145,7 @@ def compose_command(command: str, arguments: list[str]) -> None:
     values = [part for part in arguments if not part.startswith(("-", "hydra."))]
     values = [re.sub(r"=([^\[,]+),.*", r"=\1", value) for value in values]  # the first of a sweep
     if command == "report":
-        read_arguments(values)
-        return
+        values = named_folders(values)
     if command == "evaluate":
         values = added_keys(values)
     pass_the_door(command, compose_for(command, *values))

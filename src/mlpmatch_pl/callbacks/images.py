@@ -19,7 +19,7 @@ from mlpmatch_pl.evaluation import confidence_and_class
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.seeding import evenly_spaced
-from mlpmatch_pl.visualization.panels import Array, prediction_panels, to_rgb
+from mlpmatch_pl.visualization.panels import Array, prediction_panels, save_panels, to_rgb
 from mlpmatch_pl.visualization.plots import confusion_matrix_plot
 
 
@@ -127,7 +127,7 @@ class PredictionPanels(Callback):
         predicted = [_predict(module, samples[index], source.name(index), threshold) for index in chosen]
         sheets = [item.sheet(data) for item in predicted]
         for item, sheet in zip(predicted, sheets, strict=True):
-            sheet.save(folder / f"{item.name.replace('/', '_').rsplit('.', 1)[0]}.png")
+            save_panels(sheet, folder / f"{item.name.replace('/', '_').rsplit('.', 1)[0]}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _log_masks(logger, part, predicted, data)

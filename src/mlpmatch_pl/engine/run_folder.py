@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
@@ -21,7 +22,7 @@ SPLITS = "splits.json"
 
 
 def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) -> None:
-    """Write config.yaml, the lists labeled.txt and val.txt, and splits.json with the name, size and hash of each.
+    """Write config.yaml, overrides.yaml, the lists labeled.txt and val.txt, and splits.json that describes all lists.
 
     When a run is resumed with another configuration, the previous one is kept as config-1.yaml, config-2.yaml ...
     """
@@ -29,6 +30,8 @@ def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) 
     changed = path.exists() and _settings(_load_or_none(path)) != _settings(config)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     atomic_write(path, text, keep_as=free_name(path).name if changed else None)
+    if HydraConfig.initialized():
+        atomic_write(output_dir / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
     save_lists(output_dir, data)
     atomic_write(output_dir / SPLITS, json.dumps(describe_splits(data), indent=2) + "\n")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 Array = NDArray[Any]
 Colors = Sequence[tuple[int, int, int]]
@@ -56,7 +60,15 @@ def prediction_panels(
     if threshold is not None:
         sure_HW = np.where(confidence_HW >= threshold, label_HW, 255)  # no class: drawn as ignored
         panels[f"pseudo label (from {threshold:g})"] = colorize(sure_HW, colors)
-    return sheet_of([panels], class_names, colors)
+    sheet = sheet_of([panels], class_names, colors)
+    width, height = _panel_size(image_HWC, PANEL_WIDTH)
+    lefts = range(MARGIN, sheet.width, width + MARGIN)
+    boxes = {title: (left, TITLE, left + width, TITLE + height) for title, left in zip(panels, lefts, strict=True)}
+    classes = {
+        name: f"#{red:02x}{green:02x}{blue:02x}" for name, (red, green, blue) in zip(class_names, colors, strict=True)
+    }
+    sheet.info["panels"] = json.dumps({"boxes": boxes, "classes": classes})
+    return sheet
 
 
 def sheet_of(
@@ -79,6 +91,47 @@ def sheet_of(
         sheet.paste(row, (0, y))
         y += row.height
     return sheet
+
+
+def save_panels(sheet: PILImage.Image, path: Path) -> None:
+    """Save a sheet of `prediction_panels` as PNG, with what `read_panels` needs to cut it."""
+    info = PngInfo()
+    info.add_text("panels", sheet.info["panels"])
+    sheet.save(path, pnginfo=info)
+
+
+def read_panels(path: Path) -> tuple[dict[str, PILImage.Image], dict[str, str]]:
+    """Cut a sheet that `save_panels` has written into its panels.
+
+    Returns:
+        The panels by title, ``image``, ``truth``, ``prediction`` among them, and the classes' colors, ``#rrggbb``, by
+        name; nothing for another PNG file.
+
+    Raises:
+        OSError, SyntaxError, ValueError, TypeError, AttributeError: If the file is broken.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> flat = np.zeros((20, 640), np.uint8)
+        >>> image, confidence = np.zeros((20, 640, 3), np.uint8), flat / 1.0
+        >>> with TemporaryDirectory() as folder:
+        ...     save_panels(prediction_panels(image, flat, flat, confidence, ["a"], [(9, 9, 9)]), Path(folder, "a.png"))
+        ...     panels, classes = read_panels(Path(folder, "a.png"))
+        >>> panels["truth"].size, panels["truth"].getpixel((0, 0)), classes
+        ((640, 20), (9, 9, 9), {'a': '#090909'})
+    """
+    with PILImage.open(path) as sheet:
+        info = json.loads(sheet.info.get("panels", '{"boxes": {}, "classes": {}}'))
+        pixels = sheet.convert("RGB")
+    panels = {}
+    for title, box in info["boxes"].items():
+        left, top, right, bottom = map(int, box)
+        if not (0 <= left < right <= pixels.width and 0 <= top < bottom <= pixels.height):
+            raise ValueError(f"panel {title!r} is outside the sheet")
+        panels[str(title)] = pixels.crop((left, top, right, bottom))
+    if wrong := [color for color in info["classes"].values() if not re.fullmatch("#[0-9a-f]{6}", color)]:
+        raise ValueError(f"{wrong[0]!r} is not a color")
+    return panels, info["classes"]
 
 
 def to_rgb(image_HWC: Array, limits: tuple[float, float] | None = None) -> Array:
@@ -107,9 +160,7 @@ def to_rgb(image_HWC: Array, limits: tuple[float, float] | None = None) -> Array
 
 def _panel_row(panels: Mapping[str, Array], least_width: int) -> PILImage.Image:
     """Put pictures of one size side by side, each below its title."""
-    height, width = next(iter(panels.values())).shape[:2]
-    factor = max(least_width / width, 1.0)
-    width, height = round(width * factor), round(height * factor)
+    width, height = _panel_size(next(iter(panels.values())), least_width)
     row = PILImage.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, TITLE + height + MARGIN), PAPER)
     for column, (title, pixels) in enumerate(panels.items()):
         x = MARGIN + column * (width + MARGIN)
@@ -117,6 +168,12 @@ def _panel_row(panels: Mapping[str, Array], least_width: int) -> PILImage.Image:
         ImageDraw.Draw(row).text((x, 3), title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
         row.paste(PILImage.fromarray(pixels).resize((width, height), smooth), (x, TITLE))
     return row
+
+
+def _panel_size(pixels_HWC: Array, least_width: int) -> tuple[int, int]:
+    height, width = pixels_HWC.shape[:2]
+    factor = max(least_width / width, 1.0)
+    return round(width * factor), round(height * factor)
 
 
 def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> PILImage.Image:

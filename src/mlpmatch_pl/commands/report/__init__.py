@@ -1,1 +1,1 @@
-"""Tables, plots and an HTML page from the folders of finished runs."""
+"""Compare runs: tables, plots and an HTML page from run folders, without torch."""
