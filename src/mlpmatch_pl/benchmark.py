@@ -1,10 +1,10 @@
-"""How fast will a training be here, and what slows it down?
+"""How fast will this training be here, and what slows it down?
 
     python -m mlpmatch_pl.benchmark dataset=folder dataset.root=my_images 'dataset.classes=[road,sky]'
     python -m mlpmatch_pl.benchmark experiment=voc_92_r50 trainer=gpu loader.num_workers=8
 
-Takes the overrides that ``mlpmatch_pl.train`` takes. Runs some steps of that training and throws them away; prints and
-writes (benchmark.json) what the parts of a step take, the time of the whole schedule, and what to change first.
+Takes the overrides of ``mlpmatch_pl.train``. Runs some steps of that training, discards them, and prints and writes
+(benchmark.json) images per second, data wait, memory, the time of the whole training, and what to change first.
 """
 
 from typing import Any
@@ -19,14 +19,14 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     """Measure the training of a composed configuration.
 
     Args:
-        cfg: As composed from ``conf/benchmark.yaml``; outside of Hydra's command line, ``output_dir`` must be set.
+        cfg: As composed from ``conf/benchmark.yaml``; without Hydra's command line, ``output_dir`` must be set.
 
     Returns:
-        What benchmark.json holds: the parts of a batch, memory, loading, validation, schedule, learning rate, advice.
+        The content of benchmark.json.
 
     Raises:
-        UserError: If the configuration or the data is wrong, ``output_dir`` holds a benchmark.json already, or a batch
-            does not fit on the device.
+        UserError: If the configuration or the data is wrong, ``output_dir`` has a benchmark.json, or a batch does not
+            fit into the memory of the device.
     """
     from mlpmatch_pl.commands.benchmark.run import run
 

@@ -1,1 +1,1 @@
-"""How fast a training will be here, and what slows it down."""
+"""The speed of a training on this machine, measured before it starts."""

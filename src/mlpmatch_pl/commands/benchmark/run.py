@@ -1,55 +1,60 @@
-"""Measure a training, and say what its parts take and what to change first."""
+"""Run some steps of a training and predict how long all of it will take."""
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig
 
 import mlpmatch_pl
-from mlpmatch_pl.commands.benchmark.advice import Hardware, Loading, first_to_fix, sentence, shares
-from mlpmatch_pl.commands.benchmark.clock import PARTS
-from mlpmatch_pl.commands.benchmark.figures import (
-    Schedule,
-    Spread,
-    reaching_accumulation,
-    spread_of_parts,
-    whole_schedule,
+from mlpmatch_pl.callbacks.progress import DataWait
+from mlpmatch_pl.commands.benchmark.summary import advise, summarize
+from mlpmatch_pl.commands.benchmark.timing import (
+    StepTimer,
+    ValidationTimer,
+    largest_batch,
+    predicted_wait,
+    time_loading,
+    workers_needed,
 )
-from mlpmatch_pl.commands.benchmark.fitting import Training, second_size
-from mlpmatch_pl.commands.benchmark.loading import predicted_wait, present_workers, time_loading, workers_needed
-from mlpmatch_pl.commands.benchmark.memory import device_bytes
-from mlpmatch_pl.commands.benchmark.report import show
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.build import build_datamodule, build_module, read_config
 from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.engine.results import describe_device
-from mlpmatch_pl.engine.trainer import images_per_update
+from mlpmatch_pl.engine.trainer import build_trainer
 from mlpmatch_pl.methods.method import resolve_method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.cpu import usable_cores
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_FOLDER, refuse_overwrite
+from mlpmatch_pl.utils.progress import megabytes
 from mlpmatch_pl.utils.validation import read_options
 
 log = logging.getLogger(__name__)
 
+_MEMORY_STEPS = 2  # optimizer steps until the peak memory: the first one creates the momentum
+_SMALLEST_BATCH = 2  # BatchNorm and CutMix need two images
+
 
 @dataclass(frozen=True)
 class Options:
-    """The group benchmark of the configuration.
+    """The group ``benchmark`` of the configuration.
 
     Attributes:
-        steps: Optimizer steps that are measured.
-        warmup: Optimizer steps before them, which do not count.
-        validation: Validation batches that are measured.
-        loading: Batches that this process loads alone.
+        steps: Optimizer steps that are timed.
+        warmup: Optimizer steps before them.
+        validation: Validation batches that are timed.
+        loading: Batches that are loaded in one process.
 
     Raises:
         UserError: If one is too small.
@@ -64,7 +69,7 @@ class Options:
         for key, value in asdict(self).items():
             least = 0 if key == "warmup" else 1
             if value < least:
-                raise UserError(f"expected benchmark.{key} as a whole number from {least} on, but got {value}")
+                raise UserError(f"expected benchmark.{key} to be an integer >= {least}, but got {value}")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -77,116 +82,168 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
-    training = Training(config, target.parent, datamodule)
+    training = ShortTraining(config, target.parent, datamodule)
     trainer = training.trainer()
+    device, accumulated = describe_device(trainer), trainer.accumulate_grad_batches
     module = build_module(config, method, datamodule, trainer)
     datamodule.prepare_data()
-    accumulated = trainer.accumulate_grad_batches
-    log.info("measuring %d steps of %s on %s", options.steps, method.name, describe_device(trainer))
-    measured = training.fit(module, (options.warmup + options.steps) * accumulated)
-    if measured is None:
-        raise training.refuse_batch(module)
-    clock, used = measured
-    parts = spread_of_parts(clock.seconds(options.warmup * accumulated))
-    validation_batch = training.validate(module, options.validation)
-    loading, report_of_loading = _loading(training, parts, options.loading)
-    schedule = _schedule(training, trainer, parts["batch"].mean, loading, parts["data wait"].mean, validation_batch)
+    log.info("measuring %d steps of %s on %s", options.steps, method.name, device)
+    timer = training.fit(module, (options.warmup + options.steps) * accumulated)
+    if timer is None:
+        raise training.refuse_batch(module, trainer.strategy.root_device)
+    measured_wait, step = timer.seconds(options.warmup * accumulated)
+    loading = _time_loading(datamodule, options.loading, step)
+    # In a short measurement, batches that were loaded ahead hide that workers are too slow.
+    wait = max(measured_wait, loading.pop("predicted_wait"))
     report = {
         "method": method.name,
-        "device": describe_device(trainer),
+        "device": device,
         "precision": str(trainer.precision),
-        "batch": _batch(training, trainer, module),
-        "parts": {name: asdict(part) for name, part in parts.items()},
-        "images_per_second": datamodule.images_per_step / parts["batch"].mean,
-        "memory": _memory(training, trainer, module, used),
-        "loading": report_of_loading,
-        "validation": {"images": len(datamodule.data.val), "seconds_a_batch": validation_batch},
-        "schedule": schedule.as_dict(),
-        "learning_rate": _learning_rate(config["schedule"], module, trainer, training),
-        "advice": _advice(config, trainer, parts, loading, schedule),
+        "batch": {
+            "labeled": datamodule.batch_size if method.uses_unlabeled else datamodule.images_per_step,
+            "unlabeled": datamodule.unlabeled_batch_size if method.uses_unlabeled else 0,
+            "crop_size": datamodule.crop_size,
+        },
+        "step_seconds": step,
+        "data_wait_seconds": wait,
+        "images_per_second": datamodule.images_per_step / (step + wait),
+        "loading": loading,
+        "memory": training.memory(module, timer.peak_bytes, trainer.strategy.root_device),
+        "total": _predict_total(trainer, datamodule, step + wait, training.validate(module, options.validation)),
         "versions": {"mlpmatch_pl": mlpmatch_pl.__version__, "torch": torch.__version__},
     }
+    report["advice"] = advise(report, config["trainer"])
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    show(report)
-    log.info("all figures in %s", target)
+    for line in summarize(report):
+        log.info("%s", line)
+    log.info("wrote %s", target)
     return report
 
 
-def _loading(training: Training, parts: dict[str, Spread], batches: int) -> tuple[Loading, dict[str, Any]]:
-    """Compare what a process loads with what the step takes."""
-    step = sum(parts[name].mean for name in PARTS[1:])
-    seconds, present = time_loading(training.datamodule, batches), present_workers(training.datamodule)
-    predicted = predicted_wait(seconds, present, step)
-    needed = workers_needed(seconds, step)
-    # Batches that workers had ready hide in a short measurement that they fall behind in a long one.
-    wait = max(predicted, parts["data wait"].mean)
-    report = {
-        "seconds_a_batch": seconds, "workers": present, "predicted_wait": predicted, "wait": wait,
-        "workers_needed": needed, "cores": usable_cores(),
-    }  # fmt: skip
-    return Loading(wait, sum(present.values()), needed, usable_cores()), report
+class ShortTraining:
+    """A training that stops after some batches.
+
+    Args:
+        config: The whole configuration.
+        output_dir: The folder of the training; nothing is written to it.
+        datamodule: The data.
+    """
+
+    def __init__(self, config: dict[str, Any], output_dir: Path, datamodule: SemiSupervisedDataModule) -> None:
+        # Callbacks, loggers and checkpoints are not timed.
+        silent = {"enable_progress_bar": False, "enable_checkpointing": False, "fast_dev_run": False}
+        self._config, self._output_dir = {**config, "trainer": {**config["trainer"], **silent}}, output_dir
+        self._memory_batches = _MEMORY_STEPS * config["trainer"]["accumulate_grad_batches"]
+        self.datamodule = datamodule
+
+    def trainer(self, *callbacks: Callback) -> Trainer:
+        """Build the trainer of the training.
+
+        Raises:
+            UserError: If the configuration asks for several processes, or for a device that cannot be timed.
+        """
+        trainer = build_trainer(self._config, self._output_dir, self.datamodule, list(callbacks))
+        if trainer.world_size > 1:
+            raise UserError(
+                f"expected one device, but got {trainer.world_size} processes; use trainer.devices=1 and "
+                "trainer.num_nodes=1"
+            )
+        if trainer.strategy.root_device.type not in ("cpu", "cuda"):
+            raise UserError(
+                f"expected a CPU or a CUDA device, but got {trainer.strategy.root_device}; use trainer.accelerator=cpu"
+            )
+        # It would advise to run this very command.
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, DataWait)]  # type: ignore[attr-defined]
+        return trainer
+
+    def fit(self, module: MLPMatch, batches: int) -> StepTimer | None:
+        """Train for some batches; returns None if they do not fit into memory."""
+        timer = StepTimer(batches)
+        trainer = self.trainer(timer)
+        trainer.limit_val_batches = 0
+        epochs = math.ceil(batches / self.datamodule.steps_per_epoch())
+        trainer.fit_loop.max_epochs = max(trainer.max_epochs or 1, epochs)
+        try:
+            trainer.fit(module, datamodule=self.datamodule)
+        except torch.OutOfMemoryError:
+            return None
+        return timer
+
+    def validate(self, module: MLPMatch, batches: int) -> float:
+        """Return the seconds per validation batch, measured on some batches after a first one."""
+        timer = ValidationTimer()
+        trainer = self.trainer(timer)
+        trainer.limit_val_batches = batches + 1
+        trainer.validate(module, datamodule=self.datamodule, verbose=False)
+        return timer.seconds_per_batch
+
+    def memory(self, module: MLPMatch, peak: int, device: torch.device) -> dict[str, int | None]:
+        """Return peak memory, memory of the device, and the largest batch size that fits; None where unknown."""
+        batch = self.datamodule.batch_size
+        if device.type != "cuda":
+            return {"peak_bytes": peak, "device_bytes": None, "largest_batch": None}
+        total = int(torch.cuda.get_device_properties(device).total_memory)
+        other = batch // 2 if batch >= 2 * _SMALLEST_BATCH else 2 * batch
+        gc.collect()  # frees the momentum of the first training
+        with resized(self.datamodule, other):
+            timer = self.fit(module, self._memory_batches)
+        largest = None if timer is None else largest_batch((batch, peak), (other, timer.peak_bytes), total)
+        return {"peak_bytes": peak, "device_bytes": total, "largest_batch": largest}
+
+    def refuse_batch(self, module: MLPMatch, device: torch.device) -> UserError:
+        """Build the error for a batch that does not fit into memory, with the batch size that does."""
+        wanted, accumulated = self.datamodule.batch_size, self._memory_batches // _MEMORY_STEPS
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        message = (
+            f"expected batches of loader.batch_size={wanted} to fit into "
+            f"{'memory' if total is None else f'the {megabytes(total)} of {device}'}, but they do not"
+        )
+        fits = wanted // 2
+        while fits >= _SMALLEST_BATCH:
+            with resized(self.datamodule, fits):
+                if self.fit(module, self._memory_batches) is not None:
+                    return UserError(
+                        f"{message}; use loader.batch_size={fits} "
+                        f"trainer.accumulate_grad_batches={math.ceil(wanted * accumulated / fits)}"
+                    )
+            fits //= 2
+        return UserError(f"{message}, nor do batches of {_SMALLEST_BATCH}; use a smaller loader.crop_size or backbone")
 
 
-def _schedule(
-    training: Training, trainer: Trainer, batch: float, loading: Loading, waited: float, validation_batch: float
-) -> Schedule:
-    datamodule = training.datamodule
-    return whole_schedule(
-        trainer.max_epochs or 1,
-        datamodule.steps_per_epoch(),
-        trainer.check_val_every_n_epoch or 1,
-        batch - waited + loading.wait,
-        math.ceil(len(datamodule.data.val) / datamodule.eval_batch_size),
-        validation_batch,
-    )
+@contextmanager
+def resized(datamodule: SemiSupervisedDataModule, batch: int) -> Iterator[None]:
+    """Change the labeled images in a batch, and the unlabeled ones in proportion."""
+    labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
+    datamodule.batch_size = batch
+    datamodule.unlabeled_batch_size = max(round(unlabeled * batch / labeled), min(unlabeled, _SMALLEST_BATCH))
+    try:
+        yield
+    finally:
+        datamodule.batch_size, datamodule.unlabeled_batch_size = labeled, unlabeled
 
 
-def _batch(training: Training, trainer: Trainer, module: MLPMatch) -> dict[str, Any]:
-    datamodule, unlabeled = training.datamodule, training.datamodule.unlabeled_batch_size
-    semi = module.method.uses_unlabeled
+def _time_loading(datamodule: SemiSupervisedDataModule, batches: int, step: float) -> dict[str, Any]:
+    seconds = time_loading(datamodule, batches)
+    workers = {name: loader.num_workers for name, loader in datamodule.train_dataloader().iterables.items()}
     return {
-        "labeled": datamodule.batch_size if semi else datamodule.images_per_step,
-        "unlabeled": unlabeled if semi else 0,
-        "crop_size": datamodule.crop_size,
-        "accumulated": trainer.accumulate_grad_batches,
+        "seconds_per_batch": seconds,
+        "workers": workers,
+        "workers_needed": workers_needed(seconds, step),
+        "cores": usable_cores(),
+        "predicted_wait": predicted_wait(seconds, workers, step),
     }
 
 
-def _memory(training: Training, trainer: Trainer, module: MLPMatch, used: int) -> dict[str, Any]:
-    device, batch = trainer.strategy.root_device, training.datamodule.batch_size
-    if device.type != "cuda":
-        return {"peak_bytes": used}
-    total, line = device_bytes(device), training.memory_line(module, batch, used)
+def _predict_total(
+    trainer: Trainer, datamodule: SemiSupervisedDataModule, batch: float, validation_batch: float
+) -> dict[str, Any]:
+    """Predict the seconds of the whole training, without checkpoints and the test."""
+    epochs, batches = trainer.max_epochs or 1, datamodule.steps_per_epoch()
+    validations = epochs // (trainer.check_val_every_n_epoch or 1)
+    validation = validations * math.ceil(len(datamodule.data.val) / datamodule.eval_batch_size) * validation_batch
+    seconds = epochs * batches * batch + validation
     return {
-        "peak_bytes": used, "device_bytes": total, "share": used / total, "second_batch": second_size(batch),
-        "second_fits": line is not None, "largest_batch": None if line is None else line.largest_batch(total),
+        "epochs": epochs, "batches_per_epoch": batches, "validations": validations, "seconds": seconds,
+        "validation_share": validation / seconds,
     }  # fmt: skip
-
-
-def _learning_rate(schedule: dict[str, Any], module: MLPMatch, trainer: Trainer, training: Training) -> dict[str, Any]:
-    images = images_per_update(training.datamodule, trainer)
-    reference = schedule["reference_images"]
-    return {
-        "scaled": module.hparams["lr"],
-        "images": images,
-        "configured": schedule["lr"],
-        "reference_images": reference,
-        "reaching_accumulation": reaching_accumulation(training.datamodule.images_per_step, reference),
-    }
-
-
-def _advice(
-    config: dict[str, Any], trainer: Trainer, parts: dict[str, Spread], loading: Loading, schedule: Schedule
-) -> str:
-    part_shares = shares({name: parts[name].mean for name in PARTS}, loading, schedule)
-    options = config["trainer"]
-    hardware = Hardware(
-        trainer.strategy.root_device.type,
-        str(trainer.precision),
-        channels_last=bool(options["channels_last"]),
-        compile_blocks=bool(options["compile_blocks"]),
-        fused_optimizer=bool(options["fused_optimizer"]),
-        clipping=bool(options["gradient_clip_val"]),
-    )
-    return sentence(first_to_fix(part_shares), part_shares, loading, schedule, hardware)
