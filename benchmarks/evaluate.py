@@ -1,18 +1,18 @@
-"""Images a second of an evaluation: this package beside the usual loop over single images.
+"""Evaluated images per second, compared with the usual loop over single images.
 
     python -m benchmarks.evaluate --root /data/voc2012           # or MLPMATCH_DATA=/data with a folder voc2012
     python -m benchmarks.evaluate --backbone resnet101s          # on a GPU
     python -m benchmarks.evaluate --generated                    # without data
 
-The same network, untrained, on the same files, in one process, in turns; the figures are medians over the rounds, and
-the ratio is the median of the rounds' own:
+The loops alternate in one process, with the same untrained network and files. Figures and ratios are medians over the
+rounds:
 
-    plain           an image at a time: PIL, a pass, argmax, a copy to the CPU, numpy.bincount
-    mlpmatch_pl     `Evaluator`: threads that read ahead, batches of one size, counts on the device; BatchNorm folded
-    not folded      the same with the network as it was trained
+    plain           one image at a time: PIL, forward pass, argmax, copy to the CPU, numpy.bincount
+    mlpmatch_pl     `Evaluator`: images read ahead, batches of one size, counts on the device; BatchNorm folded
+    not folded      the same without folding
     with boundary   as mlpmatch_pl, with boundary IoU
 
-Before they are timed, the confusion matrices of both are compared.
+The confusion matrices are compared first.
 """
 
 import argparse
@@ -41,14 +41,14 @@ from mlpmatch_pl.evaluation import predict_logits
 from mlpmatch_pl.evaluation.folding import for_inference
 
 CLASSES = 21
-TOLERANCE = 0.01  # share of pixels that may differ, since two decoders of JPEG and batches of other sizes round
+TOLERANCE = 0.01  # share of pixels that may differ: JPEG decoders and batch sizes differ in rounding
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("MLPMATCH_DATA")
     parser.add_argument("--root", type=Path, default=Path(data, "voc2012") if data else None)
-    parser.add_argument("--generated", action="store_true", help="images that are made in a temporary folder")
+    parser.add_argument("--generated", action="store_true", help="use generated images in a temporary folder")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backbone", default="resnet50s" if torch.cuda.is_available() else "mobilenetv2_100")
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
-    """Time all loops in turns, print a line for each, and return the lines."""
+    """Time all loops alternately; prints and returns a row for each."""
     torch.manual_seed(0)
     segmentor = (
         Segmentor(CLASSES, arguments.backbone, decoder_channels=arguments.decoder_channels).to(arguments.device).eval()
@@ -88,7 +88,7 @@ def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
         "not folded": lambda: Evaluator(**options)(segmentor, images).confusion_CC.numpy(),
         "with boundary": lambda: Evaluator(**options, boundary=0.02)(folded, images).confusion_CC.numpy(),
     }
-    compare([loop() for loop in loops.values()])  # a warm-up, too
+    compare([loop() for loop in loops.values()])  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(arguments.rounds):
         for name, loop in loops.items():
@@ -106,7 +106,7 @@ def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
 
 @torch.no_grad()
 def plain(segmentor: Segmentor, pairs: list[Pair], device: torch.device) -> np.ndarray:
-    """Evaluate as it is usually done, and return the confusion matrix."""
+    """Evaluate one image after the other and return the confusion matrix."""
     counts = np.zeros((CLASSES, CLASSES), np.int64)
     for image_path, mask_path in pairs:
         image = torch.from_numpy(np.array(Image.open(image_path).convert("RGB"))).permute(2, 0, 1)[None]
@@ -119,7 +119,7 @@ def plain(segmentor: Segmentor, pairs: list[Pair], device: torch.device) -> np.n
 
 
 def compare(matrices: list[np.ndarray]) -> None:
-    """Stop where the loops do not count the same."""
+    """Exit if the confusion matrices differ."""
     first = matrices[0]
     for other in matrices[1:]:
         if not (first.sum(1) == other.sum(1)).all() or np.abs(first - other).sum() > 2 * TOLERANCE * first.sum():
@@ -127,7 +127,7 @@ def compare(matrices: list[np.ndarray]) -> None:
 
 
 def generated_pairs(folder: Path, count: int) -> list[Pair]:
-    """Write scenes of VOC's size, upright and lying."""
+    """Write scenes with the size of VOC images, portrait and landscape."""
     scenes, pairs = Shapes("photos", count, size=500), []
     for index in range(count):
         height, width = (375, 500) if index % 3 else (500, 375)

@@ -1,12 +1,11 @@
-"""What each lever on the training step is worth, by itself: `mlpmatch` with and without it, in turns, in one process.
+"""The gain of each optimization of the training step alone: `mlpmatch` with and without it, alternating in one process.
 
     python -m benchmarks.levers --seconds 200 --out benchmarks/results/levers_cpu.json
-    python -m benchmarks.levers --levers compile_blocks     # on a CPU only when asked for: minutes to compile
+    python -m benchmarks.levers --levers compile_blocks     # on a CPU only on request: compiling takes minutes
 
-Levers that the step always uses are taken away (`without ...`: a ratio under 1 is what they gain), options are switched
-on (a ratio over 1 is a gain). The ratio is the time of the plain step over that with the change, of all rounds; on a
-CPU that others use too, `cpu` (the ratio of processor time) is the one to read. `predicted` is the ratio of the
-convolutions' operations, counted.
+Optimizations that are always on are removed (`without ...`: a ratio below 1 is what they gain), options are switched on
+(a ratio above 1 is a gain). The ratio is the time of the plain step over that with the change, over all rounds; on a
+busy CPU, read `cpu`, the ratio of processor time. `predicted` is the ratio of the convolutions' operations.
 """
 
 import argparse
@@ -48,7 +47,7 @@ class WithoutFork(MultiLevelStep):
 
 
 class WithThrownAway(MultiLevelStep):
-    """Feature-perturbed predictions of the labeled images too."""
+    """Feature-perturbed predictions for the labeled images too."""
 
     def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
         features, perturbed = self.encode_forked(images_B3HW, step)
@@ -62,7 +61,7 @@ def contestant(
     network: Network, name: str, step_class: type[MultiLevelStep] = MultiLevelStep, *, partner: str = "batch",
     precision: str = "float32", change: Callable[[nn.Module], object] = lambda segmentor: None, fused: bool = False,
 ) -> Contestant:  # fmt: skip
-    """Return a variant of the plain step, with a network of its own where that is changed."""
+    """Return a variant of the plain step with its own network."""
     method = resolve_method({"name": "mlpmatch", "partner": partner})
     segmentor = copy.deepcopy(network.segmentor)
     change(segmentor)
@@ -104,7 +103,7 @@ LEVERS: dict[str, Callable[[Network, str], Contestant]] = {
     "compile_blocks": lambda network, name: contestant(network, name, change=runs(compiled=True)),
 }
 
-SAME_OPERATIONS = ("plain", "channels_last", "fused_optimizer", "bfloat16", "compile_blocks")  # need no counting
+SAME_OPERATIONS = ("plain", "channels_last", "fused_optimizer", "bfloat16", "compile_blocks")  # as the plain step
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Memory of a loader over a long list of images: the main process, and what each worker does not share with it.
+"""Memory of loading from a long list of images: of the main process, and of each worker without shared memory.
 
     python -m benchmarks.memory --images 100000
 
-The images are links to one small file, so that their names are what takes memory. The reference holds the same names
-as Python lists of strings. Every measurement has a process of its own; Linux only (/proc).
+The images are links to one small file, so that their names determine the memory. The reference holds the same names
+as Python lists of strings. Every measurement runs in its own process; Linux only (/proc).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 LABELED, VAL = 8, 2
-SAMPLES = 2000  # that are loaded before the workers are measured
+SAMPLES = 2000  # loaded before the workers are measured
 
 
 def main() -> None:
@@ -39,20 +39,20 @@ def main() -> None:
                     )
                     print(
                         "{images:>7} images, list of {list_mb:6.2f} MB, {names:7} {context:5}: "
-                        "main +{main_mb:6.1f} MB, a worker {worker_mb:6.1f} MB of its own".format(**rows[-1]),
+                        "main +{main_mb:6.1f} MB, each worker {worker_mb:6.1f} MB".format(**rows[-1]),
                         flush=True,
                     )
     for names in ("tensors", "strings"):
         for context in ("fork", "spawn"):
             few, many = (row for row in rows if (row["names"], row["context"]) == (names, context))
-            print(f"{names}, {context}: {many['worker_mb'] - few['worker_mb']:+.1f} MB a worker for the longer list")
+            print(f"{names}, {context}: {many['worker_mb'] - few['worker_mb']:+.1f} MB per worker for the longer list")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"samples": SAMPLES, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 def make_data(root: Path, count: int) -> int:
-    """Make links to an image, and list them; return the list's size in bytes."""
+    """Create links to an image and a list of them; returns the size of the list in bytes."""
     for name in ("images", "masks"):
         (root / name).mkdir(exist_ok=True)
     image, mask = root / "image.jpg", root / "mask.png"
@@ -76,7 +76,7 @@ def make_data(root: Path, count: int) -> int:
 
 
 def measure(root: Path, names: str, context: str) -> dict[str, float]:
-    """Return what the description of the data takes in the main process, and what a worker has of its own, in MB."""
+    """Return the memory of the dataset in the main process, and the private memory of a worker, in MB."""
     from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
     from mlpmatch_pl.data.datasets.folder import folder
 
@@ -99,7 +99,7 @@ def measure(root: Path, names: str, context: str) -> dict[str, float]:
 
 
 def in_a_process(function, *arguments):
-    """Call a function in a new process, and return its result."""
+    """Call a function in a new process and return its result."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_answer, args=(queue, function, *arguments))

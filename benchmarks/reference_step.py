@@ -1,10 +1,9 @@
-"""A plain training step of UniMatch and MLPMatch, pass for pass as the authors run it: what benchmarks/step.py times.
+"""A plain training step of UniMatch and MLPMatch with the authors' passes, timed by benchmarks/step.py.
 
 Written from docs/method.md, independently of `mlpmatch_pl.methods`; only the network is shared, so that the weights
-are the same. What it repeats on purpose, because the authors do it: float32 images from the loader, a pass of its own
-in eval mode over the CutMix partners, boolean indexing, feature-perturbed predictions of the labeled images that are
-thrown away, a full pass with the deactivated network, a whole softmax for the confidence, and denominators that wait
-for the device.
+are the same. Like the authors' code, it has float32 images from the loader, a separate pass in eval mode over the
+CutMix partners, boolean indexing, unused feature-perturbed predictions for the labeled images, a full pass with the
+deactivated network, a whole softmax for the confidence, and denominators that synchronize with the device.
 
 Letters: B images, C classes, D feature channels, H and W pixels.
 """
@@ -29,15 +28,15 @@ WEIGHTS = {  # of the unlabeled terms; the labeled ones have 1 - lambda and lamb
 
 
 class ReferenceStep:
-    """One step: a batch to its loss terms.
+    """Compute the loss terms of a batch.
 
     Args:
         segmentor: The network, with a ResNet as encoder.
         method: ``unimatch`` or ``mlpmatch``.
-        threshold: Least confidence of a pseudo label that counts.
-        draw_blocks: Which blocks are deactivated; a stage each with probability 0.25 when left out.
-        drop_channels: Feature perturbation of a feature map; Dropout2d when left out.
-        labeled_loss: Of the labeled images; cross entropy when left out.
+        threshold: Minimum confidence of a pseudo-label.
+        draw_blocks: Returns the blocks to deactivate; by default, each stage with probability 0.25.
+        drop_channels: Feature perturbation of feature maps; by default, Dropout2d.
+        labeled_loss: Loss for labeled images; by default, cross entropy.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class ReferenceStep:
         return terms
 
     def total(self, terms: Mapping[str, Tensor], lambda_np: float) -> Tensor:
-        """Weigh the terms: ``1/2 [(1 - lambda) Lx + lambda Lx_np + sum of the weighted unlabeled terms]``."""
+        """Sum the weighted terms: ``1/2 [(1 - lambda) Lx + lambda Lx_np + sum of the weighted unlabeled terms]``."""
         loss = terms["x"]
         if self.method == "mlpmatch":
             loss = (1 - lambda_np) * terms["x"] + lambda_np * terms["x_np"]
@@ -98,7 +97,7 @@ class ReferenceStep:
         return loss / 2
 
     def label_partners(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Predict the partners' labels and confidences in eval mode, without gradient."""
+        """Predict labels and confidences of the partners in eval mode, without gradient."""
         with torch.no_grad():
             self.segmentor.eval()
             logits = self.predict(batch["partner_u"])
@@ -107,7 +106,7 @@ class ReferenceStep:
         return label, confidence
 
     def unlabeled_term(self, logits_BCHW: Tensor, label: Tensor, confidence: Tensor, ignore: Tensor) -> Tensor:
-        """Cross entropy of the sure pixels over the number of pixels that are not padding."""
+        """Sum the cross entropy of confident pixels and divide by the number of pixels that are not padding."""
         loss = F.cross_entropy(logits_BCHW, label, reduction="none")
         loss = loss * ((confidence >= self.threshold) & (ignore != IGNORE))
         return loss.sum() / (ignore != IGNORE).sum().item()
@@ -116,7 +115,7 @@ class ReferenceStep:
         return self.decode(self.segmentor.encoder(images).levels, images)
 
     def decode(self, levels: tuple[Tensor, ...], images: Tensor) -> Tensor:
-        """Run the decoder's layers one by one, each convolution with its whole kernel."""
+        """Run the layers of the decoder one by one, each convolution with its whole kernel."""
         decoder, (low, high) = self.segmentor.decoder, levels
         branches = [convolve(branch, high) for branch in decoder.aspp.branches]
         pooled = convolve(decoder.aspp.pooling, high.mean((2, 3), keepdim=True))
@@ -137,7 +136,7 @@ class ReferenceStep:
         return frozenset(drawn)
 
     def encode_deactivated(self, images: Tensor, deactivated: frozenset[int]) -> tuple[Tensor, ...]:
-        """Run the whole encoder; a deactivated block gives ``relu(shortcut)``."""
+        """Run the whole encoder; a deactivated block returns ``relu(shortcut)``."""
         model = self.segmentor.encoder.model
         x = model.maxpool(model.act1(model.bn1(model.conv1(images))))
         levels, index = {}, 0
@@ -157,7 +156,7 @@ def convolve(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def reference_batch(labeled: Mapping[str, Any], unlabeled: Mapping[str, Any], segmentor: Segmentor) -> dict[str, Any]:
-    """Turn a batch of this package into what the authors' loader gives: normalized float tensors."""
+    """Convert a batch of this package to that of the authors' loader: normalized float tensors."""
 
     def normalized(images: Tensor) -> Tensor:
         return (images.to(segmentor.mean_C11.dtype) - segmentor.mean_C11) / segmentor.std_C11

@@ -1,19 +1,19 @@
-"""Time and memory of a training step, beside the plain step of the method's authors, and what each perturbation costs.
+"""Time and memory of a training step, compared with a plain step as the authors run it, and the cost of perturbations.
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json         # about 5 minutes
     python -m benchmarks.step --crop 801 --batch 2 --classes 19 --criterion ohem    # on a GPU, as for Cityscapes
-    python -m benchmarks.step --backbone test_resnet --crop 65 --seconds 0   # to see that it runs
+    python -m benchmarks.step --backbone test_resnet --crop 65 --seconds 0   # to check that it runs
 
 Two tables. **Against the reference**: `reference_step.py`, which repeats the authors' passes one by one in float32, and
 this package's step for the same method, at the same precision and (on a GPU) in bfloat16 and channels-last; `floor` is
-the forward and backward pass of the same images through encoder and decoder, and nothing else. First it is checked that
-reference and `mlpmatch_official` give the same loss from the same draws (with `--criterion ohem` the reference has this
-package's loss of labeled images). **What each perturbation costs**: every
-method, and MLPMatch with every sampler, relative to supervised training on as many images.
+the forward and backward pass of the same images through encoder and decoder alone. First, the losses of the reference
+and `mlpmatch_official` are compared for the same draws (with `--criterion ohem`, the reference uses this package's loss
+for labeled images). **Perturbations**: every method, and MLPMatch with every sampler, relative to supervised training
+on as many images.
 
-All run in turns in one process, with the same weights and batch, which lie on the device; a round is one step of each,
-and sixteen rounds are steps whose draws stand for all (how much of the encoder is shared depends on the deactivated
-block). A ratio is of the sums over all rounds. Peak memory is of one step with the draws that need most.
+The contestants alternate in one process and share weights and a batch on the device. A round is one step of each;
+sixteen rounds cover representative draws, because the deactivated block determines how much of the encoder is shared.
+A ratio compares the sums over all rounds. Peak memory is that of one step, with the draws that need most.
 """
 
 import argparse
@@ -60,12 +60,12 @@ COSTS = {
 
 def main() -> None:
     options = parser(__doc__, seconds=240)
-    options.add_argument("--only", nargs="+", metavar="ROW", help="rows to measure; default: all")
+    options.add_argument("--only", nargs="+", metavar="ROW", help="rows to measure (default: all)")
     arguments = options.parse_args()
     device = start(arguments)
     network = Network(arguments, device, channels_last=False)
     same_loss = check_same_loss(network)
-    print(f"reference and mlpmatch_official: the same loss, {same_loss:.1e} apart (relative)", flush=True)
+    print(f"reference and mlpmatch_official: the same loss (relative difference {same_loss:.1e})", flush=True)
     against = chosen(against_reference(network, arguments, device), arguments.only)
     costs = chosen(perturbations(network), arguments.only)
     rounds, images = alternate([*against, *costs], device, arguments.seconds), 2 * arguments.batch
@@ -78,13 +78,13 @@ def main() -> None:
     for table in [table for table in ("against_reference", "perturbations") if result[table]]:
         print(f"\n{table.replace('_', ' ')}, {rounds} rounds")
         for line in result[table]:
-            print("{name:30} {precision:9} {ms:8.1f} ms (least {ms_min:8.1f}) {images_per_second:7.2f} img/s "
+            print("{name:30} {precision:9} {ms:8.1f} ms (min {ms_min:8.1f}) {images_per_second:7.2f} img/s "
                   "{peak_mib:7.0f} MiB {ratio:6.2f} x".format(**line), flush=True)  # fmt: skip
     write(arguments, result)
 
 
 class Network:
-    """A network with its optimizer and a batch, which contestants share."""
+    """A network, its optimizer and a batch, shared by contestants."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device, channels_last: bool) -> None:
         torch.manual_seed(0)
@@ -94,12 +94,12 @@ class Network:
         self.segmentor = segmentor.to(memory_format=torch.channels_last) if channels_last else segmentor
         self.optimizer = shared_optimizer(self.segmentor.train())
         self.criterion = build_criterion(arguments.criterion, arguments.classes)
-        self.labeled_loss = {} if arguments.criterion == "ce" else {"labeled_loss": self.criterion}  # of the reference
+        self.labeled_loss = {} if arguments.criterion == "ce" else {"labeled_loss": self.criterion}  # for the reference
         self.labeled, self.unlabeled = random_batch(arguments, device, twice=False)
         self.twice, _ = random_batch(arguments, device, twice=True)
 
     def contestant(self, name: str, spec: str | dict, precision: str = "float32") -> Contestant:
-        """Return the package's own step for a method."""
+        """Return this package's step for a method."""
         method = resolve_method(spec)
         step = build_step(self.segmentor, self.criterion, method, THRESHOLD, SEED)
         labeled, unlabeled = (self.labeled, self.needed(method)) if method.uses_unlabeled else (self.twice, {})
@@ -111,7 +111,7 @@ class Network:
         return Contestant(name, loss, self.segmentor, self.optimizer, precision, heaviest, batch, numbers)
 
     def needed(self, method: Method) -> dict:
-        """Return the unlabeled batch as the data module makes it for a method."""
+        """Return the unlabeled batch with the keys that the data module provides for a method."""
         views = len(method.strong_weights)
         batch = {
             **self.unlabeled,
@@ -135,7 +135,7 @@ class Network:
         return Contestant(name, loss, self.segmentor, self.optimizer, heaviest=-1, batch=batch, numbers=numbers)
 
     def floor(self, name: str, precision: str = "float32") -> Contestant:
-        """Return forward and backward of the images of MLPMatch's step, without anything else."""
+        """Return the forward and backward pass of the images of MLPMatch's step alone."""
         method = resolve_method("mlpmatch")
         step = build_step(self.segmentor, self.criterion, method, THRESHOLD, SEED)
         images = torch.cat([self.labeled["image"], self.unlabeled["weak"]])
@@ -151,7 +151,7 @@ class Network:
 
 
 def own_blocks(step: Callable, number: int) -> int:
-    """Return how many blocks the perturbed pass of a step runs for itself."""
+    """Return how many blocks the perturbed pass of a step does not share with the plain pass."""
     perturbations = getattr(step, "network_perturbations", {})
     if not perturbations:
         return 0
@@ -161,12 +161,12 @@ def own_blocks(step: Callable, number: int) -> int:
 
 
 def heaviest_step(step: Callable) -> int:
-    """Return the step, of the first 64, whose perturbed pass runs the most blocks of its own."""
+    """Return the step, among the first 64, whose perturbed pass shares the fewest blocks."""
     return max(range(64), key=partial(own_blocks, step))
 
 
 def against_reference(network: Network, arguments: argparse.Namespace, device: torch.device) -> list[Contestant]:
-    """Return references, own steps and floors; on a GPU also as training runs there (`trainer=gpu`)."""
+    """Return references, steps of this package and floors; on a GPU also with the settings of `trainer=gpu`."""
     contestants = []
     for method in ("mlpmatch", "unimatch"):
         contestants += [network.reference(f"reference {method}", method), network.contestant(method, method)]
@@ -185,7 +185,7 @@ def perturbations(network: Network) -> list[Contestant]:
 
 
 def chosen(contestants: list[Contestant], names: list[str] | None) -> list[Contestant]:
-    """Return those with one of the names; without names all."""
+    """Return the contestants with these names; all if None."""
     return [each for each in contestants if names is None or each.name in names]
 
 
@@ -201,20 +201,20 @@ def figures(contestant: Contestant, base: Contestant, images: int, device: torch
 
 
 def check_same_loss(network: Network, steps: int = 3) -> float:
-    """Compare reference and `mlpmatch_official` with the same draws; returns the largest relative difference.
+    """Compare the reference and `mlpmatch_official` for the same draws; returns the largest relative difference.
 
     Raises:
-        SystemExit: If they differ by more than rounding.
+        SystemExit: If they differ by more than rounding errors.
     """
     method = resolve_method("mlpmatch_official")
     step = build_step(network.segmentor, network.criterion, method, 0.0, SEED)
     assert isinstance(step, MultiLevelStep)
     worst = 0.0
     for number in range(steps):
-        twin = copy.deepcopy(network.segmentor)  # the partners' labels depend on running statistics, which steps move
+        twin = copy.deepcopy(network.segmentor)  # the partners' labels depend on running statistics, which steps update
         reference = reference_with_draws_of(step, twin, number, network.labeled_loss)
         batch = reference_batch(network.labeled, network.unlabeled, twin)
-        # Without TF32, by which alone two ways to compute the same would differ by more.
+        # Without TF32, which alone would make the two differ by more.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             own = total_loss(step(network.labeled, network.unlabeled, number).terms, method, LAMBDA).item()
             theirs = reference.total(reference(batch), LAMBDA).item()
@@ -227,14 +227,14 @@ def check_same_loss(network: Network, steps: int = 3) -> float:
 def reference_with_draws_of(
     step: MultiLevelStep, segmentor: Segmentor, number: int, labeled_loss: dict
 ) -> ReferenceStep:
-    """Return the reference with the deactivated blocks and the dropped channels of a step of this package."""
+    """Return the reference with the deactivated blocks and dropped channels of a step of this package."""
     blocks = step.network_perturbations["np"].draw(segmentor.encoder.stages, number)
     drop = partial(step.feature_perturbations["fp"], step=number)
     return ReferenceStep(segmentor, "mlpmatch", step.threshold, lambda: blocks, drop, **labeled_loss)
 
 
 def random_batch(arguments: argparse.Namespace, device: torch.device, twice: bool) -> tuple[dict, dict]:
-    """Make a batch of noise with two strong views; `twice` doubles the labeled images, as supervised training does."""
+    """Return a batch of noise with two strong views; `twice` doubles the labeled images, as in supervised training."""
     size, crop, generator = arguments.batch, arguments.crop, torch.Generator().manual_seed(0)
 
     def images(*shape: int) -> Tensor:

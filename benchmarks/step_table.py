@@ -1,9 +1,9 @@
-"""Writes the tables of step times into pages, from the results of benchmarks/step.py and benchmarks/levers.py.
+"""Insert the tables of step times into pages, from the results of benchmarks/step.py and benchmarks/levers.py.
 
-    python -m benchmarks.step_table docs/speed.md
+    python -m benchmarks.step_table docs/performance.md
 
-A page marks a table by `<!-- step_table: KIND RESULT.json -->` before it and `<!-- end -->` after it, where KIND is
-reference, perturbations or levers, and RESULT.json lies below the repository's root.
+A table starts with `<!-- step_table: KIND RESULT.json -->` and ends with `<!-- end -->`. KIND is reference,
+perturbations or levers; RESULT.json is relative to the root of the repository.
 """
 
 import json
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """Return a page with its marked tables made anew."""
+    """Return a page with its tables regenerated."""
 
     def table(match: re.Match) -> str:
         result = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def filled(text: str) -> str:
 
 
 def reference_table(result: dict) -> str:
-    """Every step beside the reference of its method, and MLPMatch's beside its floor."""
+    """Compare every step with the reference of its method, and MLPMatch's with its floor."""
     rows = result["against_reference"]
     floors = {row["name"].removeprefix("floor "): row["ms"] for row in rows if row["name"].startswith("floor ")}
     lines = [
@@ -60,7 +60,7 @@ def perturbations_table(result: dict) -> str:
 
 
 def levers_table(result: dict) -> str:
-    """Each change to the step, beside the plain step."""
+    """Compare each change to the step with the plain step."""
     lines = ["| change | predicted | measured | ms | peak memory, MiB |", "|---|---|---|---|---|"]
     for row in result["levers"]:
         lines.append(

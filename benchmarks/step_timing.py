@@ -1,4 +1,4 @@
-"""Times training steps in turns, in one process: what benchmarks/step.py and benchmarks/levers.py share."""
+"""Alternating timing of training steps in one process, for benchmarks/step.py and benchmarks/levers.py."""
 
 import argparse
 import json
@@ -18,22 +18,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-STEPS = 16  # that stand for all
+STEPS = 16  # steps with representative draws
 
 
 @dataclass
 class Contestant:
-    """Something to time: a step's number to its loss; the rest of the step is the same for all.
+    """A step to time.
 
     Attributes:
-        name: What the table calls it.
-        loss: Forward pass and loss, given the number of the step.
-        module: The network. Contestants share it: with the learning rate 0 its weights stay as they are.
-        optimizer: Steps after backward; None leaves that out.
+        name: Its row in the table.
+        loss: Computes the loss of a step, given its number.
+        module: The network; contestants may share it, as a learning rate of 0 keeps its weights.
+        optimizer: Steps after the backward pass; None for no step.
         precision: ``float32`` or ``bfloat16`` (autocast).
         heaviest: Number of the step whose draws take the most memory.
-        batch: Tensors of the batch, as the device holds them.
-        numbers: Numbers of the steps to time, whose draws stand for all draws, see `representative`.
+        batch: Tensors of the batch, on the device.
+        numbers: The steps to time, see `representative`.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Contestant:
     cpu_seconds: list[float] = field(default_factory=list)
 
     def step(self, number: int, device: torch.device) -> None:
-        """Run one whole step."""
-        # Without cache, as Lightning trains.
+        """Run one step: forward, backward, optimizer."""
+        # Without cache, as in Lightning.
         with torch.autocast(device.type, torch.bfloat16, self.precision == "bfloat16", cache_enabled=False):
             loss = self.loss(number)
         self.module.zero_grad(set_to_none=True)
@@ -59,14 +59,14 @@ class Contestant:
 
 
 def shared_optimizer(module: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """Return the method's SGD with the learning rate 0: all its work is done, but the weights stay."""
+    """Return the method's SGD with a learning rate of 0: it does all its work, but keeps the weights."""
     return torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4, **options)
 
 
 def representative(cost: Callable[[int], float], seed: int = 0) -> list[int]:
-    """Return steps whose costs are spread as those of many: one of each sixteenth, from cheap to dear, shuffled.
+    """Return steps whose costs are distributed like those of many: one of each sixteenth by cost, shuffled.
 
-    Which block is deactivated decides how much the perturbed pass shares, so a few steps at random say little.
+    The deactivated block determines how much the perturbed pass shares, so a few random steps are not representative.
     """
     ordered = sorted(range(64 * STEPS), key=cost)
     numbers = ordered[32::64]
@@ -75,9 +75,9 @@ def representative(cost: Callable[[int], float], seed: int = 0) -> list[int]:
 
 
 def alternate(contestants: Sequence[Contestant], device: torch.device, seconds: float) -> int:
-    """Run one step of each in turns, in whole cycles over their numbers until the time is up; returns the rounds.
+    """Alternate between contestants, in whole cycles over their steps, for some seconds; returns the number of rounds.
 
-    Each round begins with another contestant. Without any time it is three rounds, to see that all run.
+    Each round starts with another contestant. With ``seconds=0`` there are three rounds, to check that all run.
     """
     for contestant in contestants:
         contestant.step(0, device)  # a warm-up
@@ -94,7 +94,7 @@ def alternate(contestants: Sequence[Contestant], device: torch.device, seconds: 
 
 
 def row(contestant: Contestant, base: Contestant, images: int) -> dict[str, Any]:
-    """Return the figures of a contestant; ``ratio`` is the base's time over its own, of all rounds together."""
+    """Return the figures of a contestant; ``ratio`` is the time of the base over its own, summed over all rounds."""
     seconds, cpu_seconds = contestant.seconds, contestant.cpu_seconds
     return {
         "name": contestant.name,
@@ -109,11 +109,10 @@ def row(contestant: Contestant, base: Contestant, images: int) -> dict[str, Any]
 
 
 def peak_mib(contestant: Contestant, device: torch.device) -> float:
-    """Return the peak memory of one step, in MiB: weights, gradients, momentum, the batch and all that is computed.
+    """Return the peak memory of one step in MiB: weights, gradients, momentum, batch and intermediate results.
 
-    On a GPU it is what the allocator held at most (``max_memory_allocated``) less what other contestants keep; on the
-    CPU the largest sum of the tensors that lived at the same time, counted after every operation (what an operation
-    allocates for itself alone is not seen).
+    On a GPU, it is ``max_memory_allocated`` without the memory of other contestants; on a CPU, the largest sum of all
+    tensors that exist after an operation (without temporary buffers within operations).
     """
     contestant.module.zero_grad(set_to_none=True)
     states = [] if contestant.optimizer is None else list(contestant.optimizer.state.values())
@@ -131,7 +130,7 @@ def peak_mib(contestant: Contestant, device: torch.device) -> float:
 
 
 def gigaflop(contestant: Contestant, device: torch.device) -> float:
-    """Return the operations of a step's convolutions, forward and backward, in 10^9: the mean of the timed steps."""
+    """Return the mean number of operations in the convolutions of a step, forward and backward, in 10^9."""
     with FlopCounterMode(display=False) as counter:
         for number in contestant.numbers:
             contestant.step(number, device)
@@ -139,7 +138,7 @@ def gigaflop(contestant: Contestant, device: torch.device) -> float:
 
 
 class LivingTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as they live."""
+    """Counts the bytes of the tensors that operations create, as long as they exist."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +166,7 @@ class LivingTensors(TorchDispatchMode):
 
 
 def parser(description: str | None, seconds: int) -> argparse.ArgumentParser:
-    """Return the arguments that both benchmarks take; ``seconds`` is the time of the rounds on a CPU."""
+    """Return the common arguments of both benchmarks; ``seconds`` is the default time of the rounds on a CPU."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     arguments.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -178,13 +177,13 @@ def parser(description: str | None, seconds: int) -> argparse.ArgumentParser:
     arguments.add_argument("--criterion", default="ce", choices=("ce", "ohem"), help="loss of labeled images")
     arguments.add_argument("--decoder-channels", type=int, default=256)
     arguments.add_argument("--seconds", type=float, default=60 if cuda else seconds, help="time for the rounds")
-    arguments.add_argument("--threads", type=int, help="on the CPU; torch decides")
+    arguments.add_argument("--threads", type=int, help="on the CPU (default: as torch decides)")
     arguments.add_argument("--out", type=Path, help="JSON file to write")
     return arguments
 
 
 def start(arguments: argparse.Namespace) -> torch.device:
-    """Set threads and cuDNN's choice of algorithms, which `trainer=gpu` and the authors' code both leave to cuDNN."""
+    """Set threads, and let cuDNN choose algorithms, as `trainer=gpu` and the authors' code do."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.benchmark = True
@@ -192,7 +191,7 @@ def start(arguments: argparse.Namespace) -> torch.device:
 
 
 def write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write a result with the machine and the settings, if a file is named."""
+    """Write a result with machine and settings, if ``--out`` is given."""
     if arguments.out:
         keys = ("backbone", "crop", "batch", "classes", "criterion", "seconds")
         settings = {key: getattr(arguments, key) for key in keys}
@@ -202,14 +201,14 @@ def write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def synchronized(device: torch.device) -> float:
-    """Return the time, once the device has done all it was given."""
+    """Return the time after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Describe the machine, so that figures can be compared."""
+    """Describe the machine."""
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return {
         "gpu": gpu,
