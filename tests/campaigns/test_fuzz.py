@@ -88,7 +88,7 @@ def test_a_cache_with_a_flipped_bit_in_its_index_is_built_anew(fuzz):
         ("backbone.atrous_rates", [10**9], "expected atrous_rates from 1 to 1024"),
         ("loader.crop_size", 10**9, "expected loader.crop_size from 33 to 8192 pixels"),
         ("loader.strong", [{"name": "ToGray", "p": 2}], "{name: ToGray, p: 2} fails: p: "),
-        ("dataset.train", 10**12, "expected 1 to 1,000,000 images a part"),
+        ("dataset.train", 10**12, "expected 1 to 1,000,000 images per part"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_is_built(fuzz, key, value, sentence):

@@ -84,7 +84,7 @@ def test_errors_are_counted_after_everything_is_written(folder_root, tmp_path):
     )
     report = json.loads((tmp_path / "out/check.json").read_text())
     assert sorted(report["errors"]) == [
-        f"cannot read the image {folder_root / name}: it is broken or no image; replace or remove it"
+        f"cannot read the image {folder_root / name}: it is damaged or not an image; replace or remove it"
         for name in ("images/img3.png", "images/img6.jpg")
     ]
     assert not (tmp_path / "out/views.png").exists()
@@ -105,8 +105,8 @@ def test_images_left_out_are_a_warning(folder_root, tmp_path):
     options = ("dataset.unlabeled=unlabeled.txt", "dataset.val=val.txt")
     report = run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={folder_root}", *options)
     assert (
-        "images/img0.jpg is a training image and a validation or test image (1 in all); it is left out of the training "
-        "images"
+        "images/img0.jpg is a training image and a validation or test image (1 in total); it is "
+        "removed from the training images"
     ) in report["warnings"]
 
 

@@ -319,7 +319,8 @@ def test_the_command_skips_unreadable_files_and_names_them_at_the_end(checkpoint
     done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.predict")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "skipped: cannot read the image my photos/day/broken ä.jpg: it is broken or no image; replace or remove it",
+        "skipped: cannot read the image my photos/day/broken ä.jpg: it is damaged or not an image; replace or remove "
+        "it",
         "error: expected images that can be predicted, but 1 of 4 could not be and are named above; mend or remove "
         "them",
     ]

@@ -12,6 +12,7 @@ from mlpmatch_pl.data import cache
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.cache import CachedSource, fill_cache, with_cache
 from mlpmatch_pl.data.dataset import LabeledDataset
+from mlpmatch_pl.data.datasets.folder import folder as load_folder
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.utils.errors import UserError
@@ -217,3 +218,24 @@ def test_workers_read_the_cache(data, files, folder):
     del files.image, files.mask
     for own, expected in zip(found, samples(files, 0), strict=True):
         assert all((own[key] == expected[key]).all() for key in expected)
+
+
+def test_the_stamp_of_a_file_changes_with_image_mask_and_options(folder_root, classes):
+    def stamp(**options):
+        source = load_folder(str(folder_root), classes, val=1, **options).train
+        return next(source.stamp(i) for i in range(len(source)) if source.has_mask(i))
+
+    stamps = [stamp(), stamp(bit_depth=16), stamp(mask_values={0: 1})]
+    for kind in ("images", "masks"):
+        for path in (folder_root / kind).rglob("*.*"):
+            os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        stamps.append(stamp())
+    assert stamp() == stamps[-1]
+    assert len(set(stamps)) == 5
+
+
+def test_a_missing_file_has_a_stamp(folder_root, classes):
+    source = load_folder(str(folder_root), classes, val=1).train
+    before = source.stamp(0)
+    (folder_root / source.name(0)).unlink()
+    assert source.stamp(0) != before

@@ -141,7 +141,7 @@ def test_voc_is_found_in_its_usual_places(make_voc, tmp_path, inside):
 
 def test_voc_that_is_not_there_is_explained(tmp_path):
     assert sentence(voc, str(tmp_path)) == (
-        f"expected PASCAL VOC 2012 with the folder JPEGImages in {tmp_path}, but it is not there; get it by "
+        f"expected PASCAL VOC 2012 with the folder JPEGImages in {tmp_path}, but it does not exist; get it with "
         f"'python -m mlpmatch_pl.prepare dataset=voc root={tmp_path}', or set dataset.root"
     )
 
@@ -151,7 +151,7 @@ def test_voc_trains_on_its_own_set_where_asked_to(make_voc):
     assert names(voc(str(base), image_set="train").train) == voc_images(range(4))
     (base / "ImageSets/Segmentation/train_aug.txt").unlink()
     assert sentence(voc, str(base)) == (
-        f"expected the list {base}/ImageSets/Segmentation/train_aug.txt, but it is not there; make it by "
+        f"expected the list {base}/ImageSets/Segmentation/train_aug.txt, but it does not exist; make it with "
         f"'python -m mlpmatch_pl.prepare dataset=voc root={base}', or set dataset.image_set=train"
     )
 
@@ -224,15 +224,15 @@ def test_a_published_list_may_have_other_unlabeled_images(make_voc):
     write(base / "mine.txt", voc_images([4, 5]))
     data = voc(str(base), labeled=92, unlabeled="mine.txt")
     assert names(data.train, data.unlabeled) == voc_images([4, 5])
-    assert "(7 in all); it is not used" in data.notes[0]
+    assert "(7 in total); it is not used" in data.notes[0]
 
 
 def test_a_published_list_that_is_not_there_is_explained(make_voc):
     base = make_voc()
     assert sentence(voc, str(base), labeled="blended/1-16") == (
-        f"expected the published list blended/1-16 of PASCAL VOC 2012 at {base}/splits/1_16/labeled.txt, but it is not "
-        f"there; get it by 'python -m mlpmatch_pl.prepare dataset=voc root={base} splits=unimatch data=false', or "
-        "choose by fraction, as in dataset.labeled=1/8"
+        f"expected the published list blended/1-16 of PASCAL VOC 2012 at {base}/splits/1_16/labeled.txt, but it does "
+        f"not exist; get it with 'python -m mlpmatch_pl.prepare dataset=voc root={base} splits=unimatch data=false', "
+        "or choose by fraction, as in dataset.labeled=1/8"
     )
 
 
@@ -335,7 +335,7 @@ def test_cityscapes_training_images_without_mask_are_unlabeled(make_cityscapes):
     (root / "gtFine/val/ulm/ulm_000001_gtFine_labelIds.png").unlink()
     assert sentence(cityscapes, str(root)) == (
         "expected a mask for every validation image, but leftImg8bit/val/ulm/ulm_000001_leftImg8bit.png has none (1 in "
-        "all); add gtFine/val"
+        "total); add gtFine/val"
     )
 
 
@@ -395,7 +395,7 @@ def test_coco_without_masks_is_explained(make_coco):
     for path in (make_coco / "masks/train2017").iterdir():
         path.unlink()
     assert sentence(coco, str(make_coco)) == (
-        f"expected files in {make_coco}/masks/train2017, but found none; get them by "
+        f"expected files in {make_coco}/masks/train2017, but found none; get them with "
         f"'python -m mlpmatch_pl.prepare dataset=coco root={make_coco}'"
     )
 
@@ -420,7 +420,7 @@ def test_ade20k_is_read_in_its_layout_and_zero_does_not_count(tmp_path, inside):
 def test_ade20k_without_annotations_is_explained(tmp_path):
     (tmp_path / "annotations/training").mkdir(parents=True)
     assert sentence(ade20k, str(tmp_path)) == (
-        f"expected files in {tmp_path}/annotations/training, but found none; get them by "
+        f"expected files in {tmp_path}/annotations/training, but found none; get them with "
         f"'python -m mlpmatch_pl.prepare dataset=ade20k root={tmp_path}'"
     )
 

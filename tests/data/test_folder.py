@@ -319,7 +319,7 @@ def test_masks_without_image_are_named_and_counted(load, folder_root):
     (folder_root / IMAGES[1]).unlink()
     (folder_root / IMAGES[2]).unlink()
     assert sentence(load) == (
-        f"expected an image for every mask, but {MASKS[1]} has none (2 in all); "
+        f"expected an image for every mask, but {MASKS[1]} has none (2 in total); "
         "an image and its mask have the same path below their folders, without suffix"
     )
 
@@ -342,8 +342,8 @@ def test_no_masks_at_all_is_said(make_folder, classes):
     root = make_folder("bare", masked=0)
     (root / "val.txt").write_text("images/img0.jpg")
     assert sentence(folder, str(root), classes, val="val.txt") == (
-        f"expected masks for some training images below {root / 'masks'}, but none was found; "
-        "a mask has its image's path and name, with its own suffix"
+        f"expected masks for some training images below {root / 'masks'}, but found none; "
+        "a mask has the path and name of its image, with its own suffix"
     )
 
 
@@ -351,12 +351,12 @@ def test_no_masks_at_all_is_said(make_folder, classes):
 def test_missing_list_is_named(load, folder_root, key):
     assert sentence(load, **{"val": 1, key: "none.txt"}) == (
         f"expected a list file or folder, but none.txt exists neither in {folder_root} nor in the working directory; "
-        "a fraction is written 1/8, a count 92"
+        "write a fraction as 1/8 or a count as 92"
     )
 
 
 def test_a_fraction_with_an_underscore_is_explained(load):
-    assert sentence(load, labeled="1_8").endswith("a fraction is written 1/8, a count 92")
+    assert sentence(load, labeled="1_8").endswith("write a fraction as 1/8 or a count as 92")
 
 
 @pytest.mark.parametrize("content", ["", "\n", "  \n\n"])
@@ -385,7 +385,7 @@ def test_missing_file_of_a_list_is_named(load, folder_root, write, line, missing
 
 def test_an_image_listed_twice_is_named(load, folder_root, write):
     assert sentence(load, labeled=write("l.txt", [*pairs(0, 3), *pairs(1, 2)]), val=1) == (
-        f"expected every image once in the list {folder_root / 'l.txt'}, but {IMAGES[1]} comes more than once"
+        f"expected every image once in the list {folder_root / 'l.txt'}, but {IMAGES[1]} occurs more than once"
     )
 
 
@@ -412,7 +412,7 @@ def test_labeled_images_must_not_be_held_out(load, write, key, what):
         key: write("h.txt", pairs(1, 4)),
     }
     assert sentence(load, **options) == (
-        f"expected labeled and {what} images to differ, but {min(IMAGES[1:3])} is in both (2 in all); "
+        f"expected labeled and {what} images to differ, but {min(IMAGES[1:3])} is in both (2 in total); "
         "remove them from one list"
     )
 
@@ -425,7 +425,7 @@ def test_another_spelling_of_a_path_does_not_hide_an_overlap(load, write):
 def test_train_list_with_validation_images_as_labeled_is_refused(load, write):
     options = {"train": write("t.txt", pairs(0, 5)), "val": write("v.txt", pairs(0, 1))}
     assert sentence(load, **options) == (
-        f"expected labeled and validation images to differ, but {IMAGES[0]} is in both (1 in all); "
+        f"expected labeled and validation images to differ, but {IMAGES[0]} is in both (1 in total); "
         "remove them from one list"
     )
 
@@ -489,7 +489,7 @@ def test_ignore_value_must_be_no_class(load, value):
 
 def test_palette_needs_a_color_for_each_class(load):
     assert sentence(load, palette=[[0, 0, 0], [1, 1, 1]]) == (
-        "expected 3 colors in dataset.palette, one a class, but got 2"
+        "expected 3 colors in dataset.palette, one per class, but got 2"
     )
 
 
@@ -836,7 +836,7 @@ def test_a_long_list_is_read_in_no_time_even_if_it_is_wrong(folder_root, write):
     assert [pair.image for pair in files.part(write("l.txt", listed))] == listed
     good = time.perf_counter() - start
     start = time.perf_counter()
-    assert f"but {listed[-1]} comes more than once" in sentence(files.part, write("l.txt", [*listed, listed[-1]]))
+    assert f"but {listed[-1]} occurs more than once" in sentence(files.part, write("l.txt", [*listed, listed[-1]]))
     assert time.perf_counter() - start < 2 * good + 1
 
 
@@ -861,8 +861,8 @@ def test_a_hundred_thousand_images_are_listed_in_seconds(folder_root, classes, w
 
 def test_a_wrong_masks_folder_is_named(load, folder_root):
     assert sentence(load, masks="labels") == (
-        f"expected masks for some training images below {folder_root / 'labels'}, but none was found; "
-        "a mask has its image's path and name, with its own suffix"
+        f"expected masks for some training images below {folder_root / 'labels'}, but found none; "
+        "a mask has the path and name of its image, with its own suffix"
     )
 
 

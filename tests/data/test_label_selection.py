@@ -106,12 +106,12 @@ def test_the_seed_chooses_and_is_in_the_label(root):
 def test_too_few_images_to_hold_every_class_are_refused(root):
     # Any two images hold at most three of the four classes beside the background, and the rare ones come first.
     assert sentence(load, root, labeled=2, cover_classes=True).startswith(
-        "expected enough labeled images to hold every class, but 2 hold no "
+        "expected enough labeled images to contain every class, but 2 have no "
     )
     message = sentence(load, root, labeled=1, cover_classes=True)
     assert message == (
-        "expected enough labeled images to hold every class, but 1 hold no road (3 classes in all); raise "
-        "dataset.labeled, or leave out dataset.cover_classes"
+        "expected enough labeled images to contain every class, but 1 have no road (3 classes in total); raise "
+        "dataset.labeled, or set dataset.cover_classes=false"
     )
 
 
@@ -175,14 +175,14 @@ def test_validation_images_that_are_tested_are_noted(root):
         "val": write(root, "v.txt", range(1, 4), masks=True),
         "test": write(root, "te.txt", range(2, 6), masks=True),
     }
-    assert load(root, **lists).notes == ("images/02.png is a validation image and a test image (2 in all)",)
+    assert load(root, **lists).notes == ("images/02.png is a validation image and a test image (2 in total)",)
 
 
 def test_images_of_no_set_and_of_two_sets_are_noted(root):
     data = load(root, labeled=write(root, "l.txt", range(1, 4)), train=write(root, "t.txt", range(12), masks=True))
     assert data.notes == (
-        "images/00.png is a training image and a validation or test image (1 in all); it is left out of the training "
-        "images",
+        "images/00.png is a training image and a validation or test image (1 in total); it is "
+        "removed from the training images",
     )
     assert names(data.train, data.unlabeled) == [f"images/{index:02d}.png" for index in range(4, 12)]
 
@@ -193,8 +193,8 @@ def test_unlabeled_images_that_are_held_out_are_noted_and_left_out(root, key):
     data = load(root, **options, **{key: write(root, "h.txt", [6, 8], masks=True)})
     assert names(data.train, data.unlabeled) == ["images/05.png", "images/07.png"]
     assert data.notes == (
-        "images/06.png is a training image and a validation or test image (2 in all); it is left out of the training "
-        "images",
+        "images/06.png is a training image and a validation or test image (2 in total); it is "
+        "removed from the training images",
     )
 
 
@@ -203,8 +203,8 @@ def test_training_images_that_no_list_names_are_noted(root):
     used = {*data.labeled.names, *names(data.train, data.unlabeled)}
     unused = sorted({f"images/{index:02d}.png" for index in range(1, 12)} - used)
     assert data.notes == (
-        f"{unused[0]} is a training image, but neither labeled nor in dataset.unlabeled ({len(unused)} in all); it is "
-        "not used",
+        f"{unused[0]} is a training image, but neither labeled nor in dataset.unlabeled ({len(unused)} in total); it "
+        "is not used",
     )
 
 
@@ -227,7 +227,7 @@ def test_palettes_of_wrong_colors_are_refused(root, color):
 @pytest.mark.parametrize("count", [0, 4, 6])
 def test_palettes_need_a_color_for_each_class(root, count):
     assert sentence(load, root, palette=[[index, 0, 0] for index in range(count)]) == (
-        f"expected 5 colors in dataset.palette, one a class, but got {count}"
+        f"expected 5 colors in dataset.palette, one per class, but got {count}"
     )
 
 

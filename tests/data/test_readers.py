@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from mlpmatch_pl.data.readers.image import ImageReader, stamp
+from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.utils.errors import UserError
 
@@ -258,7 +258,7 @@ def test_another_depth_is_named_with_the_key_to_set(tmp_path, suffix, channels, 
         write_tiff(path, pixels, "interleaved")
     assert sentence(ImageReader(channels, bits), path) == (
         f"expected uint{bits} pixels (dataset.bit_depth={bits}), but {path} has uint{found}; "
-        f"set dataset.bit_depth={found}, or convert it to whole numbers of {bits} bits"
+        f"set dataset.bit_depth={found}, or convert it to {bits}-bit integers"
     )
 
 
@@ -271,7 +271,7 @@ def test_pixels_of_other_types_are_named(tmp_path, dtype, channels, layout, bits
     for in_chans in {channels, 3}:
         assert sentence(ImageReader(in_chans, bits), path) == (
             f"expected uint{bits} pixels (dataset.bit_depth={bits}), but {path} has {dtype}; "
-            f"convert it to whole numbers of {bits} bits"
+            f"convert it to {bits}-bit integers"
         )
 
 
@@ -326,16 +326,6 @@ def test_readers_of_other_images_are_refused(in_chans, bit_depth):
     assert sentence(ImageReader, in_chans, bit_depth) == (
         f"expected dataset.in_chans of at least 1 and dataset.bit_depth of 8 or 16, but got {in_chans} and {bit_depth}"
     )
-
-
-def test_a_stamp_changes_with_the_file(tmp_path):
-    path = tmp_path / "a.png"
-    assert stamp(path) == "none"
-    path.write_bytes(b"abc")
-    first = stamp(path)
-    assert stamp(path) == first
-    path.write_bytes(b"abcd")
-    assert stamp(path) != first
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -454,11 +444,11 @@ def test_two_classes_of_one_color_are_refused_in_masks_of_colors_only(save):
     reader = MaskReader(colors=[PALETTE[0], PALETTE[1], PALETTE[0]])
     assert (reader(save("gray.png", IDS)) == IDS).all()
     assert sentence(reader, save("a.png", np.zeros((4, 4, 3), np.uint8))) == (
-        "expected a color of its own for each class, but [0, 0, 0] stands for 0 and 2; correct dataset.palette or "
+        "expected a different color for each class, but classes 0 and 2 have [0, 0, 0]; correct dataset.palette or "
         "dataset.ignore_colors"
     )
     reader = MaskReader(colors=PALETTE, ignore_colors=[PALETTE[1]])
-    assert "but [128, 0, 0] stands for 1 and 255;" in sentence(reader, save("a.png", np.zeros((4, 4, 3), np.uint8)))
+    assert "classes 1 and 255 have [128, 0, 0];" in sentence(reader, save("a.png", np.zeros((4, 4, 3), np.uint8)))
 
 
 @pytest.mark.parametrize(
@@ -475,7 +465,7 @@ def test_channels_that_are_neither_ids_nor_colors_are_explained(save, channels, 
 def test_masks_of_fractions_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", IDS.astype(np.float32))
     assert sentence(MaskReader(), tmp_path / "a.tif") == (
-        f"expected whole class ids, but {tmp_path / 'a.tif'} holds float32 values; save it as a gray PNG"
+        f"expected integer class ids, but {tmp_path / 'a.tif'} has float32 values; save it as a gray PNG"
     )
 
 

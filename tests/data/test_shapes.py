@@ -119,11 +119,12 @@ def test_all_images_may_be_labeled():
         ({"labeled": 0}, "expected dataset.labeled to choose at least 1 image, but 0 chooses none of 480"),
         (
             {"val": 0},
-            "expected 1 to 1,000,000 images a part of 33 to 4096 pixels, but got train=480, val=0, test=120, size=64",
+            "expected 1 to 1,000,000 images per part of 33 to 4096 pixels, but got train=480, val=0, test=120, size=64",
         ),
         (
             {"size": 32},
-            "expected 1 to 1,000,000 images a part of 33 to 4096 pixels, but got train=480, val=60, test=120, size=32",
+            "expected 1 to 1,000,000 images per part of 33 to 4096 pixels, but got train=480, val=60, "
+            "test=120, size=32",
         ),
     ],
 )

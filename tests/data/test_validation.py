@@ -65,7 +65,7 @@ def test_clean_data_pass(load):
 def test_an_image_that_is_none_is_found(load, folder_root, role):
     path = folder_root / ROLES[role][0]
     path.write_bytes(b"this is no image")
-    assert complaint(load()) == f"cannot read the image {path}: it is broken or no image; replace or remove it"
+    assert complaint(load()) == f"cannot read the image {path}: it is damaged or not an image; replace or remove it"
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -85,7 +85,7 @@ def test_a_truncated_image_is_found(load, folder_root, role, share):
     Image.fromarray(noise).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    assert complaint(load()) == f"cannot read the image {path}: it is broken or no image; replace or remove it"
+    assert complaint(load()) == f"cannot read the image {path}: it is damaged or not an image; replace or remove it"
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no image", "truncated"])
@@ -173,7 +173,7 @@ def test_a_validation_list_without_masks_is_found(load, folder_root):
 
 def test_an_empty_validation_set_is_found(load, folder_root):
     data = dataclasses.replace(load(), val=FileSource(folder_root, [], ImageReader(), MaskReader()))
-    assert complaint(data) == "expected at least 1 validation image, but there is none; set dataset.val"
+    assert complaint(data) == "expected at least 1 validation image, but found none; set dataset.val"
 
 
 def test_masks_of_unlabeled_images_are_never_opened(load, folder_root):
@@ -220,9 +220,9 @@ def test_masks_of_zero_and_255_are_suspected(load, folder_root):
     for role in ("labeled", "val"):
         rewrite(folder_root / ROLES[role][1], lambda ids: np.where(ids == 1, 255, 0).astype(np.uint8))
     message = (
-        "expected at least two classes in the labeled masks, but they hold only background and 255 (ignore); if other "
-        "values stand for classes in your files, map them, as in 'dataset.mask_values={0:0,255:1}', else label images "
-        "that show them"
+        "expected at least two classes in the labeled masks, but they have only background and 255 (ignore); if other "
+        "values in your files are classes, map them, as in 'dataset.mask_values={0:0,255:1}', else label images that "
+        "show other classes"
     )
     assert complaint(load()) == message
     assert (True, message) in findings(load())
@@ -231,8 +231,8 @@ def test_masks_of_zero_and_255_are_suspected(load, folder_root):
 
 def test_classes_that_are_never_labeled_or_validated_are_named(load):
     assert findings(load()) == [
-        (False, "no labeled mask holds the class sky"),
-        (False, "no validation mask holds the class background"),
+        (False, "no labeled mask has the class sky"),
+        (False, "no validation mask has the class background"),
     ]
 
 
@@ -240,14 +240,14 @@ def test_several_missing_classes_are_named_together(folder_root, load):
     data = folder(
         str(folder_root), [*"abcde"], labeled="labeled.txt", val="val.txt", unlabeled=["images/night", "images/day"]
     )
-    assert (False, "no labeled mask holds the classes c, d, e") in findings(data)
+    assert (False, "no labeled mask has the classes c, d, e") in findings(data)
 
 
 def test_a_mask_without_any_class_is_named(load, folder_root):
     rewrite(folder_root / ROLES["test"][1], lambda ids: np.full_like(ids, 255))
     assert (
         False,
-        "every pixel of the mask of images/night/late/img2.jpg is ignored (1 such masks in all)",
+        "every pixel of the mask of images/night/late/img2.jpg is ignored (1 such masks in total)",
     ) in findings(load())
 
 
@@ -258,8 +258,8 @@ def test_copies_under_another_name_and_format_are_found(load, folder_root, suffi
         file.convert("RGB").save(folder_root / f"images/copy{suffix}")
     (folder_root / "labeled.txt").write_text(f"images/copy{suffix} masks/day/img1.png")
     message = (
-        f"expected labeled and val images to differ, but images/copy{suffix} and images/day/img1.png hold the same "
-        "picture (1 in all); remove them from one of the two"
+        f"expected labeled and val images to differ, but images/copy{suffix} and images/day/img1.png are the same "
+        "image (1 in total); remove them from one of them"
     )
     assert (True, message) in findings(load())
 
@@ -271,7 +271,7 @@ def test_unlabeled_copies_are_a_warning(load, folder_root, role, part):
     copy.write_bytes(original.read_bytes())
     message = (
         f"expected {part} and unlabeled images to differ, but {ROLES[role][0]} and {copy.relative_to(folder_root)} "
-        "hold the same picture (1 in all)"
+        "are the same image (1 in total)"
     )
     assert (False, message) in findings(load())
 
@@ -279,15 +279,15 @@ def test_unlabeled_copies_are_a_warning(load, folder_root, role, part):
 def test_the_same_picture_twice_among_the_unlabeled_is_told(load, folder_root):
     for number in range(2):
         (folder_root / f"images/copy{number}.png").write_bytes((folder_root / "images/img3.png").read_bytes())
-    (message,) = [text for _, text in findings(load()) if "hold the same" in text]
+    (message,) = [text for _, text in findings(load()) if "are the same" in text]
     assert message.startswith("expected unlabeled images to differ, but images/")
-    assert message.endswith("hold the same picture (2 in all)")
+    assert message.endswith("are the same image (2 in total)")
 
 
 def test_images_of_equal_bytes_but_another_shape_are_no_copies(load, folder_root):
     for number, shape in enumerate([(40, 60, 3), (60, 40, 3)]):
         Image.fromarray(np.full(shape, 9, np.uint8)).save(folder_root / f"images/flat{number}.png")
-    assert not [text for _, text in findings(load()) if "hold the same" in text]
+    assert not [text for _, text in findings(load()) if "are the same" in text]
 
 
 def test_images_smaller_than_the_crop_are_counted(load):
@@ -311,15 +311,15 @@ def test_errors_come_first_and_every_broken_file_is_named(load, folder_root):
 
 
 def test_nothing_is_concluded_from_what_a_sample_does_not_show(monkeypatch, caplog):
-    monkeypatch.setattr(checks, "MOST_FILES", 24)
+    monkeypatch.setattr(checks, "MAX_FILES", 24)
     data = shapes(labeled=30, train=60, val=8, test=8, size=48)
     monkeypatch.setattr(type(data.train), "mask", lambda self, index: np.zeros((48, 48), np.uint8))
     with caplog.at_level(logging.WARNING, logger="mlpmatch_pl"):
         validate_dataset(data, CROP)  # the labeled images that were not read may hold other classes
-    assert "mask holds" not in caplog.text.replace("no validation mask holds", "")
-    monkeypatch.setattr(checks, "MOST_FILES", 2000)
+    assert "mask has" not in caplog.text.replace("no validation mask has", "")
+    monkeypatch.setattr(checks, "MAX_FILES", 2000)
     assert complaint(data).startswith(
-        "expected at least two classes in the labeled masks, but they hold only background"
+        "expected at least two classes in the labeled masks, but they have only background"
     )
 
 
@@ -327,7 +327,7 @@ def test_nothing_is_concluded_from_what_a_sample_does_not_show(monkeypatch, capl
 
 
 def test_of_a_large_data_set_some_of_every_part_are_read(caplog, monkeypatch):
-    monkeypatch.setattr(checks, "MOST_FILES", 40)
+    monkeypatch.setattr(checks, "MAX_FILES", 40)
     data = shapes(labeled=30, train=200, val=25, test=8, size=48)
     read = []
     original = type(data.train).image
@@ -354,4 +354,4 @@ def test_the_limit_is_kept_and_used_up(limit, counts):
 def test_warnings_are_logged(load, caplog):
     with caplog.at_level(logging.WARNING, logger="mlpmatch_pl"):
         validate_dataset(load(), CROP)
-    assert "note: no labeled mask holds the class sky" in caplog.text
+    assert "note: no labeled mask has the class sky" in caplog.text

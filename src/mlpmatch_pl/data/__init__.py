@@ -1,7 +1,7 @@
-"""Files to batches: sources, splits, views, samplers, checks, and the data module.
+"""From files to batches: sources, splits, views, samplers, validation, and the data module.
 
-The functions that describe a data set have the names of their modules here, so `folder` and `shapes` stand at the top
-of the package: ``from mlpmatch_pl import folder, shapes``. Names are loaded when they are first used.
+Names are imported when they are first used. The dataset functions are in `mlpmatch_pl.data.datasets`; ``folder`` and
+``shapes`` can also be imported from `mlpmatch_pl`.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
-"""What a data set is to this package: named images with masks, as arrays.
+"""Datasets as sources of named images with masks.
 
-A source knows nothing of splits, views, batches or Lightning. Write one for data that `folder` cannot read.
+A source doesn't deal with splits, views or batches. Write one for data that `mlpmatch_pl.folder` cannot read.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ class ImageSource(Protocol):
         """Return the number of images."""
 
     def name(self, index: int) -> str:
-        """Return a stable name, as split lists and messages use it."""
+        """Return a stable name, used in split lists and messages."""
 
     def image(self, index: int) -> Image:
         """Return an image, uint8 or uint16, (H, W, channels); RGB if there are three."""
 
     def mask(self, index: int) -> Mask:
-        """Return the mask, uint8, (H, W): 0..C-1 or the ignore index. Asked of labeled and evaluated images only."""
+        """Return the mask, uint8, (H, W): 0..C-1 or the ignore index. Called for labeled and evaluation images only."""
 
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """A data set, split.
+    """A dataset with its split.
 
     Attributes:
         class_names: A name for each class, in the order of the mask values.
         train: Labeled and unlabeled training images.
-        labeled: The training images whose masks are used, a named list.
+        labeled: The training images whose masks are used.
         unlabeled: Indices into ``train`` of the images that are used without mask.
-        val: Images to choose a checkpoint by.
-        test: Images to report on, if there are any beside ``val``.
-        ignore_index: Mask value of pixels that do not count.
+        val: Images for choosing a checkpoint.
+        test: Images for the final evaluation, if different from ``val``.
+        ignore_index: Mask value of pixels to ignore.
         palette: An RGB color for each class.
         in_chans: Channels of an image.
-        bit_depth: Bits a channel, 8 or 16.
-        notes: What a user should know of how the sets came about, a sentence each.
+        bit_depth: Bits per channel, 8 or 16.
+        notes: Remarks for the user about the split, one sentence each.
     """
 
     class_names: tuple[str, ...]
@@ -75,15 +75,15 @@ class SegmentationData:
 
     @property
     def colors(self) -> tuple[tuple[int, int, int], ...]:
-        """The palette, or distinct colors where none is given."""
+        """The palette, or default colors if there is none."""
         return self.palette or default_palette(len(self.class_names))
 
 
 def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
-    """Check the names of the classes.
+    """Validate class names.
 
     Raises:
-        UserError: If there are fewer than two, a name comes twice, or the ignore index is one of the classes.
+        UserError: If there are fewer than two, a name occurs twice, or the ignore index is one of the classes.
 
     Example:
         >>> class_list(["road", "sky"], 255)
@@ -109,10 +109,10 @@ def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
 
 
 def require_same_size(image: Image, mask: Mask, name: str) -> None:
-    """Refuse a mask of another size than its image.
+    """Raise for a mask of another size than its image.
 
     Raises:
-        UserError: With the name of the image, and both sizes.
+        UserError: With the name of the image and both sizes.
     """
     if image.shape[:2] != mask.shape:
         raise UserError(
@@ -122,10 +122,10 @@ def require_same_size(image: Image, mask: Mask, name: str) -> None:
 
 
 def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) -> None:
-    """Refuse a mask with values that are no classes.
+    """Raise for a mask with values that are not classes.
 
     Raises:
-        UserError: With the name of the image, and the values.
+        UserError: With the name of the image and the values.
 
     Example:
         >>> require_classes(np.full((2, 2), 7, np.uint8), "a.png", 7, 255)
@@ -144,6 +144,6 @@ def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) 
 
 
 def has_mask(source: ImageSource, index: int) -> bool:
-    """Tell whether an image has a mask; a source says so by a method of this name, else it has none."""
+    """Tell whether an image has a mask; False for sources without a method ``has_mask(index)``."""
     tell = getattr(source, "has_mask", None)
     return bool(tell and tell(index))

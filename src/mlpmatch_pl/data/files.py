@@ -1,8 +1,4 @@
-"""Many file names in little memory: the names of a hundred thousand images as two tensors.
-
-A list of strings is copied into every worker process, a page at a time, because Python counts references inside the
-objects. Tensors are not: forked workers share their pages, and spawned ones get them as shared memory.
-"""
+"""Find and pair image and mask files, and read them as a source."""
 
 from __future__ import annotations
 
@@ -16,43 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from mlpmatch_pl.data.base import Image, Mask
-from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, ImageReader, stamp
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.utils.errors import UserError
 
 
-class PathTable:
-    """An immutable sequence of strings.
+class Pair(NamedTuple):
+    """An image and its mask, if it has one, as paths relative to a root, or absolute outside of it."""
 
-    Args:
-        paths: The strings, as the file system gives them.
-
-    Example:
-        >>> table = PathTable(["images/a.jpg", "", "images/b.jpg"])
-        >>> len(table), table[2], list(table)
-        (3, 'images/b.jpg', ['images/a.jpg', '', 'images/b.jpg'])
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._text = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
-        self._ends = torch.from_numpy(np.cumsum([0, *map(len, encoded)], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} paths")
-        index %= len(self)
-        start, end = self._ends[index : index + 2].tolist()
-        return os.fsdecode(self._text[start:end].numpy().tobytes())
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+    image: str
+    mask: str | None
 
 
 class FileIndex:
@@ -60,13 +31,13 @@ class FileIndex:
 
     Args:
         roots: Folders with ``images`` and ``masks``.
-        images: Folder with the images, below each root, with any sub-folders.
+        images: Folder with the images, below each root, with any subfolders.
         masks: Folder with the masks, below each root.
-        known: All pairs, where the data set's own layout gives them; they are then not searched for.
-        find_mask: Turns a mask's path in a list into that of the file to read, where it is another.
+        known: All pairs, if the dataset's own layout determines them; they are not searched for.
+        find_mask: Maps a mask's path in a list to that of the file to read, if they differ.
 
     Raises:
-        UserError: If a root is no folder.
+        UserError: If a root is not a folder.
     """
 
     def __init__(
@@ -92,7 +63,7 @@ class FileIndex:
         self.known = {pair.image: pair for pair in known}
 
     def discover(self) -> list[Pair]:
-        """Pair all images with the masks of the same relative path without suffix."""
+        """Pair all images with the masks that have the same relative path without suffix."""
         found = list(self.known.values())
         for root in self.roots if not found else ():
             if not (root / self.images).is_dir():
@@ -104,15 +75,15 @@ class FileIndex:
         return found
 
     def part(self, name: str, with_masks: bool = True) -> list[Pair]:
-        """Return what a list file, a CSV file or a folder holds, given relative to the root or the working directory.
+        """Return the pairs of a list file, a CSV file or a folder, relative to the root or the working directory.
 
         Args:
             name: A list with ``image mask`` or ``image`` lines, a CSV file with the columns image and mask, a folder
-                with images and masks as sub-folders, a folder below that of the images, or any folder with images.
-            with_masks: Whether masks are wanted; those that a list names need not exist otherwise.
+                with images and masks as subfolders, a folder below that of the images, or any folder with images.
+            with_masks: Whether masks are needed. If not, those in a list need not exist.
 
         Raises:
-            UserError: If there is no such file or folder, or it is empty, or what it names does not exist.
+            UserError: If the file or folder does not exist or is empty, or a file in a list does not exist.
         """
         path = self._find(name)
         if not path.is_dir():
@@ -125,7 +96,7 @@ class FileIndex:
         return self._find(name).is_dir()
 
     def with_masks(self, listed: list[Pair], known: Mapping[str, Pair]) -> list[Pair]:
-        """Find the masks of bare names: among known pairs, or else by path in the mask folder."""
+        """Add masks to pairs without one: from known pairs, or else by path in the mask folder."""
         if all(pair.mask for pair in listed):
             return listed
         known = {**self.known, **known}
@@ -139,7 +110,7 @@ class FileIndex:
                 return path
         raise UserError(
             f"expected a list file or folder, but {name} exists neither in {self.base} nor in the working directory; "
-            "a fraction is written 1/8, a count 92"
+            "write a fraction as 1/8 or a count as 92"
         )
 
     def _folder(self, path: Path) -> list[Pair]:
@@ -161,7 +132,7 @@ class FileIndex:
             raise UserError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {images}, but found none")
         if lonely := sorted(set(labels) - set(found)):
             raise UserError(
-                f"expected an image for every mask, but {labels[lonely[0]]} has none ({len(lonely)} in all); "
+                f"expected an image for every mask, but {labels[lonely[0]]} has none ({len(lonely)} in total); "
                 "an image and its mask have the same path below their folders, without suffix"
             )
         return [Pair(image, labels.get(stem)) for stem, image in found.items()]
@@ -179,27 +150,26 @@ class FileIndex:
         return found
 
     def _named(self, path: str) -> str:
-        """Return one name for one file: its path relative to the base, or absolute if it is not below it."""
-        places = (os.path.abspath(path), os.path.abspath(self.base)), (os.path.realpath(path), self._real_base)
-        for place, base in places:
-            inside = base.rstrip(os.sep) + os.sep
-            if place.startswith(inside):
-                return place.removeprefix(inside).replace(os.sep, "/")
-        return places[1][0].replace(os.sep, "/")
+        """Return a unique name of a file: its path relative to the base, or absolute outside of it."""
+        real = os.path.realpath(path)
+        for absolute, base in ((os.path.abspath(path), os.path.abspath(self.base)), (real, self._real_base)):
+            prefix = base.rstrip(os.sep) + os.sep
+            if absolute.startswith(prefix):
+                return absolute.removeprefix(prefix).replace(os.sep, "/")
+        return real.replace(os.sep, "/")
 
     def _read_list(self, path: Path, with_masks: bool) -> list[Pair]:
         content = path.read_bytes()
         if b"\0" in content:
-            raise UserError(f"expected a list in UTF-8, but {path} is none; save the list in UTF-8, or give a folder")
-        lines = (
-            content.decode("utf-8-sig", errors="surrogateescape").replace("\r", "\n").split("\n")
-        )  # names may be any bytes
+            raise UserError(f"expected a list in UTF-8, but {path} is not; save it in UTF-8, or use a folder")
+        text = content.decode("utf-8-sig", errors="surrogateescape")  # names may be any bytes
+        lines = text.replace("\r", "\n").split("\n")
         rows = _csv_rows(lines, path) if path.suffix.lower() == ".csv" else self._list_rows(lines, path)
         pairs = [self._pair(row, path, with_masks) for row in rows]
         if not pairs:
             raise UserError(f"expected at least one image in the list {path}, but it is empty")
         if twice := next((name for name, count in Counter(pair.image for pair in pairs).items() if count > 1), None):
-            raise UserError(f"expected every image once in the list {path}, but {twice} comes more than once")
+            raise UserError(f"expected every image once in the list {path}, but {twice} occurs more than once")
         return pairs
 
     def _list_rows(self, lines: Sequence[str], path: Path) -> Iterator[list[str]]:
@@ -216,7 +186,6 @@ class FileIndex:
             yield parts
 
     def _pair(self, row: Sequence[str], path: Path, with_masks: bool) -> Pair:
-        # One spelling for one file, so that overlaps are found.
         image = self._existing(row[0], path)
         mask = row[1] if with_masks and len(row) > 1 else ""
         if mask and self._find_mask:
@@ -224,6 +193,7 @@ class FileIndex:
         return Pair(image, self._existing(mask, path) if mask else None)
 
     def _existing(self, name: str, path: Path) -> str:
+        """Return the unique name of a listed file, so that overlaps of lists are found."""
         if ".." in name.split("/"):
             raise UserError(f"expected paths below {self.base} in {path}, but found {name!r}")
         if not os.path.isfile(os.path.join(self.base, name)):
@@ -234,8 +204,8 @@ class FileIndex:
 
 
 def image_files(folder: str) -> Iterator[str]:
-    """Yield the image files below a folder, hidden ones and pipes left out; links are followed once."""
-    visited = set()  # links may lead back to a folder above
+    """Yield the image files below a folder, without hidden files and pipes; links are followed once."""
+    visited = set()  # links may lead back to a parent folder
     for directory, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
         if real in visited:
@@ -245,15 +215,15 @@ def image_files(folder: str) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
             path = os.path.join(directory, name)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") and _ends(path):
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") and _is_readable(path):
                 yield path
 
 
-def _ends(path: str) -> bool:
-    """Tell whether reading a path comes to an end: a pipe would be waited for, a device read for ever."""
+def _is_readable(path: str) -> bool:
+    """Tell whether a path is a regular file; reading a pipe or a device may never end."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:  # a link to nothing is an image that cannot be read, and named as such
+    except OSError:  # reading a broken link raises an error that names it
         return True
 
 
@@ -272,13 +242,6 @@ def _csv_rows(lines: Sequence[str], path: Path) -> Iterator[list[str]]:
             yield [image, (row.get("mask") or "").strip()]
 
 
-class Pair(NamedTuple):
-    """An image and its mask, if it has one, as paths relative to a root (or absolute, outside of it)."""
-
-    image: str
-    mask: str | None
-
-
 class FileSource:
     """Pairs of files, see `mlpmatch_pl.data.base.ImageSource`.
 
@@ -291,46 +254,58 @@ class FileSource:
 
     def __init__(self, root: Path, pairs: Sequence[Pair], read_image: ImageReader, read_mask: MaskReader) -> None:
         self.root, self.read_image, self.read_mask = str(root), read_image, read_mask
-        self._images = PathTable(pair.image for pair in pairs)
-        self._masks = PathTable(pair.mask or "" for pair in pairs)
+        # Byte strings in one array: workers share its memory, while strings are copied as Python counts references.
+        self._images = np.array([os.fsencode(pair.image) for pair in pairs], np.bytes_)
+        self._masks = np.array([os.fsencode(pair.mask or "") for pair in pairs], np.bytes_)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def name(self, index: int) -> str:
         """Return the image's path relative to the root."""
-        return self._images[index]
+        return os.fsdecode(self._images[index])
 
     def pair(self, index: int) -> Pair:
         """Return the paths of an image and its mask."""
-        return Pair(self._images[index], self._masks[index] or None)
+        return Pair(self.name(index), os.fsdecode(self._masks[index]) or None)
 
     def has_mask(self, index: int) -> bool:
         """Tell whether an image has a mask."""
         return bool(self._masks[index])
 
     def listing(self, index: int) -> str:
-        """Return the line that names an image, and its mask if it has one, in a list file."""
+        """Return the image's line in a list file: its path, and that of the mask if it has one."""
         image, mask = self.pair(index)
         return f"{image}\t{mask}" if mask else image
 
     def image(self, index: int) -> Image:
         """Read an image, (H, W, channels)."""
-        return self.read_image(os.path.join(self.root, self._images[index]))
+        return self.read_image(os.path.join(self.root, self.name(index)))
 
     def mask(self, index: int) -> Mask:
-        """Read a mask, (H, W)."""
-        return self.read_mask(self._mask_path(index))
+        """Read a mask, (H, W).
+
+        Raises:
+            UserError: If the image has none, or it cannot be read.
+        """
+        image, mask = self.pair(index)
+        if mask is None:
+            raise UserError(f"expected a mask for the image {image}, but it has none")
+        return self.read_mask(os.path.join(self.root, mask))
 
     def stamp(self, index: int) -> str:
-        """Return what changes when the image, its mask, or how they are read changes."""
-        image = os.path.realpath(os.path.join(self.root, self._images[index]))
-        parts = [image, stamp(image), self.read_image.describe()]
-        if mask := self._masks[index]:
-            parts += [mask, stamp(os.path.join(self.root, mask)), self.read_mask.describe()]
+        """Return a string that changes when the image, its mask, or the way they are read changes."""
+        image, mask = self.pair(index)
+        path = os.path.join(self.root, image)
+        parts = [os.path.realpath(path), _size_and_time(path), self.read_image.describe()]
+        if mask:
+            parts += [mask, _size_and_time(os.path.join(self.root, mask)), self.read_mask.describe()]
         return " ".join(parts)
 
-    def _mask_path(self, index: int) -> str:
-        if not (mask := self._masks[index]):
-            raise UserError(f"expected a mask for the image {self.name(index)}, but it has none")
-        return os.path.join(self.root, mask)
+
+def _size_and_time(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return "missing"
+    return f"{status.st_size}:{status.st_mtime_ns}"

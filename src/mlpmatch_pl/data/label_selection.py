@@ -1,10 +1,9 @@
-"""Which files are labeled, unlabeled, for validation and for testing."""
+"""Select labeled, unlabeled, validation and test images."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +17,21 @@ from mlpmatch_pl.data.splits import Choice, Split, choose, cover_first, is_path
 from mlpmatch_pl.utils.cpu import reader_threads
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.palette import require_colors
+from mlpmatch_pl.utils.prefetch import ordered_map
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the files of a data set are like.
+    """Classes of a dataset, and readers of its files.
 
     Attributes:
         class_names: Names of the classes, in the order of the mask values.
         read_image: Reads an image.
         read_mask: Reads a mask.
-        palette: An RGB color for each class, for pictures.
-        ignore_index: Mask value of pixels that do not count.
+        palette: An RGB color for each class, for visualization.
+        ignore_index: Mask value of pixels to ignore.
     """
 
     class_names: tuple[str, ...]
@@ -43,14 +43,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class LabelSelection:
-    """How the labeled and unlabeled images are chosen.
+    """The choice of labeled and unlabeled images.
 
     Attributes:
-        labeled: Fraction, count, list file or folder; all that have a mask if None.
-        unlabeled: List files or folders; the rest of the training images if empty.
+        labeled: Fraction, count, list file or folder. None: all images with a mask.
+        unlabeled: List files or folders. Empty: the remaining training images.
         seed: Seed of a choice by fraction or count.
-        cover_classes: Whether a choice by fraction or count starts with images that together hold every class.
-        label: What the labeled list is called in results; its path if left out.
+        cover_classes: Whether a choice by fraction or count starts with images that together contain every class.
+        label: Name of the labeled list in results. Default: its path.
     """
 
     labeled: Choice | None = None
@@ -63,13 +63,13 @@ class LabelSelection:
 def layout(
     classes: Sequence[str], palette: Sequence[Sequence[int]] | None, read_image: ImageReader, read_mask: MaskReader
 ) -> Layout:
-    """Check classes and palette.
+    """Validate classes and palette.
 
     Raises:
         UserError: If class names, ignore index or palette are wrong.
     """
     if palette is not None and len(palette) != len(classes):
-        raise UserError(f"expected {len(classes)} colors in dataset.palette, one a class, but got {len(palette)}")
+        raise UserError(f"expected {len(classes)} colors in dataset.palette, one per class, but got {len(palette)}")
     names = class_list(classes, read_mask.ignore_index)
     require_colors("dataset.palette", palette or ())
     colors = tuple((red, green, blue) for red, green, blue in palette or ())
@@ -77,16 +77,16 @@ def layout(
 
 
 def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: Choice) -> tuple[list[Pair], list[Pair]]:
-    """Take validation images out of the training images.
+    """Split validation images off the training images.
 
     Args:
-        files: Where they are.
+        files: The files.
         pairs: The training images.
-        wanted: The labeled images, which are not chosen by a fraction or count.
+        wanted: The choice of labeled images; those of a list are not chosen for validation.
         val: Fraction or count of the images with masks, or a list file or folder.
 
     Returns:
-        What is left for training, and the validation images.
+        The remaining training images, and the validation images.
     """
     if is_path(val):
         val_pairs = files.with_masks(files.part(str(val)), {})
@@ -102,10 +102,11 @@ def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: C
 def select(
     files: FileIndex, form: Layout, train: list[Pair], val: list[Pair], test: list[Pair], wanted: LabelSelection
 ) -> SegmentationData:
-    """Choose the labeled and unlabeled images, and describe the data set.
+    """Choose the labeled and unlabeled images, and return the dataset.
 
     Raises:
-        UserError: If a list, choice or overlap is wrong. Files' contents are checked by `checks`.
+        UserError: If a list or choice is invalid, or labeled and evaluation images overlap. The content of files is
+            checked later, by `mlpmatch_pl.data.validation`.
     """
     pairs = {pair.image: pair for pair in train}
     split = _labeled(files, form, pairs, wanted)
@@ -114,7 +115,7 @@ def select(
     held_out = {pair.image for pair in (*val, *test)}
     unlabeled, notes = _unlabeled(files, pairs, split, wanted, held_out)
     if both := sorted({pair.image for pair in val} & {pair.image for pair in test}):
-        notes += (f"{both[0]} is a validation image and a test image ({len(both)} in all)",)
+        notes += (f"{both[0]} is a validation image and a test image ({len(both)} in total)",)
     ordered = list(pairs.values())
 
     def source(chosen: list[Pair]) -> FileSource:
@@ -136,9 +137,9 @@ def select(
 
 
 def _labeled(files: FileIndex, form: Layout, pairs: dict[str, Pair], wanted: LabelSelection) -> Split:
-    """Choose the labeled images; those of a list are added to the pairs."""
+    """Choose the labeled images; add those of a list to the pairs."""
     if is_path(wanted.labeled):
-        # A list of bare names finds the masks of the training set.
+        # Bare names in a list get the masks of the training images.
         listed = files.with_masks(files.part(str(wanted.labeled)), pairs)
         if bare := [pair.image for pair in listed if not pair.mask]:
             raise UserError(f"expected a mask for every image in {wanted.labeled}, but {bare[0]} has none")
@@ -155,9 +156,9 @@ def _labeled(files: FileIndex, form: Layout, pairs: dict[str, Pair], wanted: Lab
     there, covered = ({label for name in names for label in classes[name]} for names in (masked, split.names))
     if missing := sorted(there - covered):
         raise UserError(
-            f"expected enough labeled images to hold every class, but {len(split.names)} hold no "
-            f"{form.class_names[missing[0]]} ({len(missing)} classes in all); raise dataset.labeled, or leave out "
-            "dataset.cover_classes"
+            f"expected enough labeled images to contain every class, but {len(split.names)} have no "
+            f"{form.class_names[missing[0]]} ({len(missing)} classes in total); raise dataset.labeled, or set "
+            "dataset.cover_classes=false"
         )
     return split
 
@@ -165,15 +166,15 @@ def _labeled(files: FileIndex, form: Layout, pairs: dict[str, Pair], wanted: Lab
 def _require_masks(files: FileIndex, masked: Sequence[str]) -> None:
     if not masked:
         raise UserError(
-            f"expected masks for some training images below {files.base / files.masks}, but none was found; "
-            "a mask has its image's path and name, with its own suffix"
+            f"expected masks for some training images below {files.base / files.masks}, but found none; "
+            "a mask has the path and name of its image, with its own suffix"
         )
 
 
 def _unlabeled(
     files: FileIndex, pairs: dict[str, Pair], split: Split, wanted: LabelSelection, held_out: set[str]
 ) -> tuple[set[str], tuple[str, ...]]:
-    """Choose the unlabeled images; those of lists and folders are added to the pairs."""
+    """Choose the unlabeled images; add those of lists and folders to the pairs."""
     taken, notes = set(split.names), []
     candidates = set(pairs)
     if wanted.unlabeled:
@@ -182,20 +183,20 @@ def _unlabeled(
         if unused := sorted(set(pairs) - candidates - taken - held_out):
             notes.append(
                 f"{unused[0]} is a training image, but neither labeled nor in dataset.unlabeled ({len(unused)} in "
-                "all); it is not used"
+                "total); it is not used"
             )
         for pair in listed:
             pairs.setdefault(pair.image, pair)
     if left_out := sorted(candidates & held_out):
         notes.append(
-            f"{left_out[0]} is a training image and a validation or test image ({len(left_out)} in all); it is left "
-            "out of the training images"
+            f"{left_out[0]} is a training image and a validation or test image ({len(left_out)} in total); it is "
+            "removed from the training images"
         )
     return candidates - held_out - taken, tuple(notes)
 
 
 def _listed_unlabeled(files: FileIndex, wanted: LabelSelection, labeled: set[str]) -> list[Pair]:
-    """Read the unlabeled lists and folders; labeled images are taken out of folders, but refused in a list."""
+    """Read the unlabeled lists and folders. Labeled images are an error in a list, but not in a folder."""
     listed = []
     for name in wanted.unlabeled:
         part = files.part(name, with_masks=False)
@@ -207,7 +208,7 @@ def _listed_unlabeled(files: FileIndex, wanted: LabelSelection, labeled: set[str
 
 
 def _classes_in(base: Path, form: Layout, pairs: list[Pair]) -> dict[str, frozenset[int]]:
-    """Read which classes are in each mask."""
+    """Return the classes in each mask."""
     log.info("reading %d masks for dataset.cover_classes", len(pairs))
     source = FileSource(base, pairs, form.read_image, form.read_mask)
 
@@ -215,13 +216,13 @@ def _classes_in(base: Path, form: Layout, pairs: list[Pair]) -> dict[str, frozen
         counts = np.bincount(source.mask(index).ravel(), minlength=len(form.class_names))
         return frozenset(np.flatnonzero(counts[: len(form.class_names)]).tolist())
 
-    with ThreadPoolExecutor(reader_threads()) as pool:
-        return dict(zip((pair.image for pair in pairs), pool.map(read, range(len(pairs))), strict=True))
+    classes = ordered_map(read, range(len(pairs)), reader_threads())
+    return dict(zip((pair.image for pair in pairs), classes, strict=True))
 
 
 def _refuse_overlap(labeled: Iterable[str], held_out: Iterable[Pair], what: str) -> None:
     if both := sorted(set(labeled) & {pair.image for pair in held_out}):
         raise UserError(
-            f"expected labeled and {what} images to differ, but {both[0]} is in both ({len(both)} in all); "
+            f"expected labeled and {what} images to differ, but {both[0]} is in both ({len(both)} in total); "
             "remove them from one list"
         )

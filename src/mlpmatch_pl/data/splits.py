@@ -1,7 +1,7 @@
-"""Which images are labeled: a named, hashed list, chosen by fraction, count or file.
+"""Splits: named, hashed lists of images, chosen by fraction, count or file.
 
-Choices by fraction or count are nested: with one seed, the 1/16 is inside the 1/8. A result is always
-labeled by its list's name and hash, because several incompatible splits are called "1/16".
+Choices by fraction or count with the same seed are nested: the 1/16 is a subset of the 1/8. Results are reported with
+the name and hash of their list, because several incompatible splits are called "1/16".
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Split:
     """A list of image names.
 
     Attributes:
-        label: What it is called in results, as in ``1/8 (seed 0)`` or a file's name.
+        label: Its name in results, such as ``1/8 (seed 0)`` or a file name.
         names: The images, in order.
 
     Example:
@@ -38,26 +38,26 @@ class Split:
 
     @property
     def sha256(self) -> str:
-        """Hash of the names: equal for equal lists, whatever they are called."""
+        """Hash of the names; lists with the same names have the same hash, regardless of their label."""
         return hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_split(path: str, known: Sequence[str]) -> Split:
-    """Read a list of names, a line each, as a run saves it.
+    """Read a list of names, one per line, as runs save it.
 
     Args:
         path: The file.
-        known: All names that there are.
+        known: The names of all images.
 
     Raises:
-        UserError: If the file is missing or empty, or holds a name twice or an unknown one.
+        UserError: If the file is missing or empty, or has a duplicate or unknown name.
     """
     if not Path(path).is_file():
-        raise UserError(f"expected a list file, but {path} does not exist; a fraction is written 1/8, a count 92")
+        raise UserError(f"expected a list file, but {path} does not exist; write a fraction as 1/8 or a count as 92")
     names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip())
     wrong = sorted(set(names) - set(known))
     if wrong or not names or len(set(names)) < len(names):
-        found = f"{wrong[0]!r}, which is none of them" if wrong else "none, or one twice"
+        found = f"the unknown name {wrong[0]!r}" if wrong else "none, or a duplicate"
         raise UserError(f"expected different names of images in the list {path}, but found {found}")
     return Split(path, names)
 
@@ -85,14 +85,14 @@ def choose(
         names: What to choose from.
         spec: A fraction (``"1/8"`` or ``0.125``) or a count (``92``).
         seed: Seed of the choice; another seed is another list.
-        what: Name of the key, for messages and so that several choices are independent.
-        order: Rearranges the shuffled names before the first ones are taken, as `cover_first` does.
+        what: Name of the key, for messages and to make choices for different keys independent.
+        order: Reorders the shuffled names before the first ones are taken, such as `cover_first`.
 
     Returns:
         The chosen names, sorted, at least one.
 
     Raises:
-        UserError: If the choice is no such number, or is empty or larger than the set.
+        UserError: If the choice is not a fraction or count, is empty, or is larger than the number of names.
 
     Example:
         >>> choose(["a", "b", "c", "d"], "1/2", seed=0).names
@@ -115,16 +115,16 @@ def choose(
 
 
 def cover_first(names: Iterable[str], classes: Mapping[str, frozenset[int]]) -> list[str]:
-    """Move some images to the front that together hold every class, the rarest class first.
+    """Move images to the front that together contain every class, the rarest class first.
 
-    The order does not depend on how many are taken, so choices stay nested.
+    The order does not depend on the number taken, so choices stay nested.
 
     Args:
         names: Shuffled names.
         classes: The classes in each image.
 
     Returns:
-        All names; every class is in the first images, one image a class at most.
+        All names. The first ones, at most one per class, contain every class.
 
     Example:
         >>> cover_first("abc", {"a": frozenset({0}), "b": frozenset({0}), "c": frozenset({0, 1})})
@@ -154,12 +154,12 @@ def _count(spec: Choice, total: int, what: str) -> int:
     if number == int(number) and not isinstance(spec, float):
         return int(number)
     if number > 1:
-        raise UserError(f"expected dataset.{what} as a fraction of at most 1 or a whole count, but got {spec}")
+        raise UserError(f"expected dataset.{what} as a fraction of at most 1 or an integer count, but got {spec}")
     return max(round(total * number), 1 if number else 0)
 
 
 def _is_number(spec: object) -> bool:
-    # float() reads "1_8" as 18: underscores are refused, because split folders are called so.
+    # float("1_8") is 18, but 1_8 is a common name of split folders.
     if isinstance(spec, bool) or (isinstance(spec, str) and "_" in spec):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Reading files once, in parallel, and what was found in each."""
+"""Validate a dataset: read files in parallel, and look for problems."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mlpmatch_pl.utils.seeding import evenly_spaced
 log = logging.getLogger(__name__)
 
 PARTS = ("labeled", "val", "test", "unlabeled")
-IN_FLIGHT = 256  # files read ahead of their results being taken
+MAX_FILES = 2000  # read at the start of a training
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file to read: which part it belongs to, and where it is."""
+    """An image to read: its part of the dataset, and its position in a source."""
 
     part: str
     source: ImageSource
@@ -35,16 +35,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What was found in an image and, unless it is unlabeled, its mask.
+    """The content of an image and, unless it is unlabeled, its mask.
 
     Attributes:
-        part: labeled, unlabeled, val or test.
+        part: ``labeled``, ``unlabeled``, ``val`` or ``test``.
         name: The image's name.
-        problem: What training would stumble over, as a sentence; the rest is empty then.
+        problem: Why training cannot use it, as a sentence. If set, the other attributes are empty.
         size: Height and width.
-        digest: Hash of the decoded image, if it was asked for: equal for copies under other names or formats.
-        pixels_C1: Pixels of each class, and last those that do not count; None for unlabeled images.
-        channel_sums: Sum and sum of squares of each channel, if asked for, (2, channels).
+        digest: Hash of the decoded image, if requested: equal for copies under other names or formats.
+        pixels_C1: Number of pixels of each class, and of ignored pixels at the end; None for unlabeled images.
+        channel_sums: Sum and sum of squares of each channel, if requested, (2, channels).
     """
 
     part: str
@@ -57,7 +57,7 @@ class Inspected:
 
 
 def all_jobs(data: SegmentationData) -> list[Job]:
-    """List every file that training and evaluation will read: those with masks first, so that errors are found soon."""
+    """List all images of a dataset, those with masks first, as they are more likely to have errors."""
     jobs = [Job("labeled", data.train, index) for index in data.labeled_indices]
     jobs += [Job("val", data.val, index) for index in range(len(data.val))]
     if data.test is not None:
@@ -66,7 +66,7 @@ def all_jobs(data: SegmentationData) -> list[Job]:
 
 
 def sample(jobs: Sequence[Job], limit: int) -> list[Job]:
-    """Take at most ``limit`` jobs: of every part alike, spread evenly over it.
+    """Take at most ``limit`` jobs: equally many of each part, evenly spaced.
 
     Example:
         >>> jobs = [Job("val", None, index) for index in range(9)]
@@ -83,14 +83,14 @@ def sample(jobs: Sequence[Job], limit: int) -> list[Job]:
 
 
 def inspect(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iterator[Inspected]:
-    """Read files in parallel, and yield what was found in the order of the jobs.
+    """Read images and masks in parallel, and yield their content in the order of the jobs.
 
     Args:
-        data: The data set.
-        jobs: Which files.
-        thorough: Whether to hash images and add up their channels, too.
+        data: The dataset.
+        jobs: Which images.
+        thorough: Whether to also hash images and sum their channels.
     """
-    return ordered_map(_inspector(data, thorough), jobs, reader_threads(), IN_FLIGHT)
+    return ordered_map(_inspector(data, thorough), jobs, reader_threads(), in_flight=256)  # decoding releases the GIL
 
 
 def _inspector(data: SegmentationData, thorough: bool) -> Callable[[Job], Inspected]:
@@ -110,7 +110,7 @@ def _inspector(data: SegmentationData, thorough: bool) -> Callable[[Job], Inspec
 
 
 def _count(data: SegmentationData, name: str, image: Image, mask: Mask) -> NDArray[np.int64]:
-    """Count the pixels of each class, and those that do not count."""
+    """Count the pixels of each class and the ignored ones."""
     num_classes = len(data.class_names)
     require_same_size(image, mask, name)
     require_classes(mask, name, num_classes, data.ignore_index)
@@ -134,15 +134,12 @@ def _channel_sums(image: Image) -> NDArray[np.float64]:
     return np.stack([counts @ levels, counts @ levels**2])
 
 
-MOST_FILES = 2000  # that are read at the start of a training
-
-
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong, or that a user should know.
+    """A problem of a dataset, or a note about it.
 
     Attributes:
-        is_error: Whether training refuses it.
+        is_error: Whether training refuses the dataset.
         message: A sentence.
     """
 
@@ -151,12 +148,12 @@ class Finding:
 
 
 def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = False) -> set[tuple[int, int]]:
-    """Read the files that will be used, or 2,000 of them spread over all sets, and refuse what is an error.
+    """Read the images and masks of a dataset, or 2,000 evenly spaced ones, log notes and raise for errors.
 
     Args:
-        data: The data set.
+        data: The dataset.
         crop_size: Height and width of the training views.
-        skip_bad: Whether training images that cannot be read are named only, as training will leave them out.
+        skip_bad: Whether training images that cannot be read are notes instead of errors.
 
     Returns:
         The sizes of the evaluation images that were read, (height, width).
@@ -166,7 +163,7 @@ def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = Fa
     """
     require_validation(data)
     jobs = all_jobs(data)
-    chosen = jobs if len(jobs) <= MOST_FILES else sample(jobs, MOST_FILES)
+    chosen = jobs if len(jobs) <= MAX_FILES else sample(jobs, MAX_FILES)
     if len(chosen) < len(jobs):
         log.info("read %d of %d files; python -m mlpmatch_pl.check reads all", len(chosen), len(jobs))
     inspected = []
@@ -186,9 +183,9 @@ def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = Fa
 
 
 def require_validation(data: SegmentationData) -> None:
-    """Refuse a data set without validation images."""
+    """Raise a `UserError` for a dataset without validation images."""
     if not len(data.val):
-        raise UserError("expected at least 1 validation image, but there is none; set dataset.val")
+        raise UserError("expected at least 1 validation image, but found none; set dataset.val")
 
 
 def _number(jobs: Iterable[Job], part: str) -> int:
@@ -198,13 +195,13 @@ def _number(jobs: Iterable[Job], part: str) -> int:
 def find_problems(
     data: SegmentationData, inspected: Sequence[Inspected], crop_size: int, whole: Collection[str] = PARTS
 ) -> list[Finding]:
-    """Say what is wrong with a data set, given what was found in its files; errors first.
+    """Find the problems of a dataset, errors first.
 
     Args:
-        data: The data set.
-        inspected: What was found.
+        data: The dataset.
+        inspected: Content of its files.
         crop_size: Height and width of the training views.
-        whole: The parts of which every file was read; of the others nothing is concluded from what was not found.
+        whole: The parts of which every file was read. Only these can be found to lack a class.
 
     Example:
         >>> from mlpmatch_pl.data.datasets.shapes import shapes
@@ -213,14 +210,13 @@ def find_problems(
         []
     """
     good = [item for item in inspected if item.problem is None]
-    # One a file: each has its own remedy.
     findings = [Finding(True, item.problem) for item in inspected if item.problem is not None]
     findings += [*_classes(data, good, whole), *_copies(good), *_sizes(good, crop_size)]
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
 def pixels_by_class(inspected: Iterable[Inspected], part: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels and the images of each class in a part, and last of what does not count."""
+    """Return the numbers of pixels and of images of each class in a part; the last entry counts ignored pixels."""
     counts = [item.pixels_C1 for item in inspected if item.part == part and item.pixels_C1 is not None]
     table = np.stack(counts) if counts else np.zeros((0, num_classes + 1), np.int64)
     return table.sum(0), (table > 0).sum(0)
@@ -234,9 +230,9 @@ def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Coll
         ignored = f" and {data.ignore_index} (ignore)" if labeled[-1] else ""
         yield Finding(
             True,
-            f"expected at least two classes in the labeled masks, but they hold only {', '.join(found) or 'no class'}"
-            f"{ignored}; if other values stand for classes in your files, map them, as in "
-            "'dataset.mask_values={0:0,255:1}', else label images that show them",
+            f"expected at least two classes in the labeled masks, but they have only {', '.join(found) or 'no class'}"
+            f"{ignored}; if other values in your files are classes, map them, as in "
+            "'dataset.mask_values={0:0,255:1}', else label images that show other classes",
         )
         return
     evaluated, _ = pixels_by_class(inspected, "val", len(names))
@@ -244,15 +240,15 @@ def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Coll
         missing = [name for name, count in zip(names, pixels[:-1], strict=True) if not count]
         if missing and part in whole:
             noun = "class" if len(missing) == 1 else "classes"
-            yield Finding(False, f"no {word} mask holds the {noun} {', '.join(missing)}")
+            yield Finding(False, f"no {word} mask has the {noun} {', '.join(missing)}")
     empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
     if empty:
-        message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in all)"
+        message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in total)"
         yield Finding(False, message)
 
 
 def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
-    """Find images that are there twice, under whatever name."""
+    """Find identical images under different names."""
     by_content: dict[str, list[Inspected]] = defaultdict(list)
     for item in inspected:
         if item.digest:
@@ -265,11 +261,11 @@ def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
             shared[one.part, two.part].append((one.name, two.name))
     for (one_part, two_part), pairs in sorted(shared.items()):
         is_error = one_part == "labeled" and two_part in ("val", "test")
-        advice = "; remove them from one of the two" if is_error else ""
+        advice = "; remove them from one of them" if is_error else ""
         where = f"{one_part} images" if one_part == two_part else f"{one_part} and {two_part} images"
         message = (
-            f"expected {where} to differ, but {pairs[0][0]} and {pairs[0][1]} hold the same picture "
-            f"({len(pairs)} in all){advice}"
+            f"expected {where} to differ, but {pairs[0][0]} and {pairs[0][1]} are the same image "
+            f"({len(pairs)} in total){advice}"
         )
         yield Finding(is_error, message)
 

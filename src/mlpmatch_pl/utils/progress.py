@@ -1,4 +1,4 @@
-"""What the user sees: bars on a terminal, plain lines elsewhere."""
+"""Progress bars in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def say(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush it."""
     print(text, flush=True)
 
 
 def megabytes(count: float) -> str:
-    """Write a number of bytes for people.
+    """Format a number of bytes.
 
     Example:
         >>> megabytes(1_999_639_040), megabytes(12_300)
@@ -24,16 +24,16 @@ def megabytes(count: float) -> str:
 
 @contextmanager
 def progress(title: str, total: int | None, in_bytes: bool = False, start: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far a piece of work is.
+    """Show the progress of a task.
 
     Args:
-        title: What is being done.
-        total: Its size, if known.
-        in_bytes: Whether the size is in bytes rather than in files.
-        start: What an earlier run has done of it.
+        title: Description of the task.
+        total: Number of items, if known.
+        in_bytes: Whether items are bytes.
+        start: Number of items completed before.
 
     Yields:
-        A function to call with what has been done since its last call.
+        A function to call with the number of items completed since its last call.
     """
     from rich.console import Console
 
@@ -74,5 +74,5 @@ def _lines(title: str, total: int | None, in_bytes: bool, start: int) -> Iterato
             printed = time.monotonic()
             say(f"{title}: {write(done)}{of_total}")
 
-    say(f"{title}{of_total.replace(' of ', ', ')}" + (f", going on at {write(start)}" if start else ""))
+    say(f"{title}{of_total.replace(' of ', ', ')}" + (f", continuing at {write(start)}" if start else ""))
     yield advance

@@ -1,8 +1,7 @@
-"""Random draws as pure functions of what they are for.
+"""Seeds that are pure functions of seed, step, sample and purpose.
 
-Nothing in the package draws from a global generator during training. Every draw is seeded by the
-things that name it (seed, step, sample ...), so that it is the same for any number of workers, on
-every rank that should share it, and after a resume.
+Training never uses a global random generator. Each draw has its own seed, so that it is the same for any number of
+workers, on all ranks that should share it, and after a resume.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ def derive_seed(*parts: int | str) -> int:
     """Hash integers and strings to one seed in ``[0, 2**63)``.
 
     Args:
-        parts: What names the draw, for example ``derive_seed(seed, "cutmix", epoch, sample)``.
+        parts: Identify the draw, for example ``derive_seed(seed, "cutmix", epoch, sample)``.
 
     Returns:
         The same number in every process and on every platform.
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
-    """Take at most ``count`` items, in order, the first and the last among them.
+    """Take at most ``count`` items, in order, including the first and the last.
 
     Example:
         >>> evenly_spaced([3, 5, 7, 9, 11], 3), evenly_spaced("ab", 5), evenly_spaced("abc", 1)
@@ -42,4 +41,4 @@ def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """
     count = min(count, len(items))
     gaps = max(count - 1, 1)
-    return [items[round(place * (len(items) - 1) / gaps)] for place in range(count)]
+    return [items[round(number * (len(items) - 1) / gaps)] for number in range(count)]

@@ -1,4 +1,4 @@
-"""Moments on a device, and the time between them."""
+"""Time measurements on a device without synchronization."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Moment = float | torch.cuda.Event
 
 
 def now(device: torch.device) -> Moment:
-    """Mark a moment: on a GPU in its own queue, so that nothing has to wait for it.
+    """Record a point in time. On a GPU, this is an event in the current stream and does not synchronize.
 
-    Between two such marks lies what the GPU did, or the time that it had nothing to do. A host that runs ahead of the
-    GPU is thus not mistaken for a fast step, and a batch that came while the GPU was busy was not waited for.
+    The time between two events includes the GPU's work and its idle time. A host that runs ahead of the GPU therefore
+    doesn't look like a fast step, and a batch that arrives while the GPU is busy does not count as waiting.
 
     Example:
         >>> start = now(torch.device("cpu"))
@@ -28,12 +28,12 @@ def now(device: torch.device) -> Moment:
 
 
 def has_passed(moment: Moment) -> bool:
-    """Tell whether the device has come to a moment; on a CPU it always has."""
+    """Tell whether the device has reached a point in time; always true on a CPU."""
     return not isinstance(moment, torch.cuda.Event) or bool(moment.query())  # type: ignore[no-untyped-call]
 
 
 def seconds_between(start: Moment, end: Moment) -> float:
-    """Return the seconds from one moment to another of the same device, which is waited for."""
+    """Return the seconds between two points in time of the same device; waits for the second one."""
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000

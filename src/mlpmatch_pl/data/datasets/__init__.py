@@ -1,1 +1,1 @@
-"""Descriptions of datasets: benchmarks, folders of your own, embedded scenes."""
+"""Datasets: public benchmarks, your own folders, generated scenes."""

@@ -47,9 +47,9 @@ def ade20k(
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
-    """Describe ADE20K in its own layout: images and annotations, with training and validation below each.
+    """Return ADE20K in its original layout: images and annotations, with training and validation below each.
 
-    Mask value 0 ("other") does not count; 1 to 150 are the classes.
+    Mask value 0 ("other") is ignored; 1 to 150 are the classes.
 
     Args:
         root: The folder with these, or with ADEChallengeData2016 in it.
@@ -74,7 +74,7 @@ def _part(base: Path, name: str) -> list[Pair]:
     stems = sorted(path.stem for path in (base / "annotations" / name).glob("*.png"))
     if not stems:
         raise UserError(
-            f"expected files in {base / 'annotations' / name}, but found none; get them by "
+            f"expected files in {base / 'annotations' / name}, but found none; get them with "
             f"'python -m mlpmatch_pl.prepare dataset=ade20k root={base}'"
         )
     return [Pair(f"images/{name}/{stem}.jpg", f"annotations/{name}/{stem}.png") for stem in stems]

@@ -1,4 +1,4 @@
-"""What the public data sets share: what is known of one, and published lists of labeled images by name."""
+"""Shared by the public datasets: metadata, and published lists of labeled images by name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mlpmatch_pl.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known of a public data set.
+    """Metadata of a public dataset.
 
     Attributes:
         key: Its name in ``dataset=...``.
-        title: Its name in prose.
+        title: Its name in text.
         class_names: Names of the classes, in the order of the mask values.
-        palette: Its usual RGB colors, one a class; the default colors if empty.
-        license: Terms of use, in short; the publisher's own count.
-        citation: What to cite.
-        homepage: Where it comes from.
+        palette: Its usual RGB colors, one per class. Empty: the default colors.
+        license: Summary of the terms of use; the publisher's terms apply.
+        citation: The publication to cite.
+        homepage: Its website.
     """
 
     key: str
@@ -41,15 +41,15 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Selection:
-    """The keys that every public data set has; see `mlpmatch_pl.data.datasets.folder.folder`.
+    """The options of every public dataset; see `mlpmatch_pl.data.datasets.folder.folder`.
 
     Attributes:
-        labeled: Name of a published list (``92``, ``blended/1-16``), fraction, count, list file or folder; all training
-            images if None.
-        unlabeled: List files or folders; the published list's own, or the rest of the training images, if None.
-        val: List file of the validation images, fraction or count; the data set's own if None.
+        labeled: Name of a published list (``92``, ``blended/1-16``), fraction, count, list file or folder. None: all
+            training images.
+        unlabeled: List files or folders. None: those of the published list, or the remaining training images.
+        val: List file of the validation images, fraction or count. None: the dataset's validation images.
         split_seed: Seed of choices by fraction or count.
-        cover_classes: Whether a choice of labeled images starts with some that together hold every class.
+        cover_classes: Whether a choice of labeled images starts with images that together contain every class.
     """
 
     labeled: Choice | None
@@ -68,19 +68,19 @@ def benchmark_data(
     selection: Selection,
     test: list[Pair] | None = None,
 ) -> SegmentationData:
-    """Describe a public data set.
+    """Return a public dataset.
 
     Args:
-        info: What is known of it.
+        info: Its metadata.
         files: Finds its files.
         read_mask: Reads its masks.
         train: Its training images.
         val: Its validation images.
-        selection: What the user chose.
+        selection: The user's options.
         test: Its test images, if their masks are public.
 
     Raises:
-        UserError: If a published list is not there, or a list or choice is wrong.
+        UserError: If a published list is missing, or a list or choice is invalid.
     """
     form = layout(info.class_names, info.palette or None, ImageReader(), read_mask)
     wanted = _wanted(info, files.base, selection)
@@ -90,17 +90,17 @@ def benchmark_data(
 
 
 def find_root(root: str, marker: str, info: Benchmark, inside: Sequence[str] = ()) -> Path:
-    """Return the folder that holds a data set: the root, or a usual folder inside it.
+    """Return the folder with a dataset: the root, or a usual folder inside it.
 
     Raises:
-        UserError: If none of them holds the folder ``marker``.
+        UserError: If none of them contains the folder ``marker``.
     """
     base = Path(root).expanduser()
     for path in (base, *(base / name for name in inside)):
         if (path / marker).is_dir():
             return path
     raise UserError(
-        f"expected {info.title} with the folder {marker} in {base}, but it is not there; get it by "
+        f"expected {info.title} with the folder {marker} in {base}, but it does not exist; get it with "
         f"'python -m mlpmatch_pl.prepare dataset={info.key} root={base}', or set dataset.root"
     )
 
@@ -115,8 +115,8 @@ def _wanted(info: Benchmark, base: Path, selection: Selection) -> LabelSelection
     lists = {part: base / "splits" / published.folder / f"{part}.txt" for part in parts}
     if missing := [path for path in lists.values() if not path.is_file()]:
         raise UserError(
-            f"expected the published list {published.name} of {info.title} at {missing[0]}, but it is not there; get "
-            f"it by 'python -m mlpmatch_pl.prepare dataset={info.key} root={base} splits=unimatch data=false', or "
+            f"expected the published list {published.name} of {info.title} at {missing[0]}, but it does not exist; get "
+            f"it with 'python -m mlpmatch_pl.prepare dataset={info.key} root={base} splits=unimatch data=false', or "
             "choose by fraction, as in dataset.labeled=1/8"
         )
     return LabelSelection(

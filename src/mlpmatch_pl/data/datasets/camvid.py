@@ -34,9 +34,9 @@ def camvid(
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
-    """Describe CamVid: images and masks below folders of these names, listed in splits/train.txt, val.txt and test.txt.
+    """Return CamVid: folders images and masks, and lists splits/train.txt, val.txt and test.txt.
 
-    Report on test: val is one sequence, of which train holds other frames.
+    Report results on test: val consists of frames of a single sequence, and train has other frames of it.
 
     Args:
         root: The folder with these.

@@ -29,13 +29,13 @@ INFO = Benchmark(
     homepage="https://www.cityscapes-dataset.com",
 )  # fmt: skip
 
-# The ids in labelIds files of the 19 classes, in their order; all others do not count.
+# The ids of the 19 classes in labelIds files; all others are ignored.
 _IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _IMAGE, _TRAIN_IDS, _LABEL_IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 
 
 class CityscapesMasks(MaskReader):
-    """Reads labelTrainIds files as they are, and maps labelIds files to the same classes."""
+    """Reads labelTrainIds files, and maps labelIds files to the same classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class CityscapesMasks(MaskReader):
         return self._label_ids(path) if str(path).endswith(_LABEL_IDS) else super().__call__(path)
 
     def describe(self) -> str:
-        """Return the options as text."""
+        """Return the options as a string."""
         return f"{super().describe()} labelIds: {self._label_ids.describe()}"
 
 
@@ -58,7 +58,7 @@ def cityscapes(
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
-    """Describe Cityscapes in its own layout: leftImg8bit and gtFine, with train and val below each.
+    """Return Cityscapes in its original layout: leftImg8bit and gtFine, with train and val below each.
 
     Args:
         root: The folder with these.
@@ -94,6 +94,6 @@ def _part(base: Path, name: str) -> list[Pair]:
         raise UserError(f"expected images *{_IMAGE} in {base / 'leftImg8bit' / name}/<city>, but found none")
     if name == "val" and (bare := [pair.image for pair in pairs if not pair.mask]):
         raise UserError(
-            f"expected a mask for every validation image, but {bare[0]} has none ({len(bare)} in all); add gtFine/val"
+            f"expected a mask for every validation image, but {bare[0]} has none ({len(bare)} in total); add gtFine/val"
         )
     return pairs

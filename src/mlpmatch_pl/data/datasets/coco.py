@@ -41,10 +41,10 @@ def coco(
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
-    """Describe COCO 2017: photos in train2017 and val2017, PNG masks of classes in masks/train2017 and masks/val2017.
+    """Return COCO 2017: photos in train2017 and val2017, PNG masks of classes in masks/train2017 and masks/val2017.
 
-    The masks are those that ``prepare`` makes from the annotations, or UniMatch's, which lie in masks without
-    sub-folders. Lists may name them either way.
+    The masks are those that ``prepare`` makes from the annotations, or UniMatch's, which are in masks without
+    subfolders. Lists may use either path.
 
     Args:
         root: The folder with these.
@@ -76,7 +76,7 @@ def _part(base: Path, name: str) -> list[Pair]:
     if not stems or not masks:
         missing = base / name if not stems else base / folder
         raise UserError(
-            f"expected files in {missing}, but found none; get them by "
+            f"expected files in {missing}, but found none; get them with "
             f"'python -m mlpmatch_pl.prepare dataset=coco root={base}'"
         )
     if name == "val2017":

@@ -1,8 +1,8 @@
-"""Images and masks in folders, list files or CSV files: one's own data, without writing a class.
+"""Images and masks in folders, list files or CSV files: your own data without writing a class.
 
     root/images/**/a.jpg     root/masks/**/a.png      paired by relative path without suffix
 
-or list files with a line ``image mask`` (or just ``image``) each, relative to root, as UniMatch publishes them.
+or list files with lines ``image mask`` (or just ``image``), relative to root, as UniMatch publishes them.
 """
 
 from __future__ import annotations
@@ -39,35 +39,36 @@ def folder(
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
-    """Describe a data set of files.
+    """Return a dataset of files.
 
     ``train``, ``labeled``, ``unlabeled``, ``val`` and ``test`` take a list file (lines ``image mask`` or ``image``), a
     CSV file (columns image and mask), or a folder (with ``images`` and ``masks`` in it, below the folder of the images,
     or with images alone), relative to the root or the working directory.
 
     Args:
-        root: The folder that everything else is relative to, or several of them.
+        root: The folder that all other paths are relative to, or several folders.
         classes: Class names in the order of the mask values, background included.
-        images: Folder with the images, with any sub-folders.
+        images: Folder with the images, with any subfolders.
         masks: Folder with the masks.
-        train: The training images, labeled or not; every image that is not in val or test if left out.
-        labeled: The images whose masks are used; also a fraction (``1/8``) or count (``20``) of those that have a mask;
-            all of them if left out.
-        unlabeled: Images without masks; the rest of the training images if left out.
-        val: Images to choose a checkpoint by; also a fraction or count of the images with masks.
-        test: Images to report on.
+        train: The training images, labeled or not. Default: all images that are not in val or test.
+        labeled: The images whose masks are used; also a fraction (``1/8``) or count (``20``) of the images with a mask.
+            Default: all of them.
+        unlabeled: Images used without masks. Default: the remaining training images.
+        val: Images for choosing a checkpoint; also a fraction or count of the images with a mask.
+        test: Images for the final evaluation.
         in_chans: Channels of an image. 3 also reads gray files, as RGB.
-        bit_depth: 8 or 16 bits a channel, as the files have.
-        mask_values: Class of each value in the mask files, as in ``{0: 0, 255: 1}``; the key ``other`` stands for
-            all the rest. The values are the classes if left out.
-        palette: An RGB color for each class, for pictures and to read masks that are saved in colors.
-        ignore_colors: RGB colors of pixels that do not count, in such masks.
-        ignore_index: Mask value of pixels that do not count.
+        bit_depth: Bits per channel of the files, 8 or 16.
+        mask_values: Class of each value in the mask files, such as ``{0: 0, 255: 1}``. The key ``other`` matches all
+            other values. Default: the values are the classes.
+        palette: An RGB color for each class, for visualization and for reading masks saved as colors.
+        ignore_colors: RGB colors of pixels to ignore in such masks.
+        ignore_index: Mask value of pixels to ignore.
         split_seed: Seed of choices by fraction or count.
-        cover_classes: Whether a choice of labeled images starts with some that together hold every class.
+        cover_classes: Whether a choice of labeled images starts with images that together contain every class.
 
     Raises:
-        UserError: If a folder, file, list or choice is wrong. Files' contents are checked by `checks`.
+        UserError: If a folder, file, list or choice is invalid. The content of files is checked later, by
+            `mlpmatch_pl.data.validation`.
     """
     form = layout(
         classes, palette, ImageReader(in_chans, bit_depth),
@@ -78,12 +79,12 @@ def folder(
     test_pairs = files.with_masks(files.part(str(test)), {}) if test is not None else []
     pairs = _training_images(files, _names(train), wanted, {pair.image for pair in test_pairs})
     rest, val_pairs = hold_out(files, pairs, wanted, val)
-    listed = bool(train) and is_path(val)  # what is in both lists is then an error or a note, no choice of ours
+    listed = bool(train) and is_path(val)  # select() reports images that are in both lists
     return select(files, form, pairs if listed else rest, val_pairs, test_pairs, wanted)
 
 
 def _training_images(files: FileIndex, train: Sequence[str], wanted: LabelSelection, tested: set[str]) -> list[Pair]:
-    """Return the training images; those of the labeled and unlabeled lists may still be missing."""
+    """Return the training images, perhaps without those of the labeled and unlabeled lists."""
     if train:
         return [pair for name in train for pair in files.part(name)]
     if is_path(wanted.labeled) and wanted.unlabeled:
@@ -92,5 +93,5 @@ def _training_images(files: FileIndex, train: Sequence[str], wanted: LabelSelect
 
 
 def _names(value: Names | None) -> tuple[str, ...]:
-    # Hydra reads a folder called 2019 as a number.
+    # Hydra parses a folder named 2019 as a number.
     return () if value is None else (str(value),) if isinstance(value, str | int) else tuple(map(str, value))

@@ -1,8 +1,8 @@
-"""Embedded data: generated scenes of textured shapes that occlude each other. No files, no download.
+"""Generated scenes of textured shapes that occlude each other. No files, no download.
 
-A class has an outline, a pattern and a range of hues that overlaps its neighbours'; the light's color, brightness and
-direction, the background and stray lines are drawn anew for every image. A few labeled scenes show too few of them.
-Every image is a function of (seed, part, index), so all machines see the same data.
+A class has an outline, a pattern and a range of hues that overlaps those of its neighbors. The color, brightness and
+direction of the light, the background and distracting lines vary from image to image, more than a few labeled scenes
+show. Each image is a function of (seed, part, index), and equal on all machines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlpmatch_pl.utils.seeding import derive_seed
 
 CLASS_NAMES = ("background", "disk", "square", "triangle", "star", "cross")
 PALETTE = ((40, 40, 40), (230, 80, 70), (70, 140, 230), (90, 190, 90), (240, 190, 60), (170, 90, 200))
-MOST_SCENES, LARGEST_SCENE = 1_000_000, 4096  # they are drawn when they are asked for, and kept
+MAX_SCENES, MAX_SIZE = 1_000_000, 4096  # scenes are drawn on demand and kept in memory
 HUE_SPREAD = 0.09  # of the color circle; classes are 0.2 apart
 Array = NDArray[Any]
 
@@ -31,7 +31,7 @@ class Shapes:
     """Generated scenes, see `mlpmatch_pl.data.base.ImageSource`.
 
     Args:
-        part: Name of the part (train, val, test); other parts hold other scenes.
+        part: Name of the part (train, val, test); each part has its own scenes.
         count: Number of images.
         size: Height and width in pixels.
         seed: Seed of all scenes.
@@ -54,7 +54,7 @@ class Shapes:
         return f"{self.part}_{index:04d}"
 
     def has_mask(self, index: int) -> bool:
-        """Every scene has its truth."""
+        """Return True: all scenes have a mask."""
         return True
 
     def image(self, index: int) -> Image:
@@ -62,7 +62,7 @@ class Shapes:
         return self._scene(index)[0]
 
     def mask(self, index: int) -> Mask:
-        """Draw a scene's truth, uint8, (size, size)."""
+        """Draw the mask of a scene, uint8, (size, size)."""
         return self._scene(index)[1]
 
     def _scene(self, index: int) -> tuple[Image, Mask]:
@@ -88,10 +88,10 @@ def shapes(
     size: int = 64,
     split_seed: int = 0,
 ) -> SegmentationData:
-    """Describe the embedded data set.
+    """Return the generated dataset.
 
     Args:
-        labeled: Fraction, count or list file of the training images whose truth is used.
+        labeled: Fraction, count or list file of the training images whose masks are used.
         train: Number of training images.
         val: Number of validation images.
         test: Number of test images.
@@ -101,9 +101,9 @@ def shapes(
     Raises:
         UserError: If a number is out of range.
     """
-    if not all(1 <= count <= MOST_SCENES for count in (train, val, test)) or not 33 <= size <= LARGEST_SCENE:
+    if not all(1 <= count <= MAX_SCENES for count in (train, val, test)) or not 33 <= size <= MAX_SIZE:
         raise UserError(
-            f"expected 1 to {MOST_SCENES:,} images a part of 33 to {LARGEST_SCENE} pixels, but got train={train}, "
+            f"expected 1 to {MAX_SCENES:,} images per part of 33 to {MAX_SIZE} pixels, but got train={train}, "
             f"val={val}, test={test}, size={size}"
         )
     source = Shapes("train", train, size)
@@ -122,7 +122,7 @@ def shapes(
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:
-    """Blend two colors by smooth noise, and scatter lines that belong to no class."""
+    """Blend two colors with smooth noise, and draw lines that belong to the background."""
     coarse = rng.random((4, 4), dtype=np.float32)
     blend = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)[..., None].clip(0, 1)
     first, second = rng.random(3), rng.random(3)
@@ -142,7 +142,7 @@ def _light(rng: np.random.Generator, size: int) -> Array:
 
 
 def _add_object(rng: np.random.Generator, pixels: Array, mask: Mask) -> None:
-    """Paint one object over what is there."""
+    """Paint an object over the scene."""
     size = len(mask)
     label = int(rng.integers(1, len(CLASS_NAMES)))
     center, radius = rng.uniform(0.1 * size, 0.9 * size, 2), rng.uniform(0.14, 0.28) * size
@@ -174,9 +174,9 @@ def _pattern_axes(rng: np.random.Generator, size: int, center: Array) -> tuple[A
     """Return rotated coordinates around the object, in periods of its pattern."""
     period = rng.uniform(0.11, 0.16) * size
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-    turned = _rotation(rng.uniform(0, 2 * np.pi)) / period
+    rotation = _rotation(rng.uniform(0, 2 * np.pi)) / period
     x, y = x - center[0], y - center[1]
-    return turned[0, 0] * x + turned[0, 1] * y, turned[1, 0] * x + turned[1, 1] * y
+    return rotation[0, 0] * x + rotation[0, 1] * y, rotation[1, 0] * x + rotation[1, 1] * y
 
 
 def _polygon(radii: Sequence[float], offset: float = 0.0) -> Array:

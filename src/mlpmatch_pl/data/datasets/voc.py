@@ -29,7 +29,7 @@ INFO = Benchmark(
     homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
 )  # fmt: skip
 
-VOID_COLOR = (224, 224, 192)  # of object borders, in masks that are saved in colors
+VOID_COLOR = (224, 224, 192)  # of object borders, in masks saved as colors
 
 
 def voc(
@@ -41,7 +41,7 @@ def voc(
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
-    """Describe VOC 2012 in its own layout: JPEGImages, SegmentationClass, ImageSets/Segmentation.
+    """Return VOC 2012 in its original layout: JPEGImages, SegmentationClass, ImageSets/Segmentation.
 
     Args:
         root: The folder with these, or with VOC2012 or VOCdevkit/VOC2012 in it.
@@ -69,7 +69,7 @@ def _image_set(base: Path, name: str) -> list[Pair]:
     path = base / "ImageSets" / "Segmentation" / f"{name}.txt"
     if not path.is_file():
         raise UserError(
-            f"expected the list {path}, but it is not there; make it by "
+            f"expected the list {path}, but it does not exist; make it with "
             f"'python -m mlpmatch_pl.prepare dataset=voc root={base}', or set dataset.image_set=train"
         )
     names = dict.fromkeys(path.read_text(encoding="utf-8").split())

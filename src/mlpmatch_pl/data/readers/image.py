@@ -1,8 +1,9 @@
-"""Image files to arrays."""
+"""Read image files as arrays."""
 
 from __future__ import annotations
 
-import os
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,43 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from mlpmatch_pl.data.base import Image
-from mlpmatch_pl.data.readers.decoding import RGB, decode
-from mlpmatch_pl.data.readers.tiff import read_tiff
 from mlpmatch_pl.utils.errors import UserError
+
+try:
+    import pyspng
+except ImportError:  # it has no wheels for some platforms
+    pyspng = None
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 DTYPES = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
+# Pillow's own limit, about 13,000 x 13,000: a file of a few kilobytes can unpack to any size.
+MAX_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**26)
+MAX_LARGE_CHANNELS = 64  # of a TIFF file with MAX_PIXELS; smaller ones may have more
 Array = NDArray[Any]
+
+_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)
+# Values of TIFF tags
+_MIN_IS_WHITE, _CONVERTED = 0, (3, 5, 6, 8)  # photometric; _CONVERTED: palette, CMYK, YCbCr, CIE L*a*b*
+_ALPHA = {1, 2}  # extra samples
+_TURNS: dict[int, Callable[[Array], Array]] = {  # orientation
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
 
 
 class ImageReader:
-    """Reads image files of one kind.
+    """Reads image files with a given number of channels and bit depth.
 
     Args:
-        in_chans: Channels of an image. 3 reads gray files as RGB, too, and leaves out an alpha channel; any other
-            number must be that of the files, and more than 4 are read from TIFF files only.
-        bit_depth: 8 or 16 bits a channel, as the files have.
+        in_chans: Channels of an image. With 3, gray files are read as RGB and an alpha channel is dropped. Any other
+            number must be that of the files, and more than 4 channels are read from TIFF files only.
+        bit_depth: Bits per channel of the files, 8 or 16.
 
     Raises:
         UserError: If an argument is out of range.
@@ -46,70 +68,167 @@ class ImageReader:
         self.in_chans, self.bit_depth = in_chans, bit_depth
 
     def __call__(self, path: str | Path) -> Image:
-        """Read an image: (H, W, in_chans), RGB order, uint8 or uint16.
+        """Read an image: (H, W, in_chans), uint8 or uint16, RGB if there are three channels.
 
-        Files with one or three channels, and TIFF files, are turned as their orientation tag says.
+        The orientation tag is applied to files with one or three channels and to TIFF files.
 
         Raises:
-            UserError: If the file cannot be read, or has other channels or another depth.
+            UserError: If the file cannot be read, or has another number of channels or bit depth.
         """
-        if _is_tiff(path):
-            pixels = read_tiff(path, as_rgb=self.in_chans == 3)
+        if str(path).lower().endswith((".tif", ".tiff")):
+            pixels = _read_tiff(path, as_rgb=self.in_chans == 3)
         elif self.in_chans == 2:  # OpenCV reads gray with alpha as four channels
             pixels = _read_pillow(path)
         else:
             gray = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-            pixels = decode(path, {1: gray, 3: RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED))
+            pixels = _read_opencv(path, {1: gray, 3: _RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED))
         image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
-        self._refuse_other(image, path)
+        self._require_format(image, path)
         return image
 
     def describe(self) -> str:
-        """Return the options as text: what the decoded images depend on beside the files."""
+        """Return the options as a string: what decoded images depend on beside the file."""
         return f"in_chans={self.in_chans} bit_depth={self.bit_depth}"
 
-    def _refuse_other(self, image: Image, path: str | Path) -> None:
-        """Refuse an image of another depth or with other channels."""
+    def _require_format(self, image: Image, path: str | Path) -> None:
         if image.dtype != DTYPES[self.bit_depth]:
             known = [depth for depth, dtype in DTYPES.items() if dtype == image.dtype]
             advice = f"set dataset.bit_depth={known[0]}, or " if known else ""
             raise UserError(
                 f"expected {DTYPES[self.bit_depth]} pixels (dataset.bit_depth={self.bit_depth}), but {path} has "
-                f"{image.dtype}; {advice}convert it to whole numbers of {self.bit_depth} bits"
+                f"{image.dtype}; {advice}convert it to {self.bit_depth}-bit integers"
             )
         if image.shape[2] != self.in_chans:
-            found = image.shape[2] if _is_tiff(path) else _bands(path) or image.shape[2]
+            found = _count_channels(path) or image.shape[2]
             raise UserError(
                 f"expected an image of {self.in_chans} channels, but {path} has {found}; set "
                 f"dataset.in_chans={found}, or convert it"
             )
 
 
+def _read_opencv(path: str | Path, flags: int) -> Array:
+    """Read a file with OpenCV, or with pyspng where that is faster; RGB order."""
+    try:  # cv2.imread cannot open every Unicode path
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"cannot read the image {path} ({error.strerror}); replace or remove it") from error
+    _require_max_pixels_of(content, path)
+    if flags == _RGB and (fast := _read_rgb_png(content)) is not None:
+        return fast
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below says it
+    try:
+        pixels: Array | None = cv2.imdecode(content, flags) if len(content) else None
+    except cv2.error:  # such as for a size beyond OpenCV's limits
+        pixels = None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if pixels is None:
+        raise UserError(f"cannot read the image {path}: it is damaged or not an image; replace or remove it")
+    if pixels.ndim == 3 and (flags == cv2.IMREAD_UNCHANGED or not flags & cv2.IMREAD_COLOR_RGB):
+        pixels = cv2.cvtColor(pixels, {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[pixels.shape[2]])
+    return pixels
+
+
+def _require_max_pixels_of(content: NDArray[np.uint8], path: str | Path) -> None:
+    try:
+        with PILImage.open(io.BytesIO(content.data)) as file:  # reads the header only, 0.03 ms
+            _require_max_pixels(file.width * file.height, path)
+    except PILImage.DecompressionBombError:
+        _require_max_pixels(MAX_PIXELS + 1, path)
+    except _PIL_ERRORS:  # not an image, or of a format that Pillow does not know
+        return
+
+
+def _require_max_pixels(pixels: int, path: str | Path) -> None:
+    if pixels > MAX_PIXELS:
+        raise UserError(f"expected an image of at most {MAX_PIXELS:,} pixels, but {path} has more; cut it into tiles")
+
+
+def _read_rgb_png(content: NDArray[np.uint8]) -> Array | None:
+    """Decode an 8-bit RGB PNG without orientation tag faster than OpenCV does; None for anything else."""
+    head = content[:26].tobytes()
+    is_rgb = head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:] == b"\x08\x02"  # bit depth and color type
+    if pyspng is None or not is_rgb or b"eXIf" in (data := content.tobytes()):
+        return None
+    try:
+        pixels: Array = pyspng.load(data)
+    except RuntimeError:  # damaged
+        return None
+    return pixels if pixels.ndim == 3 and pixels.shape[2] == 3 else None
+
+
 def _read_pillow(path: str | Path) -> Array:
     try:
         with PILImage.open(path) as file:
             return np.array(file)
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+    except _PIL_ERRORS as error:
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
 
-def _is_tiff(path: str | Path) -> bool:
-    return str(path).lower().endswith((".tif", ".tiff"))
-
-
-def _bands(path: str | Path) -> int | None:
-    """Return the number of channels as the file states it, if PIL knows the format."""
+def _count_channels(path: str | Path) -> int:
+    """Return the number of channels in a file, which OpenCV may change; 0 for palette, TIFF and unknown files."""
     try:
         with PILImage.open(path) as file:
-            return len(file.getbands())
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError):
-        return None
+            return 0 if file.format == "TIFF" or file.mode == "P" else len(file.getbands())
+    except _PIL_ERRORS:
+        return 0
 
 
-def stamp(path: str | Path) -> str:
-    """Return what changes when a file changes: its size and time of change; ``none`` for a file that is not there."""
+def _read_tiff(path: str | Path, as_rgb: bool) -> Array:
+    """Read a TIFF file whose channels are interleaved, planar, or a page each."""
+    import tifffile
+
     try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return "none"
-    return f"{status.st_size}:{status.st_mtime_ns}"
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            page: Any = series.keyframe
+            if page.photometric in _CONVERTED:
+                return _read_opencv(path, cv2.IMREAD_COLOR_RGB)
+            _require_max_pixels(max(page.imagewidth * page.imagelength, series.size // MAX_LARGE_CHANNELS), path)
+            pixels = _channels_last(series.asarray(), series.axes, path)
+            tags = page.tags
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes tifffile raise nearly anything
+        if "imagecodecs" in str(error):
+            return _read_tiff_without_codec(path, as_rgb, error)
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
+    if page.photometric == _MIN_IS_WHITE and pixels.dtype.kind == "u":
+        pixels = np.iinfo(pixels.dtype).max - pixels
+    if as_rgb:
+        pixels = _as_rgb(pixels, has_alpha=bool(_ALPHA & set(page.extrasamples)))
+    turn = _TURNS.get(tags[274].value if 274 in tags else 1)
+    return np.ascontiguousarray(turn(pixels) if turn else pixels)
+
+
+def _channels_last(pixels: Array, axes: str, path: str | Path) -> Array:
+    if pixels.ndim == 3 and "Y" in axes and "X" in axes:
+        channel = next(axis for axis, name in enumerate(axes) if name not in "YX")
+        pixels = np.moveaxis(pixels, channel, -1)
+    if pixels.ndim not in (2, 3):
+        raise UserError(
+            f"expected an image with height, width and channels, but {path} has the axes {axes}; convert it"
+        )
+    return pixels
+
+
+def _as_rgb(pixels: Array, has_alpha: bool) -> Array:
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if channels == 1 or (channels == 2 and has_alpha):
+        return np.repeat(pixels.reshape(*pixels.shape[:2], channels)[..., :1], 3, axis=2)
+    return pixels[..., :3] if channels == 4 and has_alpha else pixels
+
+
+def _read_tiff_without_codec(path: str | Path, as_rgb: bool, error: Exception) -> Array:
+    """Read gray and RGB files with OpenCV if tifffile lacks the codec, as for LZW compression."""
+    try:
+        pixels = _read_opencv(path, cv2.IMREAD_UNCHANGED)
+    except UserError:
+        pixels = None
+    if pixels is None or (pixels.ndim == 3 and pixels.shape[2] != 3):  # OpenCV multiplies colors by alpha
+        raise UserError(
+            f"cannot read the image {path}, because its compression needs another package; pip install imagecodecs, or "
+            "save it with deflate or without compression"
+        ) from error
+    return _as_rgb(pixels, has_alpha=False) if as_rgb else pixels

@@ -1,4 +1,4 @@
-"""Mask files to classes."""
+"""Read mask files as classes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Array = NDArray[Any]
 class MaskReader:
     """Reads mask files into classes.
 
-    Files with one channel, palette files included, hold ids: the classes themselves, or what ``values`` maps to them.
-    Files with three or four channels hold colors, which ``colors`` maps to classes.
+    Files with one channel, including palette files, contain ids: the classes, or values that ``values`` maps to
+    classes. Files with three or four channels contain colors, which ``colors`` maps to classes.
 
     Args:
-        values: Class (or the ignore index) of each id in the files; the key ``other`` stands for all the rest.
+        values: Class (or the ignore index) of each id in the files. The key ``other`` matches all other ids.
         colors: RGB color of each class.
-        ignore_colors: RGB colors of pixels that do not count.
-        ignore_index: Mask value of pixels that do not count.
+        ignore_colors: RGB colors of pixels to ignore.
+        ignore_index: Mask value of pixels to ignore.
 
     Raises:
-        UserError: If a value or a color is out of range, or a color stands for two classes.
+        UserError: If a value or a color is out of range, or two classes have the same color.
 
     Example:
         >>> MaskReader({0: 0, 255: 1}).describe()
@@ -54,7 +54,7 @@ class MaskReader:
         self.ignore_index = ignore_index
         self._values = dict(values or {})
         self._ids = _id_table(self._values) if values else None
-        # With a palette for pictures only, two classes may share a color.
+        # Checked when a mask has colors: in a palette for visualization only, two classes may share one.
         self._colors = [*enumerate(map(tuple, colors)), *((ignore_index, tuple(color)) for color in ignore_colors)]
         self._table: Array | None = None
 
@@ -62,23 +62,23 @@ class MaskReader:
         """Read a mask: (H, W) uint8, classes and the ignore index.
 
         Raises:
-            UserError: If the file cannot be read, or holds ids or colors that stand for no class.
+            UserError: If the file cannot be read, or has ids or colors without a class.
         """
         try:
             with PILImage.open(path) as file:
                 ImageOps.exif_transpose(file, in_place=True)
-                pixels = np.array(file)  # a copy: PIL's own memory is read-only
+                pixels = np.array(file)  # a copy: PIL's memory is read-only
                 mode = file.mode
         except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
             raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
         if pixels.ndim == 3:
             return self._from_colors(pixels, mode, path)
         if pixels.dtype.kind not in "biu":
-            raise UserError(f"expected whole class ids, but {path} holds {pixels.dtype} values; save it as a gray PNG")
+            raise UserError(f"expected integer class ids, but {path} has {pixels.dtype} values; save it as a gray PNG")
         return _as_ids(pixels, path) if self._ids is None else self._from_ids(pixels, path)
 
     def describe(self) -> str:
-        """Return the options as text: what the decoded masks depend on beside the files."""
+        """Return the options as a string: what decoded masks depend on beside the file."""
         return f"values={self._values} colors={self._colors} ignore={self.ignore_index}"
 
     def _from_ids(self, pixels: Array, path: str | Path) -> Mask:
@@ -122,36 +122,36 @@ def _as_ids(pixels: Array, path: str | Path) -> Mask:
     return ids
 
 
-def _outside(pixels: Array, most: int) -> int | None:
-    """Return a value that is negative or too large, if there is one."""
+def _outside(pixels: Array, maximum: int) -> int | None:
+    """Return a value below 0 or above the maximum, or None."""
     low, high = int(pixels.min()), int(pixels.max())
-    return low if low < 0 else high if high > most else None
+    return low if low < 0 else high if high > maximum else None
 
 
 def _id_table(values: Mapping[int | str, int]) -> Array:
     """Return the class of each id from 0 to 65535."""
     table = np.full(1 << 16, _UNKNOWN, np.uint16)
-    for key, label in sorted(values.items(), key=lambda item: item[0] != OTHER):  # first all, then those that are named
-        place = slice(None) if key == OTHER else key
-        known = isinstance(place, slice) or (isinstance(place, int) and 0 <= place < len(table))
+    for key, label in sorted(values.items(), key=lambda item: item[0] != OTHER):  # "other" first
+        ids = slice(None) if key == OTHER else key
+        known = isinstance(ids, slice) or (isinstance(ids, int) and 0 <= ids < len(table))
         if not known or not isinstance(label, int) or not 0 <= label <= 255:
             raise UserError(
                 "expected dataset.mask_values as {value in the files: class}, with values from 0 to 65535 (or other) "
                 f"and classes from 0 to 255, but got {{{key}: {label}}}"
             )
-        table[place] = label  # type: ignore[index]
+        table[ids] = label  # type: ignore[index]
     return table
 
 
 def _color_table(colors: Sequence[tuple[int, tuple[int, ...]]]) -> Array:
-    """Return the class of each color, by its 24 bits."""
+    """Return the class of each 24-bit color."""
     table = np.full(1 << 24, _UNKNOWN, np.uint16)
     for label, (red, green, blue) in colors:
         code = red << 16 | green << 8 | blue
         if table[code] not in (_UNKNOWN, label):
             raise UserError(
-                f"expected a color of its own for each class, but {[red, green, blue]} stands for {table[code]} and "
-                f"{label}; correct dataset.palette or dataset.ignore_colors"
+                f"expected a different color for each class, but classes {table[code]} and {label} have "
+                f"{[red, green, blue]}; correct dataset.palette or dataset.ignore_colors"
             )
         table[code] = label
     return table
