@@ -1,16 +1,17 @@
-"""Samples a second on one core: the data sets of this package beside the published input pipeline.
+"""Samples per second on one core: the datasets of this package and the published input pipeline.
 
     python -m benchmarks.loader --root /data/voc2012             # or MLPMATCH_DATA=/data with a folder voc2012
     python -m benchmarks.loader --root /data/voc2012 --formats voc --rounds 3
 
-Files: VOC's own JPEGs, and PNGs of Cityscapes' size that are made from them in a temporary folder. Pipelines, all on
-the same files, in one process and thread, in turns of short rounds; the figures are medians over the rounds:
+Reads JPEG files of VOC, and PNG files of Cityscapes' size that are made from them in a temporary folder. All pipelines
+read the same files in one process and thread, in short alternating rounds. Results are medians over the rounds of
+processor times, so that other processes on the machine matter little:
 
     reference       benchmarks/loader_reference.py: PIL and torchvision; a step loads two unlabeled samples
     mlpmatch_pl     LabeledDataset and UnlabeledDataset
     with cache      the same, with decoded images as memory-mapped files (loader.cache)
 
-A step is 1 labeled and 1 unlabeled sample (the reference: and its CutMix partner); the ratio is of steps a second.
+A step is 1 labeled and 1 unlabeled sample (and, in the reference, its CutMix partner); ratios are of steps per second.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from mlpmatch_pl.perturbation import CutMix
 
 FORMATS = {"voc": 321, "cityscapes": 801}  # crop sizes
 VOC_CLASSES = 21
-Pipeline = dict[str, Callable[[int, int], object]]  # what loads a sample, given its index and a draw
+Pipeline = dict[str, Callable[[int, int], object]]  # loads a sample, given its index and the number of the draw
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--voc-images", type=int, default=100)
     parser.add_argument("--cityscapes-images", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--samples", type=int, default=24, help="samples of each kind in a round")
+    parser.add_argument("--samples", type=int, default=24, help="samples of each kind per round")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.root is None:
@@ -75,10 +76,13 @@ def main() -> None:
 
 
 def measure(name: str, pairs: list[Pair], scratch: Path, arguments: argparse.Namespace) -> list[dict]:
-    """Time all pipelines on one format, print a line for each, and return the lines."""
+    """Time all pipelines on one format, and print and return a row for each."""
     classes = CLASSES if name == "cityscapes" else VOC_CLASSES
     source = file_source(pairs, classes, scratch)
     cached = CachedSource(source, scratch / "cache")
+    cached.folder.mkdir()
+    for index in range(len(pairs)):
+        cached.image(index), cached.mask(index)  # decoded and stored here, not in the timed rounds
     size = FORMATS[name]
     pipelines = {
         "reference": reference(pairs, size),
@@ -99,13 +103,13 @@ def measure(name: str, pairs: list[Pair], scratch: Path, arguments: argparse.Nam
 def line(row: dict) -> str:
     start = f"{row['format']:10} {row['pipeline']:13} "
     if "image_ms" in row:
-        return start + f"{row['image_ms']:.2f} ms an image"
+        return start + f"{row['image_ms']:.2f} ms per image"
     rates = (f"{kind} {row[f'{kind}_per_second']:6.1f}/s" for kind in ("labeled", "unlabeled", "steps"))
     return start + "  ".join(rates) + f"  {row['ratio']:5.1f} x"
 
 
 def file_source(pairs: list[Pair], classes: int, scratch: Path) -> ImageSource:
-    """Read the files as a run would: by the data set of folders and list files."""
+    """Read the files as a training does, through `folder` with list files."""
     lists = {"labeled": pairs[:1], "unlabeled": pairs[1:-1], "val": pairs[-1:], "train": pairs}
     root = pairs[0][0].parent.parent
     for name, part in lists.items():
@@ -144,7 +148,7 @@ def own(source: ImageSource, classes: int, size: int) -> Pipeline:
 
 
 def timed(pipelines: dict[str, Pipeline], count: int, rounds: int, samples: int) -> dict[str, dict[str, list[float]]]:
-    """Return seconds a sample in every round; the first round, which warms up, is left out."""
+    """Return seconds per sample in each round; a first round warms up and is dropped."""
     times = {name: {kind: [] for kind in pipeline} for name, pipeline in pipelines.items()}
     for number in range(rounds + 1):
         draws = range(number * samples, (number + 1) * samples)
@@ -174,7 +178,7 @@ def summarize(name: str, size: int, pipeline: str, times: dict[str, list[float]]
 
 
 def machine() -> dict:
-    """Describe the machine, so that figures can be compared."""
+    """Describe the machine, for comparisons of results."""
     packages = ("torch", "torchvision", "pillow", "opencv-python-headless", "albumentations", "numpy")
     return {
         "cpu": platform.processor() or platform.machine(),

@@ -1,4 +1,4 @@
-"""Files to load: a folder in VOC's layout, or photographs of Cityscapes' size made from it."""
+"""Image files to load: a folder in VOC's layout, or images of Cityscapes' size made from it."""
 
 import io
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 2048, 1024
-PNG_BYTES = (2.0e6, 2.6e6)  # the size of most of Cityscapes' own
-NOISE = (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)  # standard deviations that are tried, in gray levels
+PNG_BYTES = (2.0e6, 2.6e6)  # size of most files of Cityscapes
+NOISE = (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)  # standard deviations to try, in gray levels
 CLASSES = 19
 
 Pair = tuple[Path, Path]
@@ -26,13 +26,13 @@ def voc_pairs(root: Path, count: int) -> list[Pair]:
 
 
 def make_cityscapes_pairs(photos: list[Pair], folder: Path, count: int) -> list[Pair]:
-    """Enlarge photographs to 2048 x 1024 and add the noise of a sensor until their PNGs are as large as real ones."""
+    """Enlarge photos to 2048 x 1024 and add sensor noise until the PNG files are as large as those of Cityscapes."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     pairs: list[Pair] = []
     for number, (image, mask) in enumerate(photos):
         pixels, labels = np.asarray(Image.open(image).convert("RGB")), np.asarray(Image.open(mask))
-        height = pixels.shape[1] // 2  # of the part with Cityscapes' proportions
+        height = pixels.shape[1] // 2  # crop to the aspect ratio of Cityscapes
         if height > len(pixels) or (content := encode(enlarge(pixels[:height]), number)) is None:
             continue
         pair = (folder / "images" / f"{number:04d}.png", folder / "masks" / f"{number:04d}.png")
@@ -42,18 +42,18 @@ def make_cityscapes_pairs(photos: list[Pair], folder: Path, count: int) -> list[
         pairs.append(pair)
         if len(pairs) == count:
             return pairs
-    raise SystemExit(f"expected {count} photographs to make images of Cityscapes' size from, but found {len(pairs)}")
+    raise SystemExit(f"expected {count} photos to make images of Cityscapes' size from, but found {len(pairs)}")
 
 
 def enlarge(pixels: np.ndarray) -> np.ndarray:
     large = cv2.resize(pixels.astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    return cv2.GaussianBlur(large, (0, 0), 1.5)  # without the blocks that JPEG left
+    return cv2.GaussianBlur(large, (0, 0), 1.5)  # hides JPEG blocks
 
 
 def encode(pixels: np.ndarray, seed: int) -> bytes | None:
-    """Return a PNG of a real one's size, or nothing where no noise gives one."""
+    """Return a PNG file of the size of Cityscapes' files, or None if no amount of noise gives one."""
     noise = np.random.default_rng(seed).standard_normal((HEIGHT, WIDTH, 1), np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), 0.8)  # neighbors share a sensor's noise
+    noise = cv2.GaussianBlur(noise, (0, 0), 0.8)  # noise of neighboring pixels is correlated
     noise = noise[..., None] / noise.std()
     for deviation in NOISE:
         file = io.BytesIO()

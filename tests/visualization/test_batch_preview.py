@@ -9,7 +9,7 @@ from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.visualization.batch_preview import WIDTH, batch_preview
 from mlpmatch_pl.visualization.panels import MARGIN, TITLE
 
-SIZE = 56  # a quarter of a picture's width
+SIZE = 56  # a quarter of a panel's width
 
 
 def batch_of(method="mlpmatch"):
@@ -29,8 +29,8 @@ def enlarged(image_CHW):
     return np.asarray(picture.resize((WIDTH, WIDTH), Image.Resampling.NEAREST))
 
 
-def what_the_network_sees(batch, method):
-    """Record the strong images that a real training step passes to the network."""
+def strong_images_of_a_step(batch, method):
+    """Return the strong images that a training step passes to the network, for both views."""
     module = MLPMatch(6, method=method, backbone="test_resnet", output_stride=8, decoder_channels=8)
     seen, segment = [], module.segmentor.forward
     module.segmentor.forward = lambda images: (seen.append(images.clone()), segment(images))[1]
@@ -38,11 +38,11 @@ def what_the_network_sees(batch, method):
     return next(images for images in reversed(seen) if len(images) == 2 * len(batch["unlabeled"]["weak"])).chunk(2)
 
 
-def test_pictures_are_the_views_that_the_step_passes_to_the_network():
+def test_panels_are_the_views_that_the_step_passes_to_the_network():
     for partner, method in (("batch", "mlpmatch"), ("same_image", "mlpmatch_official")):
         data, batch = batch_of(method)
         sheet = batch_preview(batch, data, seed=0)
-        mixed = what_the_network_sees(batch, {"name": method})
+        mixed = strong_images_of_a_step(batch, {"name": method})
         assert resolve_method(method).partner == partner
         for number in range(4):
             row, unlabeled = 3 + number, batch["unlabeled"]

@@ -1,4 +1,4 @@
-"""A picture of a training batch: what the network will see, CutMix included."""
+"""A picture of a training batch as the network sees it, CutMix included."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.perturbation.input import inside_boxes, partner_shift
 from mlpmatch_pl.visualization.panels import Array, colorize, sheet_of, to_rgb
 
-ROWS, WIDTH = 4, 224  # of labeled and of unlabeled images; least width of a view in pixels
+ROWS, WIDTH = 4, 224  # rows of labeled and of unlabeled images; minimum width of a view in pixels
 Limits = tuple[float, float] | None
 
 
 def batch_preview(batch: Mapping[str, Any], data: SegmentationData, seed: int) -> PILImage.Image:
-    """Draw the first views of a batch: labeled with masks, unlabeled weak and strong, before and after CutMix.
+    """Draw the first images of a batch: labeled views with masks, and weak and strong views, with and without CutMix.
 
     Args:
-        batch: A batch as the training step gets it, see `mlpmatch_pl.methods.step`.
-        data: Where classes and colors come from.
-        seed: Seed of the CutMix partners.
+        batch: A training batch, see `mlpmatch_pl.methods.step`.
+        data: The dataset, for class names and colors.
+        seed: Seed that the training step draws CutMix partners with.
     """
     limits = _limits(batch["labeled"]["image"])
     rows = _labeled_rows(batch["labeled"], data, limits)
@@ -34,7 +34,7 @@ def batch_preview(batch: Mapping[str, Any], data: SegmentationData, seed: int) -
 
 
 def _limits(image_BCHW: Tensor) -> Limits:
-    """Return what is drawn black and white in all views alike, so that changes of brightness show."""
+    """Return the values drawn black and white in all views, so that changes of brightness show."""
     if image_BCHW.dtype == torch.uint8:
         return None if image_BCHW.shape[1] == 3 else (0.0, 255.0)
     low, high = np.percentile(image_BCHW.numpy(), (1, 99))
@@ -46,8 +46,8 @@ def _labeled_rows(labeled: Mapping[str, Tensor], data: SegmentationData, limits:
     for number in range(min(ROWS, len(labeled["image"]))):
         image = _picture(labeled["image"][number], limits)
         mask = colorize(labeled["mask"][number].numpy(), data.colors)
-        both = (image * 0.5 + mask * 0.5).astype(np.uint8)
-        rows.append({f"labeled {number + 1}": image, "mask": mask, "both": both})
+        overlay = (image * 0.5 + mask * 0.5).astype(np.uint8)
+        rows.append({f"labeled {number + 1}": image, "mask": mask, "overlay": overlay})
     return rows
 
 
@@ -57,20 +57,20 @@ def _unlabeled_rows(unlabeled: Mapping[str, Tensor], mixed_BVCHW: Tensor, limits
         row = {f"unlabeled {number + 1}, weak": _picture(unlabeled["weak"][number], limits)}
         for view in range(mixed_BVCHW.shape[1]):
             row[f"strong {view + 1}"] = _picture(unlabeled["strong"][number, view], limits)
-            row[f"strong {view + 1}, mixed"] = _picture(mixed_BVCHW[number, view], limits)
+            row[f"strong {view + 1}, CutMix"] = _picture(mixed_BVCHW[number, view], limits)
         valid = unlabeled["valid"][number].numpy()
         rows.append({**row, "valid (black: padding)": np.repeat(valid[..., None] * np.uint8(255), 3, axis=2)})
     return rows
 
 
 def _mixed(unlabeled: Mapping[str, Any], seed: int) -> Tensor:
-    """CutMix the strong views as the training step does."""
+    """Apply CutMix to the strong views as the training step does."""
     strong = unlabeled["strong"]
     if "partner" in unlabeled:
         partner = unlabeled["partner"]["strong"]
     elif len(strong) > 1:
         partner = strong.roll(partner_shift(len(strong), seed, step=0), 0)
-    else:  # the step refuses such a batch
+    else:  # the training step refuses such a batch
         partner = strong
     views = []
     for view in range(strong.shape[1]):

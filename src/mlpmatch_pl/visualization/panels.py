@@ -1,4 +1,4 @@
-"""Pictures to look at: images, masks and predictions side by side, with a legend of the classes."""
+"""Images, masks and predictions side by side, with a legend of the classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 Array = NDArray[Any]
 Colors = Sequence[tuple[int, int, int]]
 IGNORED_COLOR = (255, 255, 255)
-PANEL_WIDTH = 320  # small images are enlarged to it, so that titles are readable
+PANEL_WIDTH = 320  # smaller images are enlarged, so that titles are readable
 MARGIN, TITLE, FONT_SIZE = 8, 22, 14  # pixels
 PAPER, INK = (250, 250, 250), (0, 0, 0)
 
@@ -31,17 +31,16 @@ def prediction_panels(
     colors: Colors,
     threshold: float | None = None,
 ) -> PILImage.Image:
-    """Draw one image's sheet.
+    """Draw an image, its ground truth, the prediction and its confidence.
 
     Args:
-        image_HWC: The image, as stored.
-        truth_HW: Classes; other values are drawn as ignored.
+        image_HWC: The image, uint8 or uint16, any number of channels.
+        truth_HW: Ground truth; values that are no class are drawn as ignored.
         label_HW: Predicted classes.
-        confidence_HW: Probability of the predicted class, 0..1; black is unsure.
+        confidence_HW: Probability of the predicted class, 0..1, drawn from black to white.
         class_names: Names for the legend.
         colors: RGB color of each class.
-        threshold: Least confidence of a pseudo label; with it, the prediction is shown a second time, where it is sure
-            enough.
+        threshold: Confidence threshold of pseudo-labels; if given, a further panel shows the predictions that reach it.
 
     Example:
         >>> flat = np.zeros((20, 40), np.uint8)
@@ -58,8 +57,8 @@ def prediction_panels(
         "confidence (white = 1)": np.repeat(gray[..., None], 3, axis=2),
     }
     if threshold is not None:
-        sure_HW = np.where(confidence_HW >= threshold, label_HW, 255)  # no class: drawn as ignored
-        panels[f"pseudo label (from {threshold:g})"] = colorize(sure_HW, colors)
+        confident_HW = np.where(confidence_HW >= threshold, label_HW, 255)  # 255 is drawn as ignored
+        panels[f"pseudo-label (confidence >= {threshold:g})"] = colorize(confident_HW, colors)
     sheet = sheet_of([panels], class_names, colors)
     width, height = _panel_size(image_HWC, PANEL_WIDTH)
     lefts = range(MARGIN, sheet.width, width + MARGIN)
@@ -74,13 +73,13 @@ def prediction_panels(
 def sheet_of(
     rows: Sequence[Mapping[str, Array]], class_names: Sequence[str], colors: Colors, width: int = PANEL_WIDTH
 ) -> PILImage.Image:
-    """Put rows of pictures below each other, with a legend of the classes.
+    """Stack rows of panels, with a legend of the classes below.
 
     Args:
-        rows: For each row its pictures by title, RGB, uint8, all of one size.
+        rows: The panels of each row by title, (H, W, 3) uint8; all panels of a row have the same size.
         class_names: Names for the legend.
         colors: RGB color of each class.
-        width: Least width of a picture; smaller ones are enlarged.
+        width: Minimum width of a panel in pixels; smaller ones are enlarged.
     """
     drawn = [_panel_row(row, width) for row in rows]
     total = max(row.width for row in drawn)
@@ -94,18 +93,18 @@ def sheet_of(
 
 
 def save_panels(sheet: PILImage.Image, path: Path) -> None:
-    """Save a sheet of `prediction_panels` as PNG, with what `read_panels` needs to cut it."""
+    """Save a sheet of `prediction_panels` as a PNG file that `read_panels` can split."""
     info = PngInfo()
     info.add_text("panels", sheet.info["panels"])
     sheet.save(path, pnginfo=info)
 
 
 def read_panels(path: Path) -> tuple[dict[str, PILImage.Image], dict[str, str]]:
-    """Cut a sheet that `save_panels` has written into its panels.
+    """Split a file written by `save_panels` into its panels.
 
     Returns:
-        The panels by title, ``image``, ``truth``, ``prediction`` among them, and the classes' colors, ``#rrggbb``, by
-        name; nothing for another PNG file.
+        The panels by title, including ``image``, ``truth`` and ``prediction``, and the color of each class by name, as
+        ``#rrggbb``; both are empty for other PNG files.
 
     Raises:
         OSError, SyntaxError, ValueError, TypeError, AttributeError: If the file is broken.
@@ -135,14 +134,14 @@ def read_panels(path: Path) -> tuple[dict[str, PILImage.Image], dict[str, str]]:
 
 
 def to_rgb(image_HWC: Array, limits: tuple[float, float] | None = None) -> Array:
-    """Make an image of any depth and number of channels visible: RGB, uint8, (H, W, 3).
+    """Convert an image of any bit depth and number of channels to RGB, (H, W, 3) uint8.
 
-    Of more than three channels the first three are shown, of two the first.
+    The first three channels are shown; of two, the first.
 
     Args:
-        image_HWC: The image, as stored.
-        limits: Values that become black and white; 8-bit RGB is left as it is, and other images are stretched from
-            their 1st to their 99th percentile, if left out.
+        image_HWC: The image, uint8 or uint16, any number of channels.
+        limits: Values that become black and white. By default, 8-bit RGB is returned unchanged, and other images are
+            stretched from their 1st to their 99th percentile.
 
     Example:
         >>> to_rgb(np.array([[[0], [1000]]], np.uint16)).tolist()
@@ -158,9 +157,9 @@ def to_rgb(image_HWC: Array, limits: tuple[float, float] | None = None) -> Array
     return pixels
 
 
-def _panel_row(panels: Mapping[str, Array], least_width: int) -> PILImage.Image:
-    """Put pictures of one size side by side, each below its title."""
-    width, height = _panel_size(next(iter(panels.values())), least_width)
+def _panel_row(panels: Mapping[str, Array], min_width: int) -> PILImage.Image:
+    """Put panels side by side, each below its title."""
+    width, height = _panel_size(next(iter(panels.values())), min_width)
     row = PILImage.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, TITLE + height + MARGIN), PAPER)
     for column, (title, pixels) in enumerate(panels.items()):
         x = MARGIN + column * (width + MARGIN)
@@ -170,14 +169,14 @@ def _panel_row(panels: Mapping[str, Array], least_width: int) -> PILImage.Image:
     return row
 
 
-def _panel_size(pixels_HWC: Array, least_width: int) -> tuple[int, int]:
+def _panel_size(pixels_HWC: Array, min_width: int) -> tuple[int, int]:
     height, width = pixels_HWC.shape[:2]
-    factor = max(least_width / width, 1.0)
+    factor = max(min_width / width, 1.0)
     return round(width * factor), round(height * factor)
 
 
 def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> PILImage.Image:
-    """Draw a color and a name for each class, in as many rows as the width needs."""
+    """Draw color and name of each class, in as many rows as needed."""
     font = ImageFont.load_default(FONT_SIZE)
     rows = _legend_rows([name for name, _ in entries], width, font)
     legend = PILImage.new("RGB", (width, TITLE * len(rows) + MARGIN), PAPER)
@@ -191,7 +190,7 @@ def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> 
 
 
 def colorize(label_HW: Array, colors: Colors) -> Array:
-    """Turn classes into RGB, uint8, (H, W, 3); values that are no class become white.
+    """Convert classes to colors, (H, W, 3) uint8; values that are no class become white.
 
     Example:
         >>> colorize(np.array([[0, 255]]), [(1, 2, 3)]).tolist()
@@ -204,7 +203,7 @@ def colorize(label_HW: Array, colors: Colors) -> Array:
 
 
 def _legend_rows(names: Sequence[str], width: int, font: Any) -> list[list[tuple[int, int]]]:
-    """Lay the legend out: rows of (entry, x)."""
+    """Return the rows of the legend as (index of the class, x position)."""
     rows: list[list[tuple[int, int]]] = [[]]
     x = MARGIN
     for index, name in enumerate(names):

@@ -1,7 +1,7 @@
-"""A crop of a resized image, from the pixels that it needs: no whole image is resized to be cut up.
+"""Resizing and cropping in one step, which reads only the pixels that the crop needs.
 
-The crop equals PIL's ``resize(BILINEAR)`` and then ``crop`` within 2 levels for 8-bit images (smooth ones within 1),
-antialiased when it shrinks; that of a mask equals PIL's ``resize(NEAREST)`` exactly.
+For 8-bit images, the result equals that of PIL (``resize(BILINEAR)``, then ``crop``) within 2 levels, and smooth images
+within 1; shrinking antialiases. For masks, it equals that of ``resize(NEAREST)``, then ``crop``, exactly.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from mlpmatch_pl.data.base import Image, Mask
 
 MISFIT = 1 / 256  # source pixels by which a crop may be shifted, see `Span.window`
 
-# Workers times ranks times cores threads would be far too many; loading is parallel over workers.
+# Loading is parallel over workers already; threads in each of them would compete for the cores.
 cv2.setNumThreads(0)
 cv2.ocl.setUseOpenCL(False)
 
 
 @dataclass(frozen=True)
 class Span:
-    """A run of pixels on one axis of a resized image.
+    """A range of pixels on one axis of a resized image.
 
     Args:
-        old: Length of the axis before it is resized.
-        new: Length of the axis after it is resized.
-        start: First pixel of the run, after resizing.
-        length: Number of pixels of the run.
+        old: Length of the axis before resizing.
+        new: Length of the axis after resizing.
+        start: First pixel of the range, after resizing.
+        length: Number of pixels in the range, after resizing.
 
     Example:
         >>> Span(old=4, new=8, start=2, length=4).nearest().tolist()
@@ -47,21 +47,21 @@ class Span:
 
     @property
     def factor(self) -> float:
-        """Source pixels a new pixel."""
+        """Source pixels per resized pixel."""
         return self.old / self.new
 
     def nearest(self) -> NDArray[np.intp]:
-        """Return the source pixel of each pixel of the run, as PIL's NEAREST takes it."""
-        # PIL adds the factor again and again; a product would round differently and take other pixels.
+        """Return the index of the source pixel that PIL's NEAREST takes for each pixel of the range."""
+        # PIL accumulates the factor; a product would round differently and select other pixels.
         steps = np.full(self.start + self.length, self.factor)
         steps[0] *= 0.5
         return np.add.accumulate(steps)[self.start :].astype(np.intp)
 
     def window(self) -> tuple[slice, int]:
-        """Return the source pixels to resize, and where the run starts in the result.
+        """Return the source pixels to resize, and where the range starts in the result.
 
-        Resizing starts at a whole source pixel, so the window begins with the nearest new pixel before the run
-        (and the filter's reach) whose edge falls on one, at most MISFIT beside it. The first pixel always does.
+        Resizing can only start at the edge of a source pixel. The window therefore begins at the last resized pixel
+        before the range and the filter's reach whose edge is at most MISFIT away from one; pixel 0 always is.
         """
         reach = max(self.factor, 1.0)
         latest = int(self.start - reach / self.factor)
@@ -69,7 +69,7 @@ class Span:
             first = 0
         else:
             candidates = np.arange(latest, -1, -1)
-            edges = candidates * self.factor + 1e-9  # a whole number may come out just below itself
+            edges = candidates * self.factor + 1e-9  # rounding may leave an integer just below itself
             first = int(candidates[np.argmax(edges - np.floor(edges) <= MISFIT)])
         begin = int(first * self.factor + 1e-9)
         end = min(int((self.start + self.length) * self.factor + reach) + 2, self.old)
@@ -80,12 +80,12 @@ def resample_image(image: Image, rows: Span, columns: Span) -> Image:
     """Return a crop of the resized image.
 
     Args:
-        image: (H, W, C), uint8 or uint16; any number of channels, read-only or not.
-        rows: The crop's rows, of ``image.shape[0]``.
-        columns: The crop's columns, of ``image.shape[1]``.
+        image: (H, W, C), uint8 or uint16, any number of channels; it may be read-only.
+        rows: Rows of the crop, with ``rows.old == H``.
+        columns: Columns of the crop, with ``columns.old == W``.
 
     Returns:
-        (rows.length, columns.length, C), of the same type; it may be a view of the image where nothing is resized.
+        (rows.length, columns.length, C) of the same type; a view of the image if its size does not change.
 
     Example:
         >>> image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1) * 10
@@ -103,12 +103,12 @@ def resample_image(image: Image, rows: Span, columns: Span) -> Image:
 
 
 def resample_mask(mask: Mask, rows: Span, columns: Span) -> Mask:
-    """Return a crop of the resized mask: no label that was not in it.
+    """Return a crop of the mask, resized by nearest neighbor.
 
     Args:
         mask: (H, W), uint8.
-        rows: The crop's rows, of ``mask.shape[0]``.
-        columns: The crop's columns, of ``mask.shape[1]``.
+        rows: Rows of the crop, with ``rows.old == H``.
+        columns: Columns of the crop, with ``columns.old == W``.
 
     Returns:
         (rows.length, columns.length), uint8.
@@ -121,18 +121,18 @@ def resample_mask(mask: Mask, rows: Span, columns: Span) -> Mask:
 
 
 def _too_small(span: Span, window: slice) -> bool:
-    """Tell whether OpenCV or torch would get a window wrong.
+    """Tell whether OpenCV or torch would resize a window incorrectly.
 
-    Both only copy what is as long afterwards as before, whatever the factor; torch 2.14 repeats the first row of images
-    that are, or become, one pixel wide.
+    Both copy a window whose length in pixels stays the same, regardless of the factor; torch 2.14 repeats the first row
+    of images that are one pixel wide before or after.
     """
     length = window.stop - window.start
     return (span.old != span.new and abs(length / span.factor - length) <= 1) or 1 in (span.old, span.new)
 
 
 def _by_pil(part: Image, rows: Span, columns: Span, top: int, left: int) -> Image:
-    """Resize the source pixels from row top and column left on, a channel at a time: slower, for `_too_small` ones."""
-    # The ends may come out just outside by rounding.
+    """Resize a part that starts at (top, left), one channel at a time; slower, for `_too_small` windows."""
+    # Rounding may put the ends just outside.
     box = (
         max(columns.start * columns.factor - left, 0.0),
         max(rows.start * rows.factor - top, 0.0),
@@ -155,10 +155,10 @@ def _enlarge(part: Image, y_scale: float, x_scale: float) -> Image:
 
 
 def _shrink(part: Image, y_scale: float, x_scale: float) -> Image:
-    # cv2 does not antialias bilinear shrinking. A copy, because torch wants pixels that it could write to.
+    # OpenCV does not antialias. Copied, because torch warns about read-only arrays.
     pixels = part.copy() if part.dtype == np.uint8 else part.astype(np.float32)
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    # Sizes are rounded down, so a scale must not come out just below.
+    # torch rounds sizes down, so the scale must not be just below the exact one.
     scale = (y_scale * (1 + 1e-9), x_scale * (1 + 1e-9))
     small = F.interpolate(planes, scale_factor=scale, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     return small if part.dtype == np.uint8 else np.rint(small).astype(part.dtype)

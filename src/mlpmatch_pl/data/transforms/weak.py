@@ -1,4 +1,4 @@
-"""Weak views: the long side scaled by U(0.5, 2), a random crop padded at the right and bottom, a flip."""
+"""Weak views: random scale, random crop with padding at the right and bottom, random horizontal flip."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mlpmatch_pl.data.base import Image, Mask
 from mlpmatch_pl.data.transforms.resample import Span, resample_image, resample_mask
 from mlpmatch_pl.utils.errors import UserError
 
-LARGEST_CROP = 8192  # a batch of larger ones fits into no memory
+LARGEST_CROP = 8192  # larger crops fit into no memory
 
 
 @dataclass(frozen=True)
 class WeakView:
-    """Random scale, crop and flip, of an image and its mask alike.
+    """Scales, crops and flips an image and its mask at random.
 
     Args:
         crop_size: Height and width of the view in pixels, at least 33.
-        scale: Smallest and largest factor of the long side.
+        scale: Smallest and largest factor of the long side, which is drawn uniformly in whole pixels.
         flip: Probability of a horizontal flip.
-        ignore_index: Mask value of the padding.
+        ignore_index: Value of the mask in the padding.
 
     Raises:
         UserError: If a value is out of range.
@@ -54,17 +54,18 @@ class WeakView:
 
         Args:
             image: (H, W, C), uint8 or uint16, at least one pixel; it is not changed and may be read-only.
-            mask: (H, W), uint8, or None for an image without.
+            mask: (H, W), uint8, or None for an unlabeled image.
             rng: Generator of the sample; the view is a function of its state.
 
         Returns:
-            The view (S, S, C) of the image's type, 0 in the padding; its mask (S, S) uint8, all 0 without one, the
-            ignore index in the padding; and where it is no padding, (S, S) bool. The view may share the image's memory.
+            The view, (S, S, C) of the image's type, 0 in the padding; its mask, (S, S) uint8, 0 for an unlabeled image
+            and the ignore index in the padding; and the valid pixels, (S, S) bool, False in the padding. The view may
+            share memory with the image.
         """
         rows, columns = self._draw(image.shape[0], image.shape[1], rng)
         flipped = rng.random() < self.flip
         size = self.crop_size
-        # Padding is at the right before the flip.
+        # The padding is at the right before the flip, and at the left after it.
         left = size - columns.length if flipped else 0
         inside = (slice(rows.length), slice(left, left + columns.length))
         labels = np.full((size, size), self.ignore_index, np.uint8)
