@@ -1,6 +1,6 @@
-"""The notebooks run as they stand, and what they store is small and names no machine.
+"""The notebooks run, and their stored outputs are complete, small and free of local paths.
 
-``python tests/test_notebooks.py [name ...]`` runs them and stores their outputs anew; then look at the pictures.
+``python tests/project/test_notebooks.py [NAME ...]`` runs them and stores their outputs; then look at the pictures.
 """
 
 import re
@@ -26,7 +26,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def run(path: Path, folder: Path) -> Any:
-    """Run a notebook in a folder; an error in a cell is raised with the cell's code and traceback."""
+    """Run a notebook in a folder; raise the error of a cell with its code and traceback."""
     notebook = nbformat.read(path, as_version=4)
     options = {"resources": {"metadata": {"path": str(folder)}}, "record_timing": False, "coalesce_streams": True}
     return NotebookClient(notebook, timeout=300, kernel_name="python3", **options).execute()
@@ -38,7 +38,7 @@ def outputs(notebook: Any) -> Iterator[Any]:
 
 
 def store(path: Path) -> None:
-    """Run a notebook and write its outputs into it; of a picture's two encodings the smaller one."""
+    """Run a notebook and store its outputs, each picture in the smaller of its encodings."""
     with tempfile.TemporaryDirectory() as folder:
         notebook = run(path, Path(folder))
     for output in outputs(notebook):
@@ -51,7 +51,7 @@ def store(path: Path) -> None:
 
 @pytest.mark.slow
 @every_notebook
-def test_a_notebook_runs_and_leaves_nothing_behind(path, tmp_path, monkeypatch):
+def test_a_notebook_runs_and_leaves_no_files(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     executed = run(path, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -73,12 +73,12 @@ def test_the_stored_outputs_are_complete_and_small(path):
     assert path.stat().st_size <= LARGEST
     assert picture_count(notebook) or path.stem == "4_another_project"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # stored from one run, in order
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # stored by one run
     assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs(notebook))
 
 
 @every_notebook
-def test_the_stored_outputs_name_no_machine(path):
+def test_the_stored_outputs_have_no_local_paths(path):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata == METADATA
     assert not any(cell.metadata for cell in notebook.cells)
@@ -88,7 +88,7 @@ def test_the_stored_outputs_name_no_machine(path):
             assert not re.search(r"(?<![\w.:/])/(?:\w|\.)[\w.-]*/|[A-Z]:\\|\x1b", text), text
 
 
-def test_the_readme_has_a_line_for_each_notebook():
+def test_the_readme_lists_all_notebooks():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\) \|", text, re.M) == [path.stem for path in NOTEBOOKS]
     assert len(NOTEBOOKS) == 5
