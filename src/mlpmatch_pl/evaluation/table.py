@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The table of scores printed at the end of a run."""
 
 import io
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from mlpmatch_pl.evaluation.confusion import Absent, class_mean
 def metrics_table(
     counts_CC: Tensor, class_names: Sequence[str], absent: Absent, title: str, boundary_C: Tensor | None = None
 ) -> str:
-    """Write IoU, Dice, recall and share of the pixels by class, and their means.
+    """Format IoU, Dice, recall and share of the pixels for each class, and their means.
 
     Args:
         counts_CC: Confusion matrix, (C, C).
         class_names: Names of the classes.
         absent: ``exclude`` or ``zero``, see `mlpmatch_pl.evaluation.Scores`.
-        title: What was evaluated.
-        boundary_C: Boundary IoU by class, for a column of its own.
+        title: Title of the table.
+        boundary_C: Boundary IoU of each class, (C,), as an extra column.
 
     Example:
         >>> import torch

@@ -1,1 +1,1 @@
-"""Pictures: panels of predictions, plots, previews of batches."""
+"""Images for people: panels of predictions, plots, previews of batches."""

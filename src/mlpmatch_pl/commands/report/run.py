@@ -118,11 +118,8 @@ def write_report(options: Options) -> Report:
         _Part([group for group in groups if group.dataset == dataset], options.num_images, unreadable)
         for dataset in dict.fromkeys(group.dataset for group in groups)
     ]
-    shared = (
-        [override for override in runs[0].overrides if all(override in run.overrides for run in runs)]
-        if runs[1:]
-        else []
-    )
+    first = runs[0].overrides if len(runs) > 1 else ()
+    shared = [override for override in first if all(override in run.overrides for run in runs)]
     finished = runs_table(groups, shared)
     unfinished = unfinished_table([run for run in runs if not run.finished], shared)
     problems = problem_table(runs, unreadable)
@@ -198,7 +195,7 @@ class _Part:
         for hashes in dict.fromkeys(group.hashes for group in groups):
             own = [group for group in groups if group.hashes == hashes]
             curves = curve_plots(own, styles)
-            stem = f"curves_{_slug(self.dataset)}_{own[0].count}_{hashes[0][:8]}"
+            stem = f"curves_{_slug(self.dataset)}_{own[0].count}_{_slug(hashes[0][:8])}"
             self.plots |= {f"{stem}_{_slug(key.partition('/')[2])}.svg": svg for key, svg in curves.items()}
             self.lists.append(
                 {
@@ -212,7 +209,8 @@ class _Part:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)
+    """Make a name from a run folder safe as a part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", name)[:80]
 
 
 def _gallery(groups: Sequence[Group], num_images: int, unreadable: list[Unreadable]) -> dict[str, Any]:

@@ -382,8 +382,8 @@ def _inert(value: Any) -> Any:
     """Quote a string that a spreadsheet would run as a formula.
 
     Example:
-        >>> _inert("=HYPERLINK(1)"), _inert("-1"), _inert(-1)
-        ("'=HYPERLINK(1)", '-1', -1)
+        >>> _inert("=HYPERLINK(1)"), _inert("-cmd"), _inert("-1e-05"), _inert("-"), _inert(-1)
+        ("'=HYPERLINK(1)", "'-cmd", '-1e-05', '-', -1)
     """
-    is_formula = isinstance(value, str) and re.match(r"[=@\t\r]|[+-](?![\d.]+$)", value)
-    return f"'{value}" if is_formula and value != "-" else value
+    is_formula = isinstance(value, str) and re.match(r"[=@\t\r]|[+-](?!\d*\.?\d*(e[+-]?\d+)?$)", value)
+    return f"'{value}" if is_formula else value
