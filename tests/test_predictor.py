@@ -190,9 +190,7 @@ def test_nothing_in_a_checkpoint_is_executed(checkpoint, tmp_path):
 
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, "callbacks": Harm()}, tmp_path / "harmful.ckpt")
-    with pytest.raises(
-        UserError, match=r"expected a checkpoint of a training, but .*harmful\.ckpt cannot be read as one"
-    ):
+    with pytest.raises(UserError, match=r"expected a training checkpoint, but .*harmful\.ckpt cannot be read as one"):
         load(tmp_path / "harmful.ckpt")
     assert not (tmp_path / "harmed").exists()
 
@@ -201,7 +199,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save(make_module().segmentor.state_dict(), tmp_path / "weights.pth")
     for name in ("text.ckpt", "weights.pth"):
-        with pytest.raises(UserError, match=f"expected a checkpoint of a training, but .*{name} cannot be read as one"):
+        with pytest.raises(UserError, match=f"expected a training checkpoint, but .*{name} cannot be read as one"):
             load(tmp_path / name)
     with pytest.raises(UserError, match="is a folder; name a file such as"):
         load(tmp_path)

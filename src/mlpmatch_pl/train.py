@@ -1,12 +1,12 @@
 """Train from the command line.
 
-    python -m mlpmatch_pl.train                                             # embedded data, a CPU will do
+    python -m mlpmatch_pl.train                                             # embedded data, on a CPU
     python -m mlpmatch_pl.train dataset=folder dataset.root=my_images 'dataset.classes=[road,sky]' dataset.labeled=20
     python -m mlpmatch_pl.train -m method=supervised,mlpmatch seed=0,1,2    # a sweep
     python -m mlpmatch_pl.train trainer.devices=4                           # DDP
-    python -m mlpmatch_pl.train hydra.run.dir=runs/mine resume=auto         # go on with a run
+    python -m mlpmatch_pl.train hydra.run.dir=runs/mine resume=auto         # continue a run
 
-Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer at once.
+Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer immediately.
 """
 
 import os
@@ -23,13 +23,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Train with a composed configuration.
 
     Args:
-        cfg: As composed from ``conf/train.yaml``; outside of Hydra's command line, ``output_dir`` must be set.
+        cfg: Composed from ``conf/train.yaml``; without Hydra's command line, ``output_dir`` must be set.
 
     Returns:
-        What metrics.json holds: final metrics, the split's name and hash, times, versions.
+        The content of metrics.json: final metrics, name and hash of the split, times, versions.
 
     Raises:
-        UserError: If the configuration or the data is wrong, before anything is written over.
+        UserError: If the configuration or the data is invalid, before anything is overwritten.
     """
     from mlpmatch_pl.commands.train import run
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, compose_train, run_command
+from helpers import TINY, compose_train
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -405,20 +405,16 @@ def test_an_image_below_the_limit_is_read(tmp_path):
 # --- secrets, the source ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_key_of_wandb_is_nowhere(tmp_path):
+def test_the_key_of_wandb_is_nowhere(command, tmp_path, monkeypatch):
+    for key, value in {"WANDB_API_KEY": SECRET, "HOME": str(tmp_path / "home"), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(key, value)
     options = (*TINY, "logger=wandb", "logger.wandb.mode=offline")
-    environment = {"WANDB_API_KEY": SECRET, "HOME": str(tmp_path / "home"), "WANDB_SILENT": "true"}
-    printed = ""
-    for name, extra, code in (
-        ("good", (), 0),
-        ("as_an_override", (f"+logger.wandb.api_key={SECRET}",), 1),
-    ):
-        result = run_command(*options, *extra, f"hydra.run.dir={name}", cwd=tmp_path, **environment)
-        assert result.returncode == code, result.stderr
-        printed += result.stdout + result.stderr
+    code, printed = command("train", *options, "hydra.run.dir=good")
+    assert code == 0, printed
+    code, refused = command("train", *options, f"+logger.wandb.api_key={SECRET}", "hydra.run.dir=as_an_override")
+    assert code == 1
+    assert SECRET not in printed + refused
     assert list((tmp_path / "good" / "wandb").glob("offline-run-*/*.wandb"))
-    assert SECRET not in printed
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

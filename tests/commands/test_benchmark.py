@@ -198,7 +198,7 @@ def test_slow_loading_is_measured_in_real_time(tmp_path, monkeypatch, caplog):
         return getitem(self, draw)
 
     monkeypatch.setattr(UnlabeledDataset, "__getitem__", slow)
-    monkeypatch.setattr(progress, "SECONDS_THAT_MATTER", 0)
+    monkeypatch.setattr(progress, "MIN_WAIT_SECONDS", 0)
     result = measure(
         tmp_path, "trainer.accumulate_grad_batches=2", "loader.unlabeled_batch_size=6", "schedule.steps=12"
     )

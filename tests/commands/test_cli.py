@@ -202,7 +202,7 @@ def test_a_run_goes_on_where_it_stopped_and_keeps_its_metrics(tmp_path):
 def test_a_broken_checkpoint_is_refused_before_anything_is_written(content, tmp_path):
     (tmp_path / "last.ckpt").write_bytes(content)
     cfg = compose_train(*TINY, f"resume={tmp_path}/last.ckpt", output_dir=tmp_path / "run")
-    with pytest.raises(UserError, match="expected a checkpoint of a training, but"):
+    with pytest.raises(UserError, match="expected a training checkpoint, but"):
         train(cfg)
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,8 @@
 A second machine is a second torchrun on this one; srun is what it would put into the environment.
 """
 
+import csv
+import importlib
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from lightning.pytorch import Trainer
 from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.train import train
-from mlpmatch_pl.utils.distributed import Launch, time_stamp
+from mlpmatch_pl.utils.distributed import is_first_process, time_stamp
 from mlpmatch_pl.utils.errors import UserError
 
 RUN = (
@@ -30,7 +32,7 @@ RUN = (
 """Two epochs of five steps."""
 FILES = {
     "checkpoints/best.ckpt", "checkpoints/last-1.ckpt", "checkpoints/last.ckpt", "config.yaml", "confusion_test.png",
-    "confusion_val.png", "labeled.txt", "metrics.csv", "metrics.json", "predictions/test_0000.png",
+    "confusion_val.png", "labeled.txt", "metrics.csv", "metrics.json", "overrides.yaml", "predictions/test_0000.png",
     "predictions/test_0002.png", "splits.json", "train.log", "val.txt",
 }  # fmt: skip
 SRUN = {
@@ -71,10 +73,6 @@ def apart(starts):
     return processes
 
 
-def by_lightning(folder):
-    return [start(folder, ("mlpmatch_pl.train", *RUN, "trainer.devices=2", "hydra.run.dir=runs/mine"))]
-
-
 def by_torchrun_on_two_machines(folder):
     port, train = free_port(), ("-m", "mlpmatch_pl.train", *RUN, "trainer.num_nodes=2")
     shared = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
@@ -91,19 +89,26 @@ def by_srun(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run of two processes that nothing disturbs: its folder, and what it printed."""
+    """A run of two processes by torchrun: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("straight")
-    codes, out, err = finished(by_lightning(folder))
-    assert codes == [0], err
-    return folder / "runs" / "mine", out
+    codes, out, err = finished(by_torchrun_on_two_machines(folder))
+    assert codes == [0, 0], err
+    (run,) = (folder / "runs").iterdir()
+    return run, out
 
 
 def weights(run):
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def last_rows(run):
+    """Return the lines of metrics.csv, the last of those that were repeated after a resume."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return {(row["step"], bool(row["train/loss"]), bool(row["val/miou"])): row for row in csv.DictReader(file)}
+
+
 def assert_same_run(run, other):
-    assert (run / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    assert last_rows(run) == last_rows(other)
     mine, others = weights(run), weights(other)
     assert all(torch.equal(mine[name], others[name]) for name in others)
 
@@ -113,9 +118,10 @@ def written(run):
 
 
 @pytest.mark.slow
-def test_one_folder_and_one_log(straight):
+def test_two_machines_write_one_folder_and_one_log(straight):
     run, out = straight
-    assert written(run) - {"train_ddp_process_1.log"} == FILES
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_shapes_mlpmatch_s0", run.name)
+    assert written(run) == FILES
     lines = [line for line in out.splitlines() if line]
     assert len(set(lines)) == len(lines)
     assert "2 processes; BatchNorm over each one's own images, as SyncBatchNorm needs GPUs" in out
@@ -134,16 +140,11 @@ def test_the_best_checkpoint_has_the_metric_it_was_chosen_by(straight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launch", "name"),
-    [(by_torchrun_on_two_machines, r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"), (by_srun, r"job4711\.0")],
-    ids=["torchrun", "srun"],
-)
-def test_other_launchers_give_the_same_run(launch, name, straight, tmp_path):
-    codes, out, err = finished(launch(tmp_path))
+def test_srun_gives_the_same_run(straight, tmp_path):
+    codes, out, err = finished(by_srun(tmp_path))
     assert codes == [0, 0], err
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(name + "_shapes_mlpmatch_s0", run.name)
+    assert run.name == "job4711.0_shapes_mlpmatch_s0"
     assert written(run) == FILES
     assert out.count("2 processes; BatchNorm") == out.count("results in ") == 1
     assert_same_run(run, straight[0])
@@ -164,18 +165,19 @@ class Dies(Callback):
 
 
 @pytest.mark.slow
-def test_when_a_process_is_killed_the_other_ends_with_a_sentence_and_the_run_can_go_on(straight, tmp_path):
+def test_if_a_process_is_killed_the_other_ends_with_one_sentence_and_the_run_resumes(straight, tmp_path):
+    """Started by Lightning; after the resume, the run is that of torchrun."""
     (tmp_path / "dying.py").write_text(DYING)
     command = (*RUN, "trainer.devices=2", "hydra.run.dir=run", "resume=auto", "callbacks.checkpoint.every_n_steps=3")
     began = time.monotonic()
     died = run_command(*command, "+callbacks.dies._target_=dying.Dies", cwd=tmp_path)
     assert time.monotonic() - began < 120
     assert died.returncode == 1
-    assert "error: expected all 2 processes to go on, but another one has ended" in died.stderr
+    assert "error: expected all 2 processes to keep running, but another one died" in died.stderr
     assert "Traceback" not in died.stderr
     resumed = run_command(*command, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from " in resumed.stdout
+    assert "continuing from " in resumed.stdout
     assert_same_run(tmp_path / "run", straight[0])
 
 
@@ -183,25 +185,13 @@ def test_when_a_process_is_killed_the_other_ends_with_a_sentence_and_the_run_can
     ("environment", "devices", "sentence"),
     [
         (
-            {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"},
             1,
-            "the 1 x 1 processes of trainer.devices=1 and trainer.num_nodes=1, but torchrun has started 2, 2 on a",
+            r"`devices=1` and `num_nodes=1` in Lightning, but .* does not match the world size \(2\)",
         ),
-        (
-            {**SRUN, "SLURM_NTASKS": "4"},
-            2,
-            "the 2 x 1 processes of trainer.devices=2 and trainer.num_nodes=1, but srun has started 4, 2 on a machine",
-        ),
-        (
-            {key: value for key, value in SRUN.items() if key != "SLURM_NTASKS_PER_NODE"},
-            2,
-            "You set `--ntasks=2` in your SLURM bash script, but this variable is not supported. HINT: Use `--ntasks",
-        ),
-        (
-            {**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"},
-            2,
-            "the 2 x 1 processes of trainer.devices=2 and trainer.num_nodes=1, but srun has started 1, 1 on a machine",
-        ),
+        ({**SRUN, "SLURM_NTASKS_PER_NODE": "4"}, 2, "`devices=2` in Lightning, but .*`--ntasks-per-node=4`"),
+        ({**SRUN, "SLURM_NNODES": "2"}, 2, "`num_nodes=1` in Lightning, but .*`--nodes=2`"),
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}, 2, "`devices=2` in Lightning, but .*"),
     ],
 )
 def test_another_number_of_processes_than_configured_is_refused(environment, devices, sentence, tmp_path, monkeypatch):
@@ -214,51 +204,40 @@ def test_another_number_of_processes_than_configured_is_refused(environment, dev
 
 
 @pytest.mark.parametrize(
-    ("environment", "first", "first_here"),
+    ("environment", "first"),
     [
-        ({}, True, True),
-        ({"LOCAL_RANK": "1"}, False, False),
-        ({"NODE_RANK": "1"}, False, True),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False, True),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, False, True),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, False, False),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "interactive"}, True, True),
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "1", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+        ({**SRUN, "SLURM_NODEID": "1"}, False),
+        ({**SRUN, "SLURM_LOCALID": "1"}, False),
+        ({**SRUN, "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "interactive"}, True),
     ],
 )
-def test_a_process_knows_its_place(environment, first, first_here):
-    launch = Launch.of(environment)
-    assert (launch.first, launch.first_here) == (first, first_here)
+def test_the_first_process_is_known_before_the_processes_are_connected(environment, first, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert is_first_process() == first
 
 
-def test_a_single_process_has_the_time_for_a_stamp():
-    """And the job beside it: those of an array may start in one second."""
+def test_a_single_process_is_stamped_with_the_time_and_its_job():
+    """The jobs of an array may start in the same second."""
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711"}
     for environment, end in (({}, ""), (job, "_job4711"), ({**job, "SLURM_STEP_ID": "2"}, r"_job4711\.2")):
         assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d" + end, time_stamp(environment))
 
 
-@pytest.mark.slow
-def test_processes_with_different_run_folders_are_refused(tmp_path):
-    """As when a command is started by hand on each of two machines."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ("mlpmatch_pl.train", *RUN, "trainer.num_nodes=2")
-    starts = [
-        lambda node=node: start(tmp_path, command, NODE_RANK=str(node), LOCAL_RANK="0", **shared) for node in range(2)
-    ]
-    codes, _, err = finished(apart(starts))
-    assert codes == [1, 1]
-    sentence = "error: expected the same run folder in all processes, but the first has "
-    assert [line.startswith(sentence) for line in err.splitlines() if line.startswith("error:")] == [True, True]
-
-
-@pytest.mark.slow
-def test_a_job_of_a_cluster_sweep_with_several_devices_is_refused(tmp_path):
-    done = run_command("-m", "hydra/launcher=submitit_local", *RUN, "trainer.devices=2", cwd=tmp_path)
-    assert done.returncode == 1
+def test_a_sweep_with_several_devices_per_job_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLPMATCH_STAMP", "sweep")
+    monkeypatch.setattr("sys.argv", ["train", "-m", *RUN, "seed=0,1", "trainer.devices=2"])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module("mlpmatch_pl.train").main()
+    assert caught.value.code == 1
     assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith("error: expected one device a job in a sweep, but got 2 processes; set trainer.devices=1")
+        "error: expected one device per job in a sweep, but got 2 processes; set trainer.devices=1"
+        in capsys.readouterr().err
     )
 
 

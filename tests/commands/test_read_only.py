@@ -1,6 +1,6 @@
-"""Data that may not be written, and output folders that cannot be: the system refuses, as an audit hook plays it.
+"""Datasets and output folders that are read-only, simulated by an audit hook.
 
-(Permission bits do not bind the superuser, as whom tests often run.)
+(Permission bits do not apply to the superuser, as whom tests often run.)
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 READ_ONLY = """
 import os, runpy, sys
 
-root, module = sys.argv.pop(1), sys.argv.pop(1)
+root = sys.argv[1]
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 
 
@@ -27,7 +27,9 @@ def refuse(event, arguments):
 
 
 sys.addaudithook(refuse)
-runpy.run_module(module, run_name="__main__", alter_sys=True)
+for command in " ".join(sys.argv[2:]).split(" -- "):  # several commands in one process
+    module, *sys.argv[1:] = command.split()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 TRAINING = (
     "dataset=folder", "dataset.classes=[background,road,sky]", "dataset.val=1", "loader.crop_size=40",
@@ -36,32 +38,33 @@ TRAINING = (
 )  # fmt: skip
 
 
-def run(read_only, module, *arguments, cwd):
+def run(read_only, *commands, cwd):
+    arguments = " -- ".join(" ".join(["mlpmatch_pl." + command[0], *command[1:]]) for command in commands).split()
     return subprocess.run(
-        [sys.executable, "-c", READ_ONLY, str(read_only), f"mlpmatch_pl.{module}", *arguments],
-        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+        [sys.executable, "-c", READ_ONLY, str(read_only), *arguments], cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_data_are_never_written(folder_root, tmp_path):
+def test_the_dataset_is_never_written_to(folder_root, tmp_path):
     data = f"dataset.root={folder_root}"
-    checked = run(folder_root, "check", *TRAINING, data, "hydra.run.dir=checked", cwd=tmp_path)
-    assert checked.returncode == 0, checked.stderr
-    trained = run(folder_root, "train", *TRAINING, data, "loader.cache=cache", "hydra.run.dir=run", cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
-    photos = f"input={folder_root / 'images'}"
-    predicted = run(folder_root, "predict", f"checkpoint={checkpoint}", photos, "output=masks", cwd=tmp_path)
-    assert predicted.returncode == 0, predicted.stderr
-
-
-@pytest.mark.parametrize("module", ["train", "check"])
-def test_an_output_folder_that_cannot_be_written_is_named_in_one_line(module, folder_root, tmp_path):
-    output = tmp_path / "sealed"
     done = run(
-        output, module, *TRAINING, f"dataset.root={folder_root}", f"hydra.run.dir={output / 'run'}", cwd=tmp_path
+        folder_root,
+        ("check", *TRAINING, data, "hydra.run.dir=checked"),
+        ("train", *TRAINING, data, "loader.cache=cache", "hydra.run.dir=run"),
+        ("predict", "checkpoint=run/checkpoints/best.ckpt", f"input={folder_root / 'images'}", "output=masks"),
+        cwd=tmp_path,
     )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checked" / "check.json").is_file()
+    assert len(list((tmp_path / "masks" / "index").rglob("*.png"))) == 8
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_in_one_line(folder_root, tmp_path):
+    output = tmp_path / "sealed"
+    command = ("train", *TRAINING, f"dataset.root={folder_root}", f"hydra.run.dir={output / 'run'}")
+    done = run(output, command, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"error: expected to be allowed to use {output / 'run'}, but the system refuses (Read-only file system); "

@@ -18,9 +18,9 @@ SWEEP = tuple(option for option in TINY if not option.startswith("dataset.labele
     ],
     ids=["joblib", "submitit"],
 )
-def test_jobs_run_beside_each_other_and_a_failed_one_leaves_the_others(launcher, tmp_path):
+def test_jobs_run_in_parallel_and_a_failed_one_leaves_the_others(launcher, tmp_path):
     done = run_command(
-        "-m", *launcher, *SWEEP, "dataset.labeled=4,1/3,99", "method=supervised", "hydra.sweep.dir=sweep", cwd=tmp_path
+        "-m", *launcher, *SWEEP, "dataset.labeled=1/3,99", "method=supervised", "hydra.sweep.dir=sweep", cwd=tmp_path
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
@@ -31,7 +31,7 @@ def test_jobs_run_beside_each_other_and_a_failed_one_leaves_the_others(launcher,
         for folder in (tmp_path / "sweep").iterdir()
         if (folder / "metrics.json").is_file()
     }
-    assert counts == {"0_shapes_supervised_4_s0": 4, "1_shapes_supervised_1-3_s0": 8}
+    assert counts == {"0_shapes_supervised_1-3_s0": 8}
 
 
 def test_a_search_maximizes_the_validation_miou(tmp_path):

@@ -14,7 +14,7 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.perturbation import FeaturePerturbation
 
-BATCH, EPOCHS, STEPS = 6, 2, 4  # a global batch, for 1, 2 and 3 processes; steps in all
+BATCH, EPOCHS, STEPS = 6, 2, 4  # a global batch; steps in total
 WHOLE, PADDED = (1.0, 1.5), (0.4, 0.8)  # scales of images of 48 pixels in crops of 33
 RUNS = {
     "mlpmatch": ({"name": "mlpmatch", "partner": "same_image"}, WHOLE),

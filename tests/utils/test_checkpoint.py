@@ -59,7 +59,7 @@ def test_every_truncation_is_found(checkpoint):
     for length in [*range(0, len(content), 29), len(content) - 1]:
         checkpoint.write_bytes(content[:length])
         assert not is_whole(checkpoint)
-        with pytest.raises(UserError, match=r"expected a checkpoint of a training, but .*last\.ckpt cannot be read"):
+        with pytest.raises(UserError, match=r"expected a training checkpoint, but .*last\.ckpt cannot be read"):
             read_checkpoint(checkpoint)
 
 

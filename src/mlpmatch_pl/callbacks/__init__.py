@@ -1,1 +1,1 @@
-"""Lightning callbacks: checkpoints, progress, pictures. They know Lightning and loggers, and nothing of Hydra."""
+"""Lightning callbacks: checkpoints, stop signals, progress, pictures. They do not import Hydra."""

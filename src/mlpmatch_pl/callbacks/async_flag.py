@@ -1,11 +1,11 @@
-"""Asking a device, or all processes, without waiting for the answer."""
+"""Read a value of the device without waiting for the device."""
 
 import torch
 from torch import Tensor
 
 
 class AsyncFlag:
-    """A flag that the device computes and the host reads later; the device goes on meanwhile.
+    """A flag that the device computes and the host reads later, without stopping the device.
 
     Args:
         flag: A scalar.
@@ -20,7 +20,7 @@ class AsyncFlag:
         self._copied = torch.cuda.current_stream(flag.device).record_event() if flag.is_cuda else None
 
     def read(self) -> bool:
-        """Return the flag, once it has been copied."""
+        """Return the flag, waiting for its copy if necessary."""
         if self._copied is not None:
             self._copied.synchronize()
         return bool(self._flag)

@@ -1,4 +1,4 @@
-"""Progress with throughput, the share of waiting for data, and the time left for the whole training."""
+"""Progress of a training: throughput, share of the time spent waiting for data, and time left."""
 
 import logging
 import time
@@ -11,32 +11,29 @@ from lightning.pytorch.callbacks import RichProgressBar
 from mlpmatch_pl.utils.timing import Moment, has_passed, now, seconds_between
 
 log = logging.getLogger(__name__)
-MOST_WAIT = 0.05  # share of the time that waiting for data may take
-SECONDS_THAT_MATTER = 10.0
+MAX_DATA_WAIT = 0.05  # share of the time spent waiting for data, above which a warning is logged
+MIN_WAIT_SECONDS = 10.0  # of waiting, below which starting the workers dominates
 
 
 class DataWait(Callback):
-    """Measures which share of the training time the device waits for the next batch, its transfer included.
+    """Measures the share of the training time that the device waits for the next batch, including its transfer.
 
-    More than some percent says that loading is too slow for the device: add workers, or a cache.
-
-    Attributes:
-        share: Waiting time by training time since the start, validation left out, 0..1.
+    More than a few percent means that loading is too slow for the device: add workers, or a cache.
     """
 
     def __init__(self) -> None:
         self._seconds = {"wait": 0.0, "work": 0.0}
-        self._spans: deque[tuple[str, Moment, Moment]] = deque()  # that a GPU may not be through with
+        self._spans: deque[tuple[str, Moment, Moment]] = deque()  # that a GPU may not have finished
         self._mark: Moment = 0.0
 
     @property
     def share(self) -> float:
-        """Return the share so far."""
+        """The share so far, 0..1, without validation."""
         self._collect()
         return self._seconds["wait"] / max(sum(self._seconds.values()), 1e-9)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to wait; a training that goes on within an epoch has no start of one."""
+        """Start to wait; on_train_epoch_start is not called when a run resumes within an epoch."""
         self._mark = now(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,7 +41,7 @@ class DataWait(Callback):
         self._mark = now(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch has come."""
+        """Stop to wait."""
         self._span("wait", pl_module)
 
     def on_train_batch_end(
@@ -58,11 +55,11 @@ class DataWait(Callback):
         self._mark = now(pl_module.device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say once that loading was too slow; in a short training, starting the workers weighs too much to tell."""
-        if trainer.is_global_zero and self.share > MOST_WAIT and self._seconds["wait"] > SECONDS_THAT_MATTER:
+        """Warn once if loading was too slow."""
+        if trainer.is_global_zero and self.share > MAX_DATA_WAIT and self._seconds["wait"] > MIN_WAIT_SECONDS:
             log.warning(
-                "%.0f %% of the training time was waiting for data: python -m mlpmatch_pl.benchmark with the same "
-                "overrides says how many workers it would take",
+                "%.0f%% of the training time was spent waiting for data: python -m mlpmatch_pl.benchmark with the same "
+                "overrides suggests a number of workers",
                 100 * self.share,
             )
 
@@ -78,11 +75,11 @@ class DataWait(Callback):
 
 
 class Throughput:
-    """Measures images a second and the time left, from the first finished step on.
+    """Measures images per second and the time left, from the first finished step on.
 
     Args:
         images_per_step: Images in an optimizer step, over all devices.
-        data_wait: Measures the time that batches are waited for.
+        data_wait: Measures the time spent waiting for data.
     """
 
     def __init__(self, images_per_step: int, data_wait: DataWait) -> None:
@@ -90,35 +87,34 @@ class Throughput:
         self._since: tuple[float, int] | None = None
 
     def describe(self, step: int, steps: int) -> dict[str, str]:
-        """Return what to show after ``step`` of ``steps`` optimizer steps; empty before two steps are known."""
+        """Return what to show after ``step`` of ``steps`` optimizer steps; empty at the first call."""
         now = time.monotonic()
         if self._since is None:
             self._since = now, step
         started, first = self._since
         if step <= first or now <= started:
             return {}
-        pace = (now - started) / (step - first)  # validation included: it belongs to the time left
+        seconds = (now - started) / (step - first)  # including validation, as the time left does
         return {
-            "img/s": f"{self.images_per_step / pace:.1f}",
+            "img/s": f"{self.images_per_step / seconds:.1f}",
             "data": f"{100 * self.data_wait.share:.0f}%",
-            "left": duration((steps - step) * pace),
+            "left": duration((steps - step) * seconds),
         }
 
 
 class ProgressBar(RichProgressBar):
-    """A bar for a terminal.
+    """Lightning's bar for a terminal, with the throughput.
 
     Args:
-        images_per_step: Images in an optimizer step, over all devices.
-        data_wait: Measures the time that batches are waited for.
+        throughput: What to show beside the metrics.
     """
 
-    def __init__(self, images_per_step: int, data_wait: DataWait) -> None:
+    def __init__(self, throughput: Throughput) -> None:
         super().__init__(refresh_rate=10, leave=False)
-        self.throughput = Throughput(images_per_step, data_wait)
+        self.throughput = throughput
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics to show: no version number, but throughput and time left."""
+        """Return the metrics to show, without Lightning's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if trainer.training:
@@ -127,15 +123,14 @@ class ProgressBar(RichProgressBar):
 
 
 class ProgressLines(Callback):
-    """A line after every validation, in the log and in the terminal.
+    """Logs a line after every validation, for output that is not a terminal.
 
     Args:
-        images_per_step: Images in an optimizer step, over all devices.
-        data_wait: Measures the time that batches are waited for.
+        throughput: What to show beside the metrics.
     """
 
-    def __init__(self, images_per_step: int, data_wait: DataWait) -> None:
-        self.throughput = Throughput(images_per_step, data_wait)
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -146,8 +141,7 @@ class ProgressLines(Callback):
         """Log the line."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        steps = int(trainer.estimated_stepping_batches)
-        metrics = trainer.callback_metrics
+        steps, metrics = int(trainer.estimated_stepping_batches), trainer.callback_metrics
         parts = [f"epoch {trainer.current_epoch + 1}", f"step {trainer.global_step}/{steps}"]
         parts += [f"{key} {float(metrics[key]):.4f}" for key in ("train/loss", "val/miou") if key in metrics]
         parts += [f"{key} {value}" for key, value in self.throughput.describe(trainer.global_step, steps).items()]
@@ -155,7 +149,7 @@ class ProgressLines(Callback):
 
 
 def duration(seconds: float) -> str:
-    """Write a time span.
+    """Format a time span.
 
     Example:
         >>> duration(59), duration(3661)

@@ -1,9 +1,8 @@
-"""What the log says before a training begins, and what it leaves out."""
+"""What is logged before a training starts, and which messages of libraries are hidden."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.resume import Start
 from mlpmatch_pl.engine.trainer import describe_processes
 from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.utils.distributed import Launch
+from mlpmatch_pl.utils.distributed import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 def describe_training(
     module: MLPMatch, datamodule: SemiSupervisedDataModule, trainer: Trainer, output_dir: Path, synchronized: bool
 ) -> None:
-    """Say what will be trained: images, network, length and processes."""
+    """Log what will be trained: images, network, length and processes."""
     data = datamodule.data
     log.info(
         "%s: %d labeled images (%s, sha256 %s), %d unlabeled, %d validation, %d test; %d classes",
@@ -42,10 +41,10 @@ def describe_training(
 
 
 def describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: int, start: Start) -> None:
-    """Say where a training goes on, and how its learning rate comes about."""
+    """Log where a training resumes and its learning rate."""
     if start.checkpoint is not None:
         log.info(
-            "going on from %s: epoch %d, %d %% of it done; its learning rate was %.4g, now the configuration's holds",
+            "continuing from %s at epoch %d (%d%% of it done); the configured learning rate is used, it was %.4g",
             start.checkpoint, start.epoch + 1, round(100 * start.fraction), start.hparams["lr"],
         )  # fmt: skip
     log.info(
@@ -55,17 +54,17 @@ def describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: i
 
 
 def quiet() -> None:
-    """Keep the log to what this package says; warnings of substance still come through."""
+    """Hide messages of Lightning that do not apply here."""
     for chatty in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if not Launch.of(os.environ).first:
+    if not is_first_process():
         logging.getLogger("mlpmatch_pl").setLevel(logging.WARNING)
     for message in (
-        r".*does not have many workers.*",  # the number is chosen by measurement or by the user
+        r".*does not have many workers.*",  # chosen by measurement or by the user
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*LeafSpec.*",  # Lightning 2.6 with torch 2.14
-        r".*recommended to use `self.log\(.*sync_dist=True.*",  # metrics come from one matrix, summed over the ranks
-        r".*your dataloader is not resumable.*",  # it is: the data module keeps its place in both streams
+        r".*recommended to use `self.log\(.*sync_dist=True.*",  # metrics come from one matrix, summed over ranks
+        r".*your dataloader is not resumable.*",  # it is: the data module restores the position
         r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""Train, evaluate the best checkpoint, and gather what metrics.json holds."""
+"""Train, test the best checkpoint, and collect the content of metrics.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import mlpmatch_pl
-from mlpmatch_pl.callbacks.checkpoints import Resuming
+from mlpmatch_pl.callbacks.checkpoints import Resume
 from mlpmatch_pl.callbacks.progress import DataWait, duration
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.resume import Start
@@ -30,15 +30,15 @@ Kind = TypeVar("Kind")
 def train_and_test(
     trainer: Trainer, module: MLPMatch, datamodule: SemiSupervisedDataModule, start: Start
 ) -> dict[str, Any]:
-    """Train from where the checkpoint was written, test the best checkpoint, print the table, return the results.
+    """Train, test the best checkpoint, log the table of classes, and return the results.
 
-    Where there is no best checkpoint, or it is broken, the last weights are tested, and the results say so.
+    If there is no best checkpoint, or it is damaged, the last weights are tested; ``tested`` in the results says which.
     """
     started = time.monotonic()
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
     seconds = time.monotonic() - started
-    first_step = _callback(trainer, Resuming).first_step
+    first_step = _callback(trainer, Resume).first_step
     steps = 0 if first_step is None else trainer.global_step - first_step
     last = _floats(trainer.callback_metrics) if steps else dict(start.metrics)
     best_path = _whole_best(trainer)
@@ -66,12 +66,12 @@ def train_and_test(
 
 
 def _whole_best(trainer: Trainer) -> str | None:
-    """Return the best checkpoint, if there is one and it is as it was written; all processes the same."""
+    """Return the best checkpoint if there is one and it is undamaged, the same on all processes."""
     path = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     whole = path is not None and bool(trainer.strategy.broadcast(is_whole(Path(path))))
     if path is None or whole:
         return path
-    log.warning("%s is broken; testing the last weights instead", path)
+    log.warning("%s is damaged; testing the last weights instead", path)
     return None
 
 
@@ -105,7 +105,7 @@ def _callback(trainer: Trainer, kind: type[Kind]) -> Kind:
 
 
 def describe_device(trainer: Trainer) -> str:
-    """Name what a trainer computes on."""
+    """Describe the devices of a trainer."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{trainer.world_size} x {name}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
@@ -19,6 +22,7 @@ from mlpmatch_pl.utils.files import atomic_write, free_name, load_yaml
 
 log = logging.getLogger(__name__)
 SPLITS = "splits.json"
+LOCK_SECONDS = 10  # the loading workers of a killed run hold its lock for up to 5 s
 
 
 def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) -> None:
@@ -70,34 +74,68 @@ def _load_or_none(path: Path) -> Any:
         return None
 
 
-def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> None:
-    """Refuse to go on with other images, in the same run folder; into a new one, go on and say so.
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder.
+
+    The system releases the lock when the process ends, however it ends. On disks without locks there is none.
 
     Args:
-        checkpoint: The file to go on from.
-        output_dir: The run folder.
-        data: The images now.
+        folder: The run folder, which is created, and removed again if nothing is written into it.
 
     Raises:
-        UserError: If labeled, unlabeled or validation images differ from those in the run folder's splits.json, or
-            nobody can tell, as it is broken.
+        UserError: If another process holds the lock.
+    """
+    new, path = not folder.exists(), folder / "run.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise UserError(
+            f"expected a run folder that no other process uses, but another one holds {path}; wait for its end, or "
+            "choose another hydra.run.dir"
+        ) from error
+    except OSError as error:
+        log.debug("no locks in %s (%s)", folder, error)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        if new:
+            with suppress(OSError):  # the run is in it
+                folder.rmdir()
+
+
+def check_splits(checkpoint: Path, output_dir: Path, data: SegmentationData) -> None:
+    """Refuse to resume with other images in the same run folder; in a new folder, warn.
+
+    Args:
+        checkpoint: The file to resume from.
+        output_dir: The run folder.
+        data: The current images.
+
+    Raises:
+        UserError: If labeled, unlabeled or validation images differ from those in splits.json beside the checkpoint, or
+            that file is damaged.
     """
     path = checkpoint.parent.parent / SPLITS
     for name, now, then in _read_pairs(path, describe_splits(data)):
         if then["sha256"] == now["sha256"]:
             continue
-        difference = f"{then['count']} {name} images ({then['split']}, sha256 {then['sha256'][:8]}) as in {path}"
+        expected = f"{then['count']} {name} images ({then['split']}, sha256 {then['sha256'][:8]}) as in {path}"
         found = f"{now['count']} ({now['split']}, sha256 {now['sha256'][:8]})"
         if path.parent.resolve() == output_dir:
             raise UserError(
-                f"expected {difference}, but got {found}; use the dataset options of config.yaml there, or go on in a "
+                f"expected {expected}, but got {found}; use the dataset options of config.yaml there, or continue in a "
                 f"new folder with resume={checkpoint} hydra.run.dir=..."
             )
-        log.warning("the checkpoint has been trained with %s; now with %s", difference, found)
+        log.warning("the checkpoint was trained with %s; now with %s", expected, found)
 
 
 def _read_pairs(path: Path, here: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Return the description of each split now, and in a splits.json; without the file there is nothing to compare."""
+    """Return name, current and saved description of each split; nothing if there is no splits.json."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         pairs = [(name, now, before.get(name, now)) for name, now in here.items()]
@@ -107,19 +145,19 @@ def _read_pairs(path: Path, here: dict[str, dict[str, Any]]) -> list[tuple[str, 
         return []
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"expected the images of the run in {path}, but it is broken ({type(error).__name__}); remove it to go on "
-            "without comparing them"
+            f"expected the images of the run in {path}, but it is damaged ({type(error).__name__}); remove it to "
+            "continue without comparing them"
         ) from error
     return pairs
 
 
 def save_lists(folder: Path, data: SegmentationData) -> None:
-    """Write labeled.txt and val.txt, which give another run the same split: an image a line, with its mask."""
+    """Write labeled.txt and val.txt, from which another run gets the same split: one image per line, with its mask."""
     for name, source, indices in (
         ("labeled", data.train, data.labeled_indices),
         ("val", data.val, range(len(data.val))),
     ):
-        line = getattr(source, "listing", source.name)  # a source without files has names only
+        line = getattr(source, "listing", source.name)  # a source without files has only names
         lines = "".join(f"{line(index)}\n" for index in indices)
         atomic_write(folder / f"{name}.txt", lines)
 

@@ -1,24 +1,21 @@
-"""The trainer of a run: its length, its processes, its progress. Everything that can be refused is refused here."""
+"""The Trainer of a run: its length, processes and progress, with invalid options refused."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from mlpmatch_pl.callbacks.checkpoints import AtomicCheckpointIO, Resuming
-from mlpmatch_pl.callbacks.cudnn import SearchForCrops
-from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines
+from mlpmatch_pl.callbacks.checkpoints import AtomicCheckpointIO, Resume
+from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines, Throughput
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-from mlpmatch_pl.utils.distributed import Launch
+from mlpmatch_pl.utils.distributed import cluster_environment
 from mlpmatch_pl.utils.errors import UserError
 
 _SET_HERE = {
@@ -27,7 +24,7 @@ _SET_HERE = {
 }  # fmt: skip
 
 MODULE_OPTIONS = ("channels_last", "compile_blocks", "activation_checkpointing", "fused_optimizer")
-"""What stands in the group trainer, because it is about speed and memory, but is for the module."""
+"""Options of the group trainer, because they concern speed and memory, that are passed to the module."""
 
 
 def build_trainer(
@@ -37,17 +34,17 @@ def build_trainer(
     callbacks: list[Callback],
     before: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """Build the trainer with its length from the schedule, its processes and its progress; loggers come later.
+    """Build the trainer, without loggers, which are added once everything is validated.
 
     Args:
         config: The whole configuration.
         output_dir: The run folder.
-        datamodule: The data.
-        callbacks: Those of the run.
-        before: The length that a checkpoint of this training keeps, see `length_of_training`.
+        datamodule: The data module.
+        callbacks: The callbacks of the run.
+        before: The length in the checkpoint to resume from, see `length_of_training`.
 
     Raises:
-        UserError: If an option is not for the user to set, or the schedule or the processes do not fit.
+        UserError: If an option is set elsewhere, or the schedule or the number of processes is invalid.
     """
     options = dict(config["trainer"])
     if taken := sorted(set(options) & _SET_HERE):
@@ -55,10 +52,10 @@ def build_trainer(
             f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
             "the groups logger and callbacks, or hydra.run.dir"
         )
-    if options.get("max_time") is not None:  # Lightning would end it in the middle of an epoch, as if it were over
+    if options.get("max_time") is not None:  # Lightning would stop within an epoch as if the run were finished
         raise UserError(
             "expected the length in schedule.epochs or schedule.steps, but got trainer.max_time; let a signal end a "
-            "run whose time is limited (timeout -s TERM 55m python ..., SLURM's --signal), and go on with resume=auto"
+            "run whose time is limited (timeout -s TERM 55m python ..., SLURM's --signal), then use resume=auto"
         )
     for option in MODULE_OPTIONS:
         options.pop(option)
@@ -67,54 +64,56 @@ def build_trainer(
             f"expected trainer.accumulate_grad_batches of at least 1, but got {options['accumulate_grad_batches']}"
         )
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
-    data_wait, launch = DataWait(), Launch.of(os.environ)
-    trainer = _trainer(options, launch, str(output_dir), [data_wait, SearchForCrops(), *callbacks])
-    launch.check(trainer.num_devices, trainer.num_nodes)
+    data_wait = DataWait()
+    trainer = _trainer(options, str(output_dir), [data_wait, *callbacks])
     datamodule.check_world_size(trainer.world_size)
-    steps = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches)
+    batches = datamodule.steps_per_epoch(trainer.world_size)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches)
     epochs, every = length_of_training(config["schedule"], steps, before)
     trainer.fit_loop.max_epochs = epochs
     length = {"steps": config["schedule"]["steps"], "epochs": epochs, "every": every}
-    trainer.callbacks.insert(0, Resuming(length))  # type: ignore[attr-defined]
+    whole = trainer.limit_train_batches == 1.0
+    trainer.callbacks.insert(0, Resume(length, batches if whole else None))  # type: ignore[attr-defined]
     if options["check_val_every_n_epoch"] is None:
         trainer.check_val_every_n_epoch = every
     if options["enable_progress_bar"]:
-        images = images_per_update(datamodule, trainer)
-        progress = ProgressBar(images, data_wait) if sys.stdout.isatty() else ProgressLines(images, data_wait)
+        throughput = Throughput(images_per_update(datamodule, trainer), data_wait)
+        progress = ProgressBar(throughput) if sys.stdout.isatty() else ProgressLines(throughput)
         trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
     return trainer
 
 
-def _trainer(options: dict[str, Any], launch: Launch, output_dir: str, callbacks: list[Callback]) -> Trainer:
-    # DDP begins every step and every validation with the first process's BatchNorm statistics, which are those that are
-    # saved: so it must stay, although with SyncBatchNorm all have the same.
+def _trainer(options: dict[str, Any], output_dir: str, callbacks: list[Callback]) -> Trainer:
+    # DDP broadcasts the first process's BatchNorm statistics, which are saved, before every step and validation. That
+    # must stay on, although with SyncBatchNorm all processes have the same.
     ddp = DDPStrategy(gradient_as_bucket_view=True) if _several(options) else "auto"
     try:
-        # It saves and exits when a signal comes; whether the job is queued again is for its script to say.
-        cluster = [SLURMEnvironment(auto_requeue=False)] if launch.by == "srun" else []
-        return Trainer(
+        environment = cluster_environment()
+        trainer = Trainer(
             **options,
             strategy=ddp,
-            max_epochs=1,  # set by the caller, once the number of processes is known
+            max_epochs=1,  # set by the caller, who needs the number of processes for it
             default_root_dir=output_dir,
-            logger=False,  # set once everything is checked: a refused run leaves no trace
+            logger=False,  # added once everything is validated: a refused run leaves no trace
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(), *cluster],
+            plugins=[AtomicCheckpointIO(), environment],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-    except Exception as error:  # Lightning has many kinds of refusal
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        return trainer
+    except Exception as error:  # Lightning raises many kinds
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"expected options of trainer that Lightning takes, but it refuses them: {reason}") from error
 
 
 def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
-    """Tell whether BatchNorm is synchronized: by default on several GPUs, and never on the CPU, which cannot.
+    """Tell whether BatchNorm is synchronized: by default on several GPUs; the CPU does not support it.
 
     Raises:
-        UserError: If it is asked for without a GPU.
+        UserError: If it is requested without a GPU.
     """
     on_cpu = options["accelerator"] == "cpu" or not torch.cuda.is_available()
     if options["sync_batchnorm"] and on_cpu:
@@ -123,7 +122,7 @@ def uses_sync_batchnorm(options: dict[str, Any]) -> bool:
 
 
 def describe_processes(processes: int, synchronized: bool) -> str:
-    """Say in a line how several processes train together.
+    """Describe in one line how several processes train together.
 
     Example:
         >>> describe_processes(4, synchronized=True)
@@ -146,9 +145,9 @@ def length_of_training(
 ) -> tuple[int, int]:
     """Return the number of epochs, and after how many of them to validate.
 
-    ``schedule.steps`` is rounded up to whole epochs, so that every image counts alike and the last step is validated;
-    many short epochs are validated about twenty times in all. A training that goes on keeps its epochs while
-    ``schedule.steps`` is what it was, whatever the number of steps in an epoch is now.
+    ``schedule.steps`` is rounded up to whole epochs, so that every image is seen equally often and the last step is
+    validated; many short epochs are validated about twenty times in total. A resumed training keeps its epochs if
+    ``schedule.steps`` is unchanged, whatever the number of steps per epoch is now.
 
     Args:
         schedule: The group of the configuration.

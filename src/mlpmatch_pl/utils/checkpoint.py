@@ -1,59 +1,42 @@
-"""Checkpoints as files: written whole or not at all, and checked before they are used."""
+"""Checkpoint files: written whole or not at all, and verified before they are used."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.files import atomic_write, free_name
+from mlpmatch_pl.utils.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "last-1.ckpt", "best.ckpt"
 
 
-def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; the last.ckpt before stays as last-1.ckpt, in case the disk breaks the new one later.
+def write_checkpoint(content: dict[str, Any], path: Path, keep_as: str | None = None) -> None:
+    """Write a checkpoint atomically.
 
     Args:
-        content: What `torch.save` takes.
+        content: Tensors and plain data, for `torch.save`.
         path: The file to write.
+        keep_as: Name under which the previous file is kept; by default ``last-1.ckpt`` for ``last.ckpt``, in case the
+            new file turns out to be damaged, and none for others.
 
     Raises:
-        UserError: If the disk is full; the file that was there before is untouched.
+        UserError: If the disk is full; the previous file is untouched.
     """
-    _write(content, path, keep_as=PREVIOUS if path.name == LAST else None)
-
-
-def write_anew(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint that does not follow on the one of its name, which is set aside: ``last_aside-1.ckpt``.
-
-    Args:
-        content: What `torch.save` takes.
-        path: The file to write.
-
-    Raises:
-        UserError: If the disk is full; the file that was there before is untouched.
-    """
-    _write(content, path, keep_as=free_name(path, "_aside").name if path.exists() else None)
-
-
-def _write(content: dict[str, Any], path: Path, keep_as: str | None) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    atomic_write(path, buffer.getbuffer(), keep_as)
+    atomic_write(path, buffer.getbuffer(), keep_as or (PREVIOUS if path.name == LAST else None))
 
 
 def refuse_inflated(path: Path) -> None:
-    """Refuse a file of `torch.save` that would become larger in memory than it is; torch never writes such files.
+    """Refuse a file of `torch.save` that would unpack to more than its size; torch never writes such files.
 
     Raises:
-        ValueError: If something in it is compressed, or there several times.
+        ValueError: If an entry is compressed, or entries overlap.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -62,11 +45,11 @@ def refuse_inflated(path: Path) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("it is compressed")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its parts overlap")
+        raise ValueError("its entries overlap")
 
 
 def is_whole(path: Path) -> bool:
-    """Tell whether a checkpoint file is as it was written, by the checksums inside it; `torch.load` ignores them.
+    """Tell whether a checkpoint matches the checksums inside it, which `torch.load` ignores.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -82,44 +65,27 @@ def is_whole(path: Path) -> bool:
         refuse_inflated(path)
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # a broken file makes the reader raise nearly anything
+    except Exception:  # a damaged file makes zipfile raise nearly anything
         return False
 
 
-def read_tensors(path: Path) -> Any:
-    """Read a file of `torch.save` that nobody has cut off, changed or inflated: plain data and tensors only.
-
-    Raises:
-        ValueError: If its checksums do not fit; nearly anything else if it is no such file.
-    """
-    if not is_whole(path):
-        raise ValueError("its checksums do not fit")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def refuse_expanded(tensors: Iterable[Tensor], path: Path) -> None:
-    """Refuse tensors that are larger than the file which they come from: one number may stand for any size in it.
-
-    Raises:
-        ValueError: If they are.
-    """
-    if sum(tensor.nbytes for tensor in tensors) > path.stat().st_size:
-        raise ValueError("its tensors are larger than the file")
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the checkpoint of a training, plain data and tensors only.
+    """Read a training checkpoint with ``weights_only=True`` and verify its checksums.
 
     Raises:
-        UserError: If it is broken, or no checkpoint of a training.
+        UserError: If it is damaged, or not a training checkpoint.
     """
     try:
-        content: dict[str, Any] = read_tensors(path)
+        if not is_whole(path):
+            raise ValueError("its checksums do not match")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         int(content["global_step"]), dict(content["hyper_parameters"])
-        refuse_expanded(content["state_dict"].values(), path)
-    except Exception as error:  # likewise
+        # A tensor of stride 0 may claim any size.
+        if sum(tensor.nbytes for tensor in content["state_dict"].values()) > path.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
+    except Exception as error:  # as above
         raise UserError(
-            f"expected a checkpoint of a training, but {path} cannot be read as one ({type(error).__name__}); "
-            "published weights are loaded by init_weights"
+            f"expected a training checkpoint, but {path} cannot be read as one ({type(error).__name__}); load "
+            "published weights with init_weights"
         ) from error
     return content

@@ -1,4 +1,4 @@
-"""Files that a kill, a power cut or a full disk cannot leave half written."""
+"""Writing files so that a kill, a power loss or a full disk leaves no half of one, and reading YAML of others."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ import yaml
 from mlpmatch_pl.utils.errors import UserError
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**18, 20  # the configuration of a run has about 3 kB and 4 levels
+OTHER_OUTPUT = "choose another output, or set overwrite=true"
+OTHER_FOLDER = "choose another folder by hydra.run.dir"
 _UNFINISHED = ".unfinished"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of network and FUSE disks, which cannot force a folder to the disk
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # network and FUSE disks that cannot sync a folder
 
 
 def atomic_write(path: Path, content: bytes | memoryview | str, keep_as: str | None = None) -> None:
-    """Write a file under another name, force it to the disk, and only then give it its name.
+    """Write a file under a temporary name, sync it to the disk, and rename it.
 
-    At any moment there is either the old file or the new one under ``path``, whole.
+    At any moment ``path`` is either the previous file or the new one, complete.
 
     Args:
         path: The file to write.
         content: Its bytes, or its text.
-        keep_as: Name in the same folder under which the old file stays; none if left out.
+        keep_as: Name in the same folder under which the previous file is kept, if given.
 
     Raises:
-        UserError: If the disk is full; the file that was there before is untouched.
+        UserError: If the disk is full; the previous file is untouched.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -54,99 +56,34 @@ def atomic_write(path: Path, content: bytes | memoryview | str, keep_as: str | N
             _keep(path, path.with_name(keep_as))
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        if _is_full_disk(error):
-            raise UserError(_full_disk(path, memoryview(data).nbytes)) from error
-        raise
+        if error.errno not in _NO_SPACE:
+            raise
+        size = max(memoryview(data).nbytes / 2**20, 0.1)
+        raise UserError(
+            f"expected {size:.1f} MiB of free space for {path}, but the disk is full (existing files are untouched); "
+            "free some space and continue with resume=auto"
+        ) from error
     unfinished.replace(path)
     _sync_folder(path.parent)
 
 
-def set_aside(path: Path, label: str = "") -> Path | None:
-    """Give a file the next free name in its folder, durably.
-
-    Args:
-        path: The file.
-        label: What the name says before its number.
-
-    Returns:
-        Where it is now; None if there is no such file.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "metrics.json"
-        ...     print(set_aside(path))
-        ...     path.touch()
-        ...     set_aside(path).name, path.exists()
-        None
-        ('metrics-1.json', False)
-    """
-    if not path.exists():
-        return None
-    aside = free_name(path, label)
-    path.replace(aside)
-    _sync_folder(path.parent)
-    return aside
-
-
-def free_name(path: Path, label: str = "") -> Path:
-    """Return the first name with a number that is free beside a file."""
-    numbers = range(1, 2 + len(list(path.parent.iterdir())))
-    names = (path.with_name(f"{path.stem}{label}-{number}{path.suffix}") for number in numbers)
-    return next(name for name in names if not name.exists())
-
-
-@contextmanager
-def full_disk_is_user_error(folder: Path) -> Iterator[None]:
-    """Turn a full disk, wherever in a run something is written, into one sentence.
-
-    Args:
-        folder: What to name if the error does not name a file.
-
-    Raises:
-        UserError: If the disk or a quota is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not _is_full_disk(error):
-            raise
-        raise UserError(
-            f"expected free space to write {error.filename or 'into ' + str(folder)}, but the disk is full; make room "
-            "and go on with resume=auto"
-        ) from error
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what writers that were killed left behind in a folder."""
-    for path in folder.glob(f"*{_UNFINISHED}"):
-        path.unlink(missing_ok=True)
-
-
 def _keep(path: Path, previous: Path) -> None:
-    """Give a file a second name, so that it survives under it; where there are no hard links, copy it."""
+    """Give a file a second name by a hard link, or copy it on disks without hard links."""
     unfinished = previous.with_name(previous.name + _UNFINISHED)
     unfinished.unlink(missing_ok=True)
     try:
         os.link(path, unfinished)
     except OSError:
-        _copy(path, unfinished)
+        try:
+            shutil.copyfile(path, unfinished)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
     unfinished.replace(previous)
 
 
-def _copy(path: Path, to: Path) -> None:
-    try:
-        with path.open("rb") as source, to.open("wb") as file:
-            shutil.copyfileobj(source, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        to.unlink(missing_ok=True)
-        raise
-
-
 def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    if os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -158,16 +95,56 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _is_full_disk(error: OSError) -> bool:
-    return error.errno in _NO_SPACE
+def set_aside(path: Path, label: str = "") -> Path | None:
+    """Rename a file to the next free name, such as ``metrics-1.json``.
+
+    Args:
+        path: The file.
+        label: Added to the name before the number.
+
+    Returns:
+        The new path; None if there is no such file.
+    """
+    if not path.exists():
+        return None
+    aside = free_name(path, label)
+    path.replace(aside)
+    _sync_folder(path.parent)
+    return aside
 
 
-def _full_disk(path: Path, size: int) -> str:
-    kept = "what it held before is untouched" if path.exists() else "nothing was written over"
-    return (
-        f"expected {max(size / 2**20, 0.1):.1f} MiB of free space for {path}, but the disk is full ({kept}); make room "
-        "and go on with resume=auto"
-    )
+def free_name(path: Path, label: str = "") -> Path:
+    """Return the first numbered name beside a file that does not exist."""
+    numbers = range(1, 2 + len(list(path.parent.iterdir())))
+    names = (path.with_name(f"{path.stem}{label}-{number}{path.suffix}") for number in numbers)
+    return next(name for name in names if not name.exists())
+
+
+@contextmanager
+def full_disk_is_user_error(folder: Path) -> Iterator[None]:
+    """Translate a full disk, whatever is being written, into one sentence.
+
+    Args:
+        folder: Named in the message if the error does not name a file.
+
+    Raises:
+        UserError: If the disk or a quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"expected free space to write {error.filename or 'into ' + str(folder)}, but the disk is full; free some "
+            "space and continue with resume=auto"
+        ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove temporary files that a killed process left in a folder."""
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def load_yaml(path: Path) -> Any:
@@ -203,19 +180,15 @@ def load_yaml(path: Path) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-OTHER_OUTPUT = "choose another output, or set overwrite=true"
-OTHER_FOLDER = "choose another folder by hydra.run.dir"
-
-
 def refuse_overwrite(paths: Iterable[Path], remedy: str) -> None:
-    """Refuse files that are there, before anything is written.
+    """Refuse to overwrite files, before anything is written.
 
     Args:
-        paths: What is going to be written, or must not be there for another reason.
-        remedy: What to do, as `OTHER_OUTPUT`.
+        paths: Files that must not exist.
+        remedy: What the user can do, such as `OTHER_OUTPUT`.
 
     Raises:
-        UserError: With the first of them, and how many more there are.
+        UserError: With the first file that exists and the number of others.
 
     Example:
         >>> refuse_overwrite([Path("nowhere"), Path(".")], OTHER_OUTPUT)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmatch_pl.callbacks.progress import MOST_WAIT, duration
+from mlpmatch_pl.callbacks.progress import MAX_DATA_WAIT, duration
 from mlpmatch_pl.commands.benchmark.timing import MOST_WORKERS
 from mlpmatch_pl.utils.progress import megabytes
 
@@ -58,7 +58,7 @@ def advise(report: Report, options: Mapping[str, Any]) -> str:
         validation = validation_share * total["seconds"] / total["validations"]
         every = min(math.ceil(validation * (1 - GOOD_VALIDATION) / (GOOD_VALIDATION * epoch)), total["epochs"])
         return f"validate less often: trainer.check_val_every_n_epoch={every}"
-    if wait_share > MOST_WAIT:
+    if wait_share > MAX_DATA_WAIT:
         return _advise_on_loading(report["loading"])
     if report["memory"]["device_bytes"] is not None:
         if report["precision"].startswith("32"):

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from mlpmatch_pl.callbacks.progress import MOST_WAIT
+from mlpmatch_pl.callbacks.progress import MAX_DATA_WAIT
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule, share_workers
 from mlpmatch_pl.utils.timing import Moment, now, seconds_between
 
@@ -147,7 +147,7 @@ def workers_needed(loading: Mapping[str, float], step: float) -> int | None:
     """
     for total in range(MOST_WORKERS + 1):
         wait = predicted_wait(loading, share_workers(total, len(loading)), step)
-        if wait <= MOST_WAIT * (step + wait):
+        if wait <= MAX_DATA_WAIT * (step + wait):
             return total
     return None
 
