@@ -1,49 +1,11 @@
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
 import torch
-from PIL import Image
 
 from mlpmatch_pl.callbacks.checkpoints import best_and_last
 from mlpmatch_pl.callbacks.progress import DataWait, Throughput
 from mlpmatch_pl.evaluation import Scores
 from mlpmatch_pl.evaluation.table import metrics_table
-from mlpmatch_pl.visualization.panels import IGNORED_COLOR, MARGIN, TITLE, colorize, prediction_panels
-
-COLORS = [(10, 0, 0), (0, 200, 0), (0, 0, 250)]
-
-
-def test_colorize_maps_classes_and_leaves_the_rest_white():
-    labels = np.array([[0, 1], [2, 255]])
-    assert colorize(labels, COLORS).tolist() == [[[10, 0, 0], [0, 200, 0]], [[0, 0, 250], list(IGNORED_COLOR)]]
-
-
-@pytest.mark.parametrize(("height", "width"), [(40, 60), (300, 700), (1, 1)])
-def test_a_sheet_shows_image_truth_prediction_and_confidence_side_by_side(height, width):
-    image = np.full((height, width, 3), 77, np.uint8)
-    truth, label = np.full((height, width), 1), np.full((height, width), 2)
-    sheet = prediction_panels(image, truth, label, np.full((height, width), 0.5), ["a", "b", "c"], COLORS)
-    panel = (sheet.width - 5 * MARGIN) // 4
-    centers = [(MARGIN + index * (panel + MARGIN) + panel // 2, TITLE + 5) for index in range(4)]
-    assert [sheet.getpixel(center) for center in centers] == [(77, 77, 77), COLORS[1], COLORS[2], (127, 127, 127)]
-
-
-def test_the_legend_has_every_class_even_when_they_need_several_rows():
-    flat = np.zeros((20, 20), np.uint8)
-    colors = [(index, 255 - index, 128) for index in range(40)]
-    names = [f"a rather long class name {index}" for index in range(40)]
-    sheet = prediction_panels(np.zeros((20, 20, 3), np.uint8), flat, flat, flat / 1.0, names, colors)
-    pixels = set(map(tuple, np.asarray(sheet).reshape(-1, 3).tolist()))
-    assert set(colors) <= pixels
-
-
-def test_sheets_are_readable_files(tmp_path):
-    flat = np.zeros((20, 20), np.uint8)
-    prediction_panels(np.zeros((20, 20, 3), np.uint8), flat, flat, flat / 1.0, ["a", "b"], COLORS[:2]).save(
-        tmp_path / "a.png"
-    )
-    assert Image.open(tmp_path / "a.png").mode == "RGB"
 
 
 def test_throughput_counts_images_and_the_time_left(monkeypatch):
