@@ -7,11 +7,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mlpmatch_pl.commands.prepare.files import require_space
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.progress import megabytes, say
+
+if TYPE_CHECKING:
+    import requests
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
@@ -73,7 +77,7 @@ class Workspace:
             url = mirrored(archive.url, self.mirror)
             # The unpacked files take at least as much space as the archive.
             require_space(self.root, 2 * _content_length(url), f"{archive.name} and its content")
-            download(url, path, f"md5:{archive.md5}" if archive.md5 else None)
+            download(url, path, f"md5:{archive.md5}" if archive.md5 else None, progressbar=sys.stderr.isatty())
         else:
             if instructions:
                 say(instructions)
@@ -106,24 +110,25 @@ def mirrored(url: str, mirror: str | None) -> str:
     return url if mirror is None else mirror.rstrip("/") + urlsplit(url).path
 
 
-def download(url: str, path: Path, known_hash: str | None = None) -> None:
+def download(url: str, path: Path, known_hash: str | None = None, progressbar: bool = False) -> None:
     """Download a file; it appears under its name only once it is complete and verified.
 
     Args:
         url: An http or https URL.
         path: The new file.
         known_hash: Algorithm and hexadecimal digest, such as ``md5:0123...``.
+        progressbar: Whether to show the progress.
 
     Raises:
         UserError: If the server refuses, the connection fails `ATTEMPTS` times, or the checksum is wrong.
     """
     import pooch
-    from requests import HTTPError, RequestException
+    from requests import RequestException
 
     pooch.get_logger().setLevel("WARNING")
     # Bytes as they are on the server: some of them declare .tgz files as compressed pages, to be unpacked on arrival.
     fetch = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(),
+        progressbar=progressbar,
         chunk_size=1 << 20,
         timeout=TIMEOUT,
         headers={"User-Agent": "mlpmatch_pl", "Accept-Encoding": "identity"},
@@ -131,32 +136,41 @@ def download(url: str, path: Path, known_hash: str | None = None) -> None:
     # A folder of its own, because pooch gives unfinished files random names, and a kill leaves them behind.
     part = path.with_name(f"{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            pooch.retrieve(url, known_hash, fname=path.name, path=part, downloader=fetch)
-            os.replace(part / path.name, path)
-            part.rmdir()
-            return
-        except RequestException as error:
-            status = error.response.status_code if isinstance(error, HTTPError) else None
-            if status is not None and status < 500 and status not in (408, 429):
+    try:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                pooch.retrieve(url, known_hash, fname=path.name, path=part, downloader=fetch)
+                break
+            except RequestException as error:
+                _wait_or_raise(url, attempt, error)
+            except ValueError as error:  # pooch found a wrong checksum
                 raise UserError(
-                    f"expected to download {url}, but the server answers {status}; "
+                    f"expected {url} to have the checksum {known_hash}, but it has another one; "
                     "get the file another way and give its folder as archives="
                 ) from error
-            if attempt == ATTEMPTS:
-                raise UserError(
-                    f"expected to download {url}, but the connection failed {ATTEMPTS} times ({error}); "
-                    "run the same command again later, or give a folder with the file as archives="
-                ) from error
-            wait = FIRST_WAIT * 2 ** (attempt - 1)
-            say(f"{url}: {error}; retrying in {wait:.0f} s")
-            time.sleep(wait)
-        except ValueError as error:  # pooch's word for a wrong checksum
-            raise UserError(
-                f"expected {url} to have the checksum {known_hash}, but it has another one; "
-                "get the file another way and give its folder as archives="
-            ) from error
+        os.replace(part / path.name, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _wait_or_raise(url: str, attempt: int, error: "requests.RequestException") -> None:
+    status = None if error.response is None else error.response.status_code
+    if status is not None and status < 500 and status not in (408, 429):
+        raise UserError(
+            f"expected to download {url}, but the server answers {status}; "
+            "get the file another way and give its folder as archives="
+        ) from error
+    reason: BaseException = error
+    while reason.__context__ is not None:  # "Connection refused" instead of urllib3's report
+        reason = reason.__context__
+    if attempt == ATTEMPTS:
+        raise UserError(
+            f"expected to download {url}, but the connection failed {ATTEMPTS} times ({reason}); "
+            "run the same command again later, or give a folder with the file as archives="
+        ) from error
+    wait = FIRST_WAIT * 2 ** (attempt - 1)
+    say(f"{url.rpartition('/')[2]}: {reason}; retrying in {wait:.0f} s")
+    time.sleep(wait)
 
 
 def _content_length(url: str) -> int:

@@ -45,7 +45,9 @@ def fetch_lists(workspace: Workspace, dataset: str) -> int:
     for name in hashes.keys() - set(missing):
         if not is_original(folder / name, hashes[name]):
             raise different_file(folder / name)
-    local = _read_local(workspace.archives, dataset) if missing and workspace.archives is not None else None
+    if not missing:
+        return len(hashes)
+    local = None if workspace.archives is None else _read_local(workspace.archives, dataset)
     with progress(f"fetching UniMatch's lists for {dataset}", len(missing)) as advance:
         for name in missing:
             if local is None:
