@@ -222,7 +222,7 @@ def test_prepare_data_reads_every_file_once(folder_root, classes, monkeypatch):
     assert calls == [(data, 33, False)]
 
 
-@pytest.mark.parametrize("method", ["mlpmatch", "mlpmatch_official", "unimatch", "fixmatch", "supervised"])
+@pytest.mark.parametrize("method", ["mlpmatch_official", "unimatch", "supervised"])
 def test_plain_trainer_fits_every_method(method, folder_root, classes):
     built = module(len(classes), method=method)
     data = SemiSupervisedDataModule(
@@ -330,19 +330,14 @@ def test_number_of_workers_changes_nothing(straight):
     assert all(torch.equal(weights[name], weights_by_workers[name]) for name in weights)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
-    ("name", "done"),
+    ("name", "done", "num_workers"),
     [
-        ("step=1", 1),
-        ("step=3", 3),
-        ("step=5", 5),  # after an epoch's last batch
-        ("step=8", 8),
-        ("end-epoch=0", 5),
-        ("end-epoch=1", 10),
-        ("val-epoch=0", 5),
-        ("val-epoch=1", 10),
-        ("step=14", 14),
+        ("step=3", 3, 0),
+        ("step=5", 5, 0),  # after an epoch's last batch
+        ("step=8", 8, 2),
+        ("end-epoch=0", 5, 0),
+        ("val-epoch=1", 10, 2),
     ],
 )
 def test_resumed_run_sees_what_the_straight_run_saw_and_ends_with_its_weights(straight, name, done, num_workers):

@@ -1,8 +1,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -166,23 +164,6 @@ def test_global_generators_do_not_matter(make):
     first = digest(make()[0, 3])
     torch.manual_seed(2)
     assert digest(make()[0, 3]) == first
-
-
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from test_dataset import digest, labeled, unlabeled
-dataset = unlabeled(second_view=True)
-print(json.dumps([[digest(dataset[i, d]), digest(labeled()[i, d])] for i, d in ((0, 0), (2, 11), (1, 10**9))]))
-"""
-
-
-def test_another_process_gives_the_same_samples(request):
-    command = [sys.executable, "-c", SCRIPT, str(request.path.parent)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    dataset = unlabeled(second_view=True)
-    draws = ((0, 0), (2, 11), (1, 10**9))
-    assert json.loads(output) == [[digest(dataset[draw]), digest(labeled()[draw])] for draw in draws]
 
 
 def loaded(dataset, num_workers, epochs=(0,), batch_size=2):

@@ -840,22 +840,6 @@ def test_a_long_list_is_read_in_no_time_even_if_it_is_wrong(folder_root, write):
     assert time.perf_counter() - start < 2 * good + 1
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_images_are_listed_in_seconds(folder_root, classes, write):
-    listed = touch_many(folder_root, 100_000)
-    start = time.perf_counter()
-    data = folder(
-        str(folder_root),
-        classes,
-        labeled=write("l.txt", pairs(0, 2)),
-        unlabeled=write("u.txt", listed),
-        val=write("v.txt", pairs(2, 3)),
-    )
-    seconds = time.perf_counter() - start
-    assert names(data.train, data.unlabeled) == listed
-    assert seconds < 30  # a few on an idle machine
-
-
 # What a newcomer does -------------------------------------------------------------------------------------------------
 
 

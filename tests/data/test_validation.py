@@ -11,7 +11,7 @@ from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.data.files import FileSource
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
-from mlpmatch_pl.data.validation import Job, all_jobs, find_problems, inspect, sample, validate_dataset
+from mlpmatch_pl.data.validation import Job, all_jobs, find_problems, sample, scan_files, validate_dataset
 from mlpmatch_pl.utils.errors import UserError
 
 CROP = 33
@@ -212,7 +212,7 @@ def test_the_first_file_in_order_is_named(load, folder_root):
 def findings(data, crop_size=CROP):
     return [
         (item.is_error, item.message)
-        for item in find_problems(data, list(inspect(data, all_jobs(data), True)), crop_size)
+        for item in find_problems(data, list(scan_files(data, all_jobs(data), True)), crop_size)
     ]
 
 

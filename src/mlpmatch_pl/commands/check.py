@@ -22,12 +22,12 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.validation import (
     PARTS,
     Finding,
-    Inspected,
+    ScannedFile,
     all_jobs,
     find_problems,
-    inspect,
     pixels_by_class,
     require_validation,
+    scan_files,
 )
 from mlpmatch_pl.engine.build import build_datamodule, read_config
 from mlpmatch_pl.engine.logging import quiet
@@ -68,11 +68,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return report
 
 
-def _read(data: SegmentationData) -> list[Inspected]:
+def _read(data: SegmentationData) -> list[ScannedFile]:
     jobs = all_jobs(data)
     console = Console(file=sys.stderr)
     progress = track(
-        inspect(data, jobs, thorough=True),
+        scan_files(data, jobs, thorough=True),
         description="reading",
         total=len(jobs),
         console=console,
@@ -82,7 +82,7 @@ def _read(data: SegmentationData) -> list[Inspected]:
     return list(progress)
 
 
-def _report(data: SegmentationData, inspected: Sequence[Inspected], findings: Sequence[Finding]) -> dict[str, Any]:
+def _report(data: SegmentationData, inspected: Sequence[ScannedFile], findings: Sequence[Finding]) -> dict[str, Any]:
     """Gather what check.json holds."""
     splits = describe_splits(data)
     parts = {part: [item for item in inspected if item.part == part] for part in PARTS}
@@ -98,13 +98,13 @@ def _report(data: SegmentationData, inspected: Sequence[Inspected], findings: Se
     }
 
 
-def _sizes(items: Iterable[Inspected]) -> dict[str, int]:
+def _sizes(items: Iterable[ScannedFile]) -> dict[str, int]:
     """Count the images of each size, width x height, the most frequent first."""
     sizes = Counter(item.size for item in items if item.problem is None)
     return {f"{width}x{height}": count for (height, width), count in sizes.most_common()}
 
 
-def _class_shares(data: SegmentationData, items: Sequence[Inspected], part: str) -> dict[str, Any]:
+def _class_shares(data: SegmentationData, items: Sequence[ScannedFile], part: str) -> dict[str, Any]:
     if part == "unlabeled":
         return {}
     pixels, images = pixels_by_class(items, part, len(data.class_names))
@@ -118,7 +118,7 @@ def _class_shares(data: SegmentationData, items: Sequence[Inspected], part: str)
     }
 
 
-def _channels(items: Iterable[Inspected]) -> dict[str, Any]:
+def _channels(items: Iterable[ScannedFile]) -> dict[str, Any]:
     """Return mean and standard deviation of each channel over all pixels of the training images."""
     good = [item for item in items if item.channel_sums is not None]
     if not good:
@@ -178,7 +178,7 @@ def _cells(held: dict[str, Any]) -> tuple[str, str]:
     return f"{100 * held['share']:.2f}" if held["pixels"] else "-", str(held["images"])
 
 
-def _draw(datamodule: SemiSupervisedDataModule, inspected: Sequence[Inspected], path: Path, seed: int) -> None:
+def _draw(datamodule: SemiSupervisedDataModule, inspected: Sequence[ScannedFile], path: Path, seed: int) -> None:
     if any(item.problem for item in inspected if item.part in ("labeled", "unlabeled")):
         log.warning("no picture of the views, because some training files cannot be read")
         return

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetFormat:
     """Classes of a dataset, and readers of its files.
 
     Attributes:
@@ -60,9 +60,9 @@ class LabelSelection:
     label: str | None = None
 
 
-def layout(
+def make_format(
     classes: Sequence[str], palette: Sequence[Sequence[int]] | None, read_image: ImageReader, read_mask: MaskReader
-) -> Layout:
+) -> DatasetFormat:
     """Validate classes and palette.
 
     Raises:
@@ -73,7 +73,7 @@ def layout(
     names = class_list(classes, read_mask.ignore_index)
     require_colors("dataset.palette", palette or ())
     colors = tuple((red, green, blue) for red, green, blue in palette or ())
-    return Layout(names, read_image, read_mask, colors, read_mask.ignore_index)
+    return DatasetFormat(names, read_image, read_mask, colors, read_mask.ignore_index)
 
 
 def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: Choice) -> tuple[list[Pair], list[Pair]]:
@@ -100,7 +100,7 @@ def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: C
 
 
 def select(
-    files: FileIndex, form: Layout, train: list[Pair], val: list[Pair], test: list[Pair], wanted: LabelSelection
+    files: FileIndex, form: DatasetFormat, train: list[Pair], val: list[Pair], test: list[Pair], wanted: LabelSelection
 ) -> SegmentationData:
     """Choose the labeled and unlabeled images, and return the dataset.
 
@@ -136,7 +136,7 @@ def select(
     )
 
 
-def _labeled(files: FileIndex, form: Layout, pairs: dict[str, Pair], wanted: LabelSelection) -> Split:
+def _labeled(files: FileIndex, form: DatasetFormat, pairs: dict[str, Pair], wanted: LabelSelection) -> Split:
     """Choose the labeled images; add those of a list to the pairs."""
     if is_path(wanted.labeled):
         # Bare names in a list get the masks of the training images.
@@ -207,7 +207,7 @@ def _listed_unlabeled(files: FileIndex, wanted: LabelSelection, labeled: set[str
     return listed
 
 
-def _classes_in(base: Path, form: Layout, pairs: list[Pair]) -> dict[str, frozenset[int]]:
+def _classes_in(base: Path, form: DatasetFormat, pairs: list[Pair]) -> dict[str, frozenset[int]]:
     """Return the classes in each mask."""
     log.info("reading %d masks for dataset.cover_classes", len(pairs))
     source = FileSource(base, pairs, form.read_image, form.read_mask)

@@ -34,7 +34,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Inspected:
+class ScannedFile:
     """The content of an image and, unless it is unlabeled, its mask.
 
     Attributes:
@@ -82,7 +82,7 @@ def sample(jobs: Sequence[Job], limit: int) -> list[Job]:
     return sorted(taken, key=lambda job: (PARTS.index(job.part), job.index))
 
 
-def inspect(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iterator[Inspected]:
+def scan_files(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iterator[ScannedFile]:
     """Read images and masks in parallel, and yield their content in the order of the jobs.
 
     Args:
@@ -90,21 +90,21 @@ def inspect(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> Iter
         jobs: Which images.
         thorough: Whether to also hash images and sum their channels.
     """
-    return ordered_map(_inspector(data, thorough), jobs, reader_threads(), in_flight=256)  # decoding releases the GIL
+    return ordered_map(_scanner(data, thorough), jobs, reader_threads(), in_flight=256)  # decoding releases the GIL
 
 
-def _inspector(data: SegmentationData, thorough: bool) -> Callable[[Job], Inspected]:
-    def look(job: Job) -> Inspected:
+def _scanner(data: SegmentationData, thorough: bool) -> Callable[[Job], ScannedFile]:
+    def look(job: Job) -> ScannedFile:
         name = job.source.name(job.index)
         try:
             image = job.source.image(job.index)
             pixels = None if job.part == "unlabeled" else _count(data, name, image, job.source.mask(job.index))
         except UserError as error:
-            return Inspected(job.part, name, str(error))
+            return ScannedFile(job.part, name, str(error))
         details: dict[str, Any] = {}
         if thorough:
             details = {"digest": _digest(image), "channel_sums": _channel_sums(image)}
-        return Inspected(job.part, name, None, (image.shape[0], image.shape[1]), pixels_C1=pixels, **details)
+        return ScannedFile(job.part, name, None, (image.shape[0], image.shape[1]), pixels_C1=pixels, **details)
 
     return look
 
@@ -167,7 +167,7 @@ def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = Fa
     if len(chosen) < len(jobs):
         log.info("read %d of %d files; python -m mlpmatch_pl.check reads all", len(chosen), len(jobs))
     inspected = []
-    for item in inspect(data, chosen, thorough=False):
+    for item in scan_files(data, chosen, thorough=False):
         if item.problem is None:
             inspected.append(item)
         elif skip_bad and item.part in ("labeled", "unlabeled"):
@@ -193,7 +193,7 @@ def _number(jobs: Iterable[Job], part: str) -> int:
 
 
 def find_problems(
-    data: SegmentationData, inspected: Sequence[Inspected], crop_size: int, whole: Collection[str] = PARTS
+    data: SegmentationData, inspected: Sequence[ScannedFile], crop_size: int, whole: Collection[str] = PARTS
 ) -> list[Finding]:
     """Find the problems of a dataset, errors first.
 
@@ -206,7 +206,7 @@ def find_problems(
     Example:
         >>> from mlpmatch_pl.data.datasets.shapes import shapes
         >>> data = shapes(labeled=4, train=8, val=2, test=2)
-        >>> find_problems(data, list(inspect(data, all_jobs(data), thorough=True)), crop_size=64)
+        >>> find_problems(data, list(scan_files(data, all_jobs(data), thorough=True)), crop_size=64)
         []
     """
     good = [item for item in inspected if item.problem is None]
@@ -215,14 +215,14 @@ def find_problems(
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
-def pixels_by_class(inspected: Iterable[Inspected], part: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def pixels_by_class(inspected: Iterable[ScannedFile], part: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of pixels and of images of each class in a part; the last entry counts ignored pixels."""
     counts = [item.pixels_C1 for item in inspected if item.part == part and item.pixels_C1 is not None]
     table = np.stack(counts) if counts else np.zeros((0, num_classes + 1), np.int64)
     return table.sum(0), (table > 0).sum(0)
 
 
-def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Collection[str]) -> Iterator[Finding]:
+def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Collection[str]) -> Iterator[Finding]:
     names = data.class_names
     labeled, _ = pixels_by_class(inspected, "labeled", len(names))
     found = [name for name, pixels in zip(names, labeled[:-1], strict=True) if pixels]
@@ -247,9 +247,9 @@ def _classes(data: SegmentationData, inspected: Sequence[Inspected], whole: Coll
         yield Finding(False, message)
 
 
-def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
+def _copies(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
     """Find identical images under different names."""
-    by_content: dict[str, list[Inspected]] = defaultdict(list)
+    by_content: dict[str, list[ScannedFile]] = defaultdict(list)
     for item in inspected:
         if item.digest:
             by_content[item.digest].append(item)
@@ -270,7 +270,7 @@ def _copies(inspected: Sequence[Inspected]) -> Iterator[Finding]:
         yield Finding(is_error, message)
 
 
-def _sizes(inspected: Sequence[Inspected], crop_size: int) -> Iterator[Finding]:
+def _sizes(inspected: Sequence[ScannedFile], crop_size: int) -> Iterator[Finding]:
     sizes = Counter(item.size for item in inspected if item.part in ("labeled", "unlabeled"))
     small = {size: count for size, count in sizes.items() if min(size) < crop_size}
     if small:

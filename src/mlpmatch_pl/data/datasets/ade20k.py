@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpmatch_pl.data.base import SegmentationData
-from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.datasets.base import DatasetInfo, Selection, find_root, public_dataset
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
 from mlpmatch_pl.utils.errors import UserError
 
-INFO = Benchmark(
+INFO = DatasetInfo(
     key="ade20k",
     title="ADE20K",
     class_names=(
@@ -67,7 +67,7 @@ def ade20k(
     train, own_val = _part(base, "training"), _part(base, "validation")
     files = FileIndex([base], "images", "annotations", known=[*train, *own_val])
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
-    return benchmark_data(INFO, files, MaskReader(values), train, own_val, selection)
+    return public_dataset(INFO, files, MaskReader(values), train, own_val, selection)
 
 
 def _part(base: Path, name: str) -> list[Pair]:

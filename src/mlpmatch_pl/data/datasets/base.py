@@ -9,7 +9,7 @@ from pathlib import Path
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.datasets.published import PublishedList, is_original, published_list
 from mlpmatch_pl.data.files import FileIndex, Pair
-from mlpmatch_pl.data.label_selection import LabelSelection, hold_out, layout, select
+from mlpmatch_pl.data.label_selection import LabelSelection, hold_out, make_format, select
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
@@ -17,7 +17,7 @@ from mlpmatch_pl.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class DatasetInfo:
     """Metadata of a public dataset.
 
     Attributes:
@@ -59,8 +59,8 @@ class Selection:
     cover_classes: bool
 
 
-def benchmark_data(
-    info: Benchmark,
+def public_dataset(
+    info: DatasetInfo,
     files: FileIndex,
     read_mask: MaskReader,
     train: list[Pair],
@@ -82,14 +82,14 @@ def benchmark_data(
     Raises:
         UserError: If a published list is missing, or a list or choice is invalid.
     """
-    form = layout(info.class_names, info.palette or None, ImageReader(), read_mask)
+    form = make_format(info.class_names, info.palette or None, ImageReader(), read_mask)
     wanted = _wanted(info, files.base, selection)
     if selection.val is not None:
         train, val = hold_out(files, train, wanted, selection.val)
     return select(files, form, train, val, test or [], wanted)
 
 
-def find_root(root: str, marker: str, info: Benchmark, inside: Sequence[str] = ()) -> Path:
+def find_root(root: str, marker: str, info: DatasetInfo, inside: Sequence[str] = ()) -> Path:
     """Return the folder with a dataset: the root, or a usual folder inside it.
 
     Raises:
@@ -105,7 +105,7 @@ def find_root(root: str, marker: str, info: Benchmark, inside: Sequence[str] = (
     )
 
 
-def _wanted(info: Benchmark, base: Path, selection: Selection) -> LabelSelection:
+def _wanted(info: DatasetInfo, base: Path, selection: Selection) -> LabelSelection:
     unlabeled = selection.unlabeled
     names = () if unlabeled is None else (unlabeled,) if isinstance(unlabeled, str) else tuple(unlabeled)
     published = published_list(info.key, selection.labeled)
@@ -124,7 +124,7 @@ def _wanted(info: Benchmark, base: Path, selection: Selection) -> LabelSelection
     )
 
 
-def _label(info: Benchmark, published: PublishedList, lists: Mapping[str, Path]) -> str:
+def _label(info: DatasetInfo, published: PublishedList, lists: Mapping[str, Path]) -> str:
     hashes = {"labeled": published.labeled_sha256, "unlabeled": published.unlabeled_sha256}
     original = all(is_original(path, hashes[part]) for part, path in lists.items())
     return f"{info.key}/{published.name}{'' if original else ', changed: not the published list'}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlpmatch_pl.data.base import SegmentationData
-from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.datasets.base import DatasetInfo, Selection, find_root, public_dataset
 from mlpmatch_pl.data.files import FileIndex
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
 
-INFO = Benchmark(
+INFO = DatasetInfo(
     key="camvid",
     title="CamVid",
     class_names=(
@@ -51,6 +51,6 @@ def camvid(
     """
     files = FileIndex([find_root(root, "splits", INFO)], "images", "masks")
     train, own_val, test = (files.part(f"splits/{name}.txt") for name in ("train", "val", "test"))
-    return benchmark_data(
+    return public_dataset(
         INFO, files, MaskReader(), train, own_val, Selection(labeled, unlabeled, val, split_seed, cover_classes), test
     )

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpmatch_pl.data.base import Mask, SegmentationData
-from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.datasets.base import DatasetInfo, Selection, find_root, public_dataset
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
 from mlpmatch_pl.utils.errors import UserError
 
-INFO = Benchmark(
+INFO = DatasetInfo(
     key="cityscapes",
     title="Cityscapes",
     class_names=(
@@ -79,7 +79,7 @@ def cityscapes(
     train, own_val = _part(base, "train"), _part(base, "val")
     files = FileIndex([base], "leftImg8bit", "gtFine", [*train, *own_val], find_mask)
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
-    return benchmark_data(INFO, files, CityscapesMasks(), train, own_val, selection)
+    return public_dataset(INFO, files, CityscapesMasks(), train, own_val, selection)
 
 
 def _part(base: Path, name: str) -> list[Pair]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpmatch_pl.data.base import SegmentationData
-from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.datasets.base import DatasetInfo, Selection, find_root, public_dataset
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
 from mlpmatch_pl.utils.errors import UserError
 
-INFO = Benchmark(
+INFO = DatasetInfo(
     key="coco",
     title="COCO 2017",
     class_names=(
@@ -66,7 +66,7 @@ def coco(
 
     files = FileIndex([base], "train2017", "masks/train2017", [*train, *own_val], find_mask)
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
-    return benchmark_data(INFO, files, MaskReader(), train, own_val, selection)
+    return public_dataset(INFO, files, MaskReader(), train, own_val, selection)
 
 
 def _part(base: Path, name: str) -> list[Pair]:

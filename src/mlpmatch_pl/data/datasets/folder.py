@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.files import FileIndex, Pair
-from mlpmatch_pl.data.label_selection import LabelSelection, hold_out, layout, select
+from mlpmatch_pl.data.label_selection import LabelSelection, hold_out, make_format, select
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice, is_path
@@ -70,7 +70,7 @@ def folder(
         UserError: If a folder, file, list or choice is invalid. The content of files is checked later, by
             `mlpmatch_pl.data.validation`.
     """
-    form = layout(
+    form = make_format(
         classes, palette, ImageReader(in_chans, bit_depth),
         MaskReader(mask_values, palette or (), ignore_colors, ignore_index),
     )  # fmt: skip

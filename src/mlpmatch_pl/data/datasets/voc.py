@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpmatch_pl.data.base import SegmentationData
-from mlpmatch_pl.data.datasets.base import Benchmark, Selection, benchmark_data, find_root
+from mlpmatch_pl.data.datasets.base import DatasetInfo, Selection, find_root, public_dataset
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.palette import default_palette
 
-INFO = Benchmark(
+INFO = DatasetInfo(
     key="voc",
     title="PASCAL VOC 2012",
     class_names=(
@@ -60,7 +60,7 @@ def voc(
     train, own_val = _image_set(base, image_set), _image_set(base, "val")
     files = FileIndex([base], "JPEGImages", "SegmentationClass", known=[*train, *own_val])
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)
-    return benchmark_data(
+    return public_dataset(
         INFO, files, MaskReader(colors=INFO.palette, ignore_colors=(VOID_COLOR,)), train, own_val, selection
     )
 
