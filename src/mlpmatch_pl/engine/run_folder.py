@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) 
 
 
 def resolved_config(cfg: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain data, with every interpolation resolved except environment variables.
+    """Return a configuration as plain data, with its interpolations resolved, except two kinds.
 
-    An environment variable may hold a secret, and run folders are shared. Only variables named ``MLPMATCH_*`` are
-    replaced by their values; others stay as ``${oc.env:NAME}``, also where another key refers to them.
+    Paths in the run folder stay ``${output_dir}/...``: a run that is repeated with this configuration and another
+    ``output_dir`` must not write into the first one. Environment variables may hold secrets, and run folders are
+    shared: only those named ``MLPMATCH_*`` are replaced by their values; others stay as ``${oc.env:NAME}``, also where
+    another key refers to them.
 
     Example:
         >>> resolved_config(OmegaConf.create({"seed": 3, "same": "${seed}", "key": "${oc.env:HOME}", "also": "${key}"}))
@@ -54,17 +57,21 @@ def resolved_config(cfg: DictConfig) -> dict[str, Any]:
     def env(name: str, *default: str | None) -> str | None:
         return oc.env(name, *default) if name.startswith("MLPMATCH_") else f"${{oc.env:{name}}}"
 
+    output_dir, cfg = cfg.get("output_dir"), deepcopy(cfg)
+    if output_dir is not None:
+        cfg.output_dir = r"\${output_dir}"  # escaped, so that it resolves to itself
     OmegaConf.register_new_resolver("oc.env", env, replace=True)
     try:
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        return config
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return config if output_dir is None else config | {"output_dir": output_dir}
 
 
 def _settings(config: Any) -> Any:
-    """Leave out what differs between two starts of the same run, such as W&B's group, the time of the start."""
-    return {key: config[key] for key in config if key not in ("resume", "logger")} if isinstance(config, dict) else None
+    """Leave out what may differ between two starts of the same run; W&B's group is the time of the start."""
+    ignored = ("resume", "logger", "output_dir")
+    return {key: config[key] for key in config if key not in ignored} if isinstance(config, dict) else None
 
 
 def _load_or_none(path: Path) -> Any:
