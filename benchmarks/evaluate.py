@@ -1,18 +1,17 @@
-"""Evaluated images per second, compared with the usual loop over single images.
+"""Images per second of an evaluation, compared with the usual loop over single images.
 
     python -m benchmarks.evaluate --root /data/voc2012           # or MLPMATCH_DATA=/data with a folder voc2012
     python -m benchmarks.evaluate --backbone resnet101s          # on a GPU
     python -m benchmarks.evaluate --generated                    # without data
 
-The loops alternate in one process, with the same untrained network and files. Figures and ratios are medians over the
-rounds:
+The same untrained network on the same files, in one process, alternating; the figures are medians over the rounds, and
+the ratio is the median of the ratios of the rounds:
 
-    plain           one image at a time: PIL, forward pass, argmax, copy to the CPU, numpy.bincount
-    mlpmatch_pl     `Evaluator`: images read ahead, batches of one size, counts on the device; BatchNorm folded
-    not folded      the same without folding
-    with boundary   as mlpmatch_pl, with boundary IoU
+    plain           one image at a time: PIL, a forward pass, argmax, a copy to the CPU, numpy.bincount
+    mlpmatch_pl     `Trainer.test` as in mlpmatch_pl.evaluate: loading processes, counting on the device
+    with boundary   the same with boundary IoU and the score of each image
 
-The confusion matrices are compared first.
+Before they are timed, the confusion matrices of all loops are compared.
 """
 
 import argparse
@@ -27,37 +26,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from benchmarks.loader_photos import Pair, voc_pairs
-from mlpmatch_pl import Segmentor
-from mlpmatch_pl.commands.evaluate.loop import Evaluator
+from mlpmatch_pl import MLPMatch, Segmentor
+from mlpmatch_pl.commands.evaluate.scores import ImageScores
 from mlpmatch_pl.data import files as file_source
 from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.data.datasets.shapes import Shapes
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.evaluation import predict_logits
-from mlpmatch_pl.evaluation.folding import for_inference
+from mlpmatch_pl.utils.cpu import usable_cores
 
 CLASSES = 21
-TOLERANCE = 0.01  # share of pixels that may differ: JPEG decoders and batch sizes differ in rounding
+TOLERANCE = 0.01  # share of pixels that may differ, since two decoders of JPEG and batches of other sizes round
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("MLPMATCH_DATA")
     parser.add_argument("--root", type=Path, default=Path(data, "voc2012") if data else None)
-    parser.add_argument("--generated", action="store_true", help="use generated images in a temporary folder")
+    parser.add_argument("--generated", action="store_true", help="generate images in a temporary folder")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backbone", default="resnet50s" if torch.cuda.is_available() else "mobilenetv2_100")
     parser.add_argument("--decoder-channels", type=int, default=256)
-    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--num-workers", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    quiet()
     if arguments.root is None and not arguments.generated:
         parser.error("set --root to a folder with JPEGImages and SegmentationClass, or MLPMATCH_DATA, or --generated")
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,23 +74,19 @@ def main() -> None:
 
 
 def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
-    """Time all loops alternately; prints and returns a row for each."""
+    """Time all loops alternately, print a line for each, and return the rows."""
     torch.manual_seed(0)
-    segmentor = (
-        Segmentor(CLASSES, arguments.backbone, decoder_channels=arguments.decoder_channels).to(arguments.device).eval()
-    )
-    example = torch.zeros(1, 3, 65, 65, dtype=torch.uint8, device=arguments.device)
-    folded = for_inference(segmentor, example)
+    module = MLPMatch(CLASSES, backbone=arguments.backbone, decoder_channels=arguments.decoder_channels).eval()
+    module.to(arguments.device, memory_format=torch.channels_last)
     files = [file_source.Pair(*map(str, pair)) for pair in pairs]
     images = EvalDataset(file_source.FileSource(Path("/"), files, ImageReader(3, 8), MaskReader()), CLASSES, 255)
-    options = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+    workers = max(usable_cores() - 1, 0) if arguments.num_workers is None else arguments.num_workers
     loops: dict[str, Callable[[], np.ndarray]] = {
-        "plain": lambda: plain(segmentor, pairs, torch.device(arguments.device)),
-        "mlpmatch_pl": lambda: Evaluator(**options)(folded, images).confusion_CC.numpy(),
-        "not folded": lambda: Evaluator(**options)(segmentor, images).confusion_CC.numpy(),
-        "with boundary": lambda: Evaluator(**options, boundary=0.02)(folded, images).confusion_CC.numpy(),
+        "plain": lambda: plain(module.segmentor, pairs, torch.device(arguments.device)),
+        "mlpmatch_pl": lambda: run_test(module, images, arguments.device, workers),
+        "with boundary": lambda: run_test(module, images, arguments.device, workers, boundary=True),
     }
-    compare([loop() for loop in loops.values()])  # also warms up
+    compare([loop() for loop in loops.values()])  # a warm-up, too
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(arguments.rounds):
         for name, loop in loops.items():
@@ -104,9 +102,34 @@ def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def run_test(
+    module: MLPMatch, images: EvalDataset, device: str, workers: int, boundary: float | None = None
+) -> np.ndarray:
+    """Evaluate with `Trainer.test`, and return the confusion matrix."""
+    callbacks = [Boundaries(ImageScores(len(images), CLASSES, boundary=0.02))] if boundary else []
+    trainer = Trainer(
+        accelerator=torch.device(device).type, devices=1, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, enable_progress_bar=False, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.test(module, DataLoader(images, num_workers=workers), verbose=False)
+    module.to(device)  # the trainer moves it to the CPU
+    return module.last_counts_CC.numpy()
+
+
+class Boundaries(Callback):
+    def __init__(self, metric: ImageScores) -> None:
+        self.metric = metric
+
+    def on_test_start(self, trainer, pl_module):
+        self.metric.to(pl_module.device)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metric.update(outputs, batch["mask"], batch["index"])
+
+
 @torch.no_grad()
 def plain(segmentor: Segmentor, pairs: list[Pair], device: torch.device) -> np.ndarray:
-    """Evaluate one image after the other and return the confusion matrix."""
+    """Evaluate with the usual loop, and return the confusion matrix."""
     counts = np.zeros((CLASSES, CLASSES), np.int64)
     for image_path, mask_path in pairs:
         image = torch.from_numpy(np.array(Image.open(image_path).convert("RGB"))).permute(2, 0, 1)[None]
@@ -119,7 +142,7 @@ def plain(segmentor: Segmentor, pairs: list[Pair], device: torch.device) -> np.n
 
 
 def compare(matrices: list[np.ndarray]) -> None:
-    """Exit if the confusion matrices differ."""
+    """Stop where the loops do not count the same."""
     first = matrices[0]
     for other in matrices[1:]:
         if not (first.sum(1) == other.sum(1)).all() or np.abs(first - other).sum() > 2 * TOLERANCE * first.sum():
@@ -127,7 +150,7 @@ def compare(matrices: list[np.ndarray]) -> None:
 
 
 def generated_pairs(folder: Path, count: int) -> list[Pair]:
-    """Write scenes with the size of VOC images, portrait and landscape."""
+    """Write scenes of VOC's size, in portrait and landscape format."""
     scenes, pairs = Shapes("photos", count, size=500), []
     for index in range(count):
         height, width = (375, 500) if index % 3 else (500, 375)

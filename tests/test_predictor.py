@@ -15,7 +15,7 @@ from mlpmatch_pl.predictor import Predictor, load
 from mlpmatch_pl.utils.errors import UserError
 
 
-def grey_network(bit_depth):
+def gray_network(bit_depth):
     level = 257 if bit_depth == 16 else 1
     return make_module(in_chans=1, mean=[120.0 * level], std=[50.0 * level], bit_depth=bit_depth)
 
@@ -43,7 +43,7 @@ def plain_labels(module, pixels):
         return module.eval()(image)[0].argmax(0).numpy()
 
 
-def test_the_prediction_is_that_of_the_module_that_was_saved(predictor, pixels):
+def test_predictions_are_those_of_the_saved_module(predictor, pixels):
     label = predictor.predict(pixels)
     expected = plain_labels(make_module(), pixels)
     assert label.dtype == np.uint8
@@ -60,14 +60,14 @@ def test_probabilities_are_float32_and_sum_to_one(predictor, pixels):
     np.testing.assert_array_equal(probabilities.argmax(0), predictor.predict(pixels))
 
 
-def test_a_checkpoint_carries_what_a_prediction_needs(predictor):
+def test_a_checkpoint_contains_class_names_and_colors(predictor):
     assert predictor.class_names == ("a", "b", "c", "d")
     assert predictor.colors == ((0, 0, 0), (9, 8, 7), (1, 2, 3), (255, 0, 4))
     assert (predictor.in_chans, predictor.bit_depth) == (3, 8)
     assert not predictor.module.training
 
 
-def test_a_checkpoint_from_before_the_palette_loads_with_distinct_colours(checkpoint, tmp_path, pixels, predictor):
+def test_an_old_checkpoint_without_palette_gets_distinct_colors(checkpoint, tmp_path, pixels, predictor):
     content = torch.load(checkpoint, weights_only=True)
     del content["hyper_parameters"]["palette"], content["hyper_parameters"]["bit_depth"]
     torch.save(content, tmp_path / "old.ckpt")
@@ -77,7 +77,7 @@ def test_a_checkpoint_from_before_the_palette_loads_with_distinct_colours(checkp
     np.testing.assert_array_equal(old.predict(pixels), predictor.predict(pixels))
 
 
-def test_every_kind_of_image_gives_the_same_labels(predictor, pixels, tmp_path):
+def test_all_kinds_of_images_give_the_same_labels(predictor, pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "ein Bild ü.png")
     Image.fromarray(pixels).save(tmp_path / "image.tif")
     expected = predictor.predict(pixels)
@@ -93,7 +93,7 @@ def test_every_kind_of_image_gives_the_same_labels(predictor, pixels, tmp_path):
         np.testing.assert_array_equal(predictor.predict(image), expected)
 
 
-def test_grey_images_are_rgb_to_a_network_of_rgb(predictor, pixels, tmp_path):
+def test_gray_images_become_rgb(predictor, pixels, tmp_path):
     gray = pixels[..., 0].copy()
     Image.fromarray(gray).save(tmp_path / "gray.png")
     expected = predictor.predict(np.repeat(gray[..., None], 3, axis=2))
@@ -104,7 +104,7 @@ def test_grey_images_are_rgb_to_a_network_of_rgb(predictor, pixels, tmp_path):
         np.testing.assert_array_equal(predictor.predict(image), expected)
 
 
-def test_a_files_orientation_is_followed_and_that_of_a_pil_image_is_not(predictor, pixels, tmp_path):
+def test_orientation_is_applied_to_files_only(predictor, pixels, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # turn by a quarter
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
@@ -114,13 +114,13 @@ def test_a_files_orientation_is_followed_and_that_of_a_pil_image_is_not(predicto
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_grey_images_of_16_bits(pixels, tmp_path, suffix):
+def test_gray_images_of_16_bits(pixels, tmp_path, suffix):
     deep = pixels[..., 0].astype(np.uint16) * 257
     if suffix == ".tif":
         tifffile.imwrite(tmp_path / "deep.tif", deep)
     else:
         Image.fromarray(deep).save(tmp_path / "deep.png")
-    module = grey_network(16)
+    module = gray_network(16)
     predictor = load(save_checkpoint(module, tmp_path / "deep.ckpt"))
     expected = plain_labels(module, deep[..., None])
     assert len(np.unique(expected)) > 1
@@ -134,20 +134,20 @@ def test_grey_images_of_16_bits(pixels, tmp_path, suffix):
             np.testing.assert_array_equal(predictor.predict(image), expected)
 
 
-def test_inference_options_are_those_of_the_predictor(checkpoint, predictor, pixels):
+def test_inference_options_are_used(checkpoint, predictor, pixels):
     inference = SlidingWindowInference("slide", window=40, scales=(1.0, 1.5), flip=True)
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     expected = inference(predictor.module.segmentor, image)[0].numpy()
     probabilities = load(checkpoint, inference=inference).probabilities(pixels)
-    np.testing.assert_allclose(probabilities, expected, atol=1e-5)  # BatchNorm is folded
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert np.abs(probabilities - predictor.probabilities(pixels)).max() > 1e-3
 
 
 @pytest.mark.parametrize(
     ("image", "found"),
     [
-        (np.zeros((3, 40, 50), np.uint8), "expected an array (H, W, 3) of uint8 with values as image files"),
-        (np.zeros((40, 50, 4), np.uint8), "have them, but got (40, 50, 4) of uint8; convert it"),
+        (np.zeros((3, 40, 50), np.uint8), "expected an array (H, W, 3) of uint8 with values as in image"),
+        (np.zeros((40, 50, 4), np.uint8), "files, but got (40, 50, 4) of uint8; convert it"),
         (np.zeros((40, 50, 3), np.float32), "but got (40, 50, 3) of float32; convert it"),
         (np.zeros((40, 50, 3), np.uint16), "but got (40, 50, 3) of uint16; convert it"),
         (np.zeros((0, 50, 3), np.uint8), "but got (0, 50, 3) of uint8; convert it"),
@@ -166,13 +166,13 @@ def test_wrong_images_are_refused(predictor, image, found):
     assert found in str(caught.value)
 
 
-def test_a_16_bit_network_takes_tensors_that_torch_can_work_with():
+def test_a_16_bit_network_refuses_float_tensors():
     with pytest.raises(UserError, match=r"expected a tensor \(1, H, W\) of uint16 or int32 .* of float32"):
-        Predictor(grey_network(16)).predict(torch.zeros(1, 40, 50))
+        Predictor(gray_network(16)).predict(torch.zeros(1, 40, 50))
 
 
-def test_a_network_of_grey_images_takes_no_rgb():
-    predictor = Predictor(grey_network(8))
+def test_a_gray_network_refuses_rgb():
+    predictor = Predictor(gray_network(8))
     with pytest.raises(UserError, match=r"expected an array \(H, W, 1\) of uint8 .* got \(40, 50, 3\)"):
         predictor.predict(Image.new("RGB", (50, 40)))
     assert predictor.predict(Image.new("1", (50, 40))).shape == (40, 50)
@@ -195,7 +195,7 @@ def test_nothing_in_a_checkpoint_is_executed(checkpoint, tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_files_that_are_no_checkpoints_are_named(tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save(make_module().segmentor.state_dict(), tmp_path / "weights.pth")
     for name in ("text.ckpt", "weights.pth"):
@@ -208,7 +208,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuad", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(checkpoint, device):
+def test_a_missing_device_is_refused(checkpoint, device):
     with pytest.raises(UserError, match=f"expected device as auto, or one that this machine has, but got {device}"):
         load(checkpoint, device=device)
 
@@ -230,7 +230,7 @@ assert all(sys.modules[name] is None for name in BLOCKED)
 """
 
 
-def test_everything_for_other_projects_works_where_hydra_is_not_installed(pixels, tmp_path):
+def test_the_python_interface_needs_no_hydra(pixels, tmp_path):
     """A module is built; a checkpoint gives the same network, with its options, and the same prediction."""
     module = make_module(method={"name": "mlpmatch", "lambda_max": 0.1}, class_names=["a", "b", "c", "d"])
     checkpoint = save_checkpoint(module, tmp_path / "last.ckpt")

@@ -1,14 +1,15 @@
-"""Evaluate a checkpoint from the command line.
+"""Evaluate a checkpoint on the test or validation images of its own run, or on another dataset.
 
-    python -m mlpmatch_pl.evaluate checkpoint=runs/x/checkpoints/best.ckpt             # on the run's own test images
+    python -m mlpmatch_pl.evaluate checkpoint=runs/x/checkpoints/best.ckpt                  # the run's own test images
     python -m mlpmatch_pl.evaluate checkpoint=... part=val inference.flip=true 'inference.scales=[0.75,1.0,1.25]'
     python -m mlpmatch_pl.evaluate checkpoint=... inference.mode=slide inference.window=801
-    python -m mlpmatch_pl.evaluate checkpoint=... dataset.root=/data/mine              # that have moved
-    python -m mlpmatch_pl.evaluate checkpoint=... dataset=camvid dataset.root=/data/camvid  # on other data
-    python -m mlpmatch_pl.evaluate -m checkpoint=a.ckpt,b.ckpt                         # several
+    python -m mlpmatch_pl.evaluate checkpoint=... dataset.root=/data/mine                   # the data has moved
+    python -m mlpmatch_pl.evaluate checkpoint=... dataset=camvid dataset.root=/data/camvid  # another dataset
+    python -m mlpmatch_pl.evaluate checkpoint=... devices=4                                 # several GPUs
+    python -m mlpmatch_pl.evaluate -m checkpoint=a.ckpt,b.ckpt                              # several checkpoints
 
-Prints a table of the classes, and writes it with the confusion matrix, the scores of all images, a picture of the
-worst and metrics.json. Heavy imports are inside `evaluate`, so that ``--help`` and ``--cfg job`` answer at once.
+Prints a table of the classes and writes metrics.json, the tables as CSV, the confusion matrix, the mean IoU of each
+image, and the worst images. Heavy imports are inside `evaluate`, so that ``--help`` and ``--cfg job`` are fast.
 """
 
 import sys
@@ -28,10 +29,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: As composed from ``conf/evaluate.yaml``.
 
     Returns:
-        What metrics.json holds: the scores, over all and by class, and what was evaluated how.
+        The content of metrics.json: the scores, overall and per class, the images and the options.
 
     Raises:
-        UserError: If the configuration, the checkpoint or the data is wrong, before anything is written over.
+        UserError: If the configuration, the checkpoint or the dataset is wrong, before anything is written.
     """
     from mlpmatch_pl.commands.evaluate.run import run
 
@@ -43,12 +44,12 @@ def _hydra_main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     with guarded_job("evaluate"):
-        cfg.output = HydraConfig.get().runtime.output_dir  # a job of a sweep has a folder of its own
+        cfg.output = HydraConfig.get().runtime.output_dir  # each job of a sweep has its own folder
         evaluate(cfg)
 
 
 def added_keys(arguments: Sequence[str]) -> list[str]:
-    """Mark keys of the run's own data, which the configuration does not have, as Hydra wants them to be marked.
+    """Prefix keys of the run's own dataset with ``+``: the composed configuration does not have them.
 
     Example:
         >>> added_keys(["dataset.root=/data", "part=val"]), added_keys(["dataset=camvid", "dataset.root=/data"])

@@ -1,11 +1,11 @@
-"""Export a checkpoint: ONNX, torch.export, or plain weights.
+"""Export a checkpoint as ONNX, torch.export program, or plain weights.
 
     python -m mlpmatch_pl.export checkpoint=runs/.../checkpoints/best.ckpt                      # best.onnx beside it
     python -m mlpmatch_pl.export checkpoint=best.ckpt format=torch_export output=model.pt2 returns=probabilities
     python -m mlpmatch_pl.export checkpoint=best.ckpt format=safetensors output=weights.safetensors
 
-Normalization and upsampling are inside: images go in as they are stored, and the result has their size. The file is
-compared with the checkpoint before it gets its name.
+The exported model includes normalization and upsampling: it takes images with values as stored, and its output has
+their size. The file is compared with the checkpoint before it gets its final name.
 """
 
 import sys
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def export(cfg: DictConfig) -> "Parity":
-    """Export what a composed configuration names.
+    """Export with a composed configuration.
 
     Args:
         cfg: As composed from ``conf/export.yaml``.
@@ -30,8 +30,8 @@ def export(cfg: DictConfig) -> "Parity":
         How the file compares with the checkpoint.
 
     Raises:
-        UserError: If the configuration is wrong, a package is missing, the checkpoint cannot be read, a file would be
-            written over, or the file differs from the checkpoint.
+        UserError: If the configuration is wrong, a package is missing, the checkpoint cannot be read, a file exists
+            already, or the file differs from the checkpoint.
     """
     from mlpmatch_pl.commands.export.run import ExportOptions, export_checkpoint
     from mlpmatch_pl.utils.validation import read_options

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, predict_logits
+from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, SlidingWindowInference, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
 from mlpmatch_pl.methods.batch import split_batch
 from mlpmatch_pl.methods.build import build_step
@@ -125,6 +125,7 @@ class MLPMatch(LightningModule):
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed)
         self.confusion = ConfusionMatrix(num_classes)
+        self.inference = SlidingWindowInference()  # of test_step and predict_step: whole images
         self.last_terms: dict[str, Tensor] = {}  # of the last training step, with the total as "loss"
         self.own_length, self.own_step = TrainingLength(), 0  # without a Trainer, see set_length
 
@@ -160,18 +161,19 @@ class MLPMatch(LightningModule):
         """Log the metrics of the whole validation set."""
         self._log_scores("val")
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add whole images to the confusion matrix."""
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Count the pixels by ``self.inference``, and return the class of each pixel, (B, H, W)."""
+        prediction = self.inference.label(self.segmentor, batch["image"])
+        self.confusion.update(prediction, batch["mask"])
+        return prediction
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the whole test set."""
         self._log_scores("test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the class of each pixel, int64, (B, H, W)."""
-        prediction: Tensor = self(batch["image"]).argmax(dim=1)
-        return prediction
+        """Return the class of each pixel by ``self.inference``, (B, H, W)."""
+        return self.inference.label(self.segmentor, batch["image"])
 
     def configure_optimizers(self) -> Any:
         """Build SGD with per-step polynomial decay, with ``lr`` for the encoder and ``lr * lr_multi`` for the decoder.

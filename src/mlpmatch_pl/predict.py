@@ -1,11 +1,11 @@
-"""Predict images with a trained network, from the command line.
+"""Predict the class of each pixel of image files with a trained network.
 
     python -m mlpmatch_pl.predict checkpoint=runs/x/checkpoints/best.ckpt input=photos output=predictions
     python -m mlpmatch_pl.predict checkpoint=best.ckpt input='photos/**/*.jpg' output=masks save=index
     python -m mlpmatch_pl.predict checkpoint=best.ckpt input=a.jpg output=p inference.mode=slide inference.window=513
 
 In Python: ``mlpmatch_pl.load("best.ckpt").predict("a.jpg")``. Heavy imports are inside `predict`, so that ``--help``
-and ``--cfg job`` answer at once.
+and ``--cfg job`` are fast.
 """
 
 import sys
@@ -17,19 +17,18 @@ from mlpmatch_pl.commands.cli import guarded_job, literal_paths, run_command
 
 
 def predict(cfg: DictConfig) -> None:
-    """Predict what a composed configuration names.
+    """Predict with a composed configuration.
 
     Args:
         cfg: As composed from ``conf/predict.yaml``.
 
     Raises:
-        UserError: If the configuration is wrong or nothing can be done, or after everything has been written, if some
-            images could not be read.
+        UserError: If the configuration is wrong, before anything is written, or at the end if images were skipped.
     """
-    from mlpmatch_pl.commands.predict.run import Options, run
+    from mlpmatch_pl.commands.predict.run import PredictOptions, run
     from mlpmatch_pl.utils.validation import read_options
 
-    run(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    run(read_options(PredictOptions, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="predict")  # type: ignore[untyped-decorator]
@@ -38,7 +37,7 @@ def _hydra_main(cfg: DictConfig) -> None:
         try:
             predict(cfg)
         except KeyboardInterrupt:
-            print("interrupted; what has been predicted is written", file=sys.stderr)
+            print("interrupted; finished predictions are kept", file=sys.stderr)
             sys.exit(130)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import zipfile
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,12 @@ def random_image(size, in_chans=3, dtype=torch.float32, highest=256):
     return torch.randint(0, highest, (batch, in_chans, height, width)).to(dtype)
 
 
+@pytest.fixture(scope="module")
+def program_file(checkpoint):
+    export_checkpoint(ExportOptions(checkpoint, "torch_export"))
+    return checkpoint.with_suffix(".pt2")
+
+
 def run_onnx(file, image_BCHW):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -97,14 +104,14 @@ def assert_same(expected, found):
 
 
 @torch.no_grad()
-def test_onnx_gives_the_checkpoints_logits_for_any_batch_and_size(checkpoint, onnx_file):
+def test_onnx_gives_the_logits_of_the_checkpoint_for_any_size(checkpoint, onnx_file):
     module = load(checkpoint, device="cpu").module
     for size in SIZES:
         image = random_image(size)
         assert_same(module(image), run_onnx(onnx_file, image))
 
 
-def test_the_onnx_file_is_valid_names_its_dimensions_and_describes_itself(onnx_file):
+def test_the_onnx_file_names_its_dimensions_and_describes_itself(onnx_file):
     onnx = pytest.importorskip("onnx")
     onnx.checker.check_model(onnx_file, full_check=True)
     model = onnx.load(onnx_file)
@@ -120,52 +127,33 @@ def test_the_onnx_file_is_valid_names_its_dimensions_and_describes_itself(onnx_f
     assert props["segmentor"]["in_chans"] == 3
 
 
-def test_no_path_of_this_machine_is_in_the_files(checkpoint, onnx_file, tmp_path):
-    import zipfile
-
-    export_checkpoint(ExportOptions(checkpoint, "torch_export", tmp_path / "m.pt2"))
-    with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
+def test_files_contain_no_path_of_this_machine(onnx_file, program_file):
+    with zipfile.ZipFile(program_file) as archive:
         contents = [archive.read(name) for name in archive.namelist()]
     for content in (onnx_file.read_bytes(), *contents):
         assert b"segmentor.py" not in content
         assert str(Path(__file__).parents[2]).encode() not in content
 
 
-@pytest.mark.parametrize(
-    ("backbone", "output_stride", "in_chans", "dtype", "forms"),
-    [
-        pytest.param("test_resnet", 16, 1, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
-        pytest.param("resnet18", 8, 3, "uint8", ("onnx", "torch_export"), marks=pytest.mark.slow),
-        ("resnet18", 16, 1, "uint8", ("torch_export",)),
-        pytest.param("mobilenetv2_100", 16, 1, "uint8", ("torch_export",), marks=pytest.mark.slow),
-        pytest.param("mobilenetv2_100", 8, 3, "float32", ("onnx",), marks=pytest.mark.slow),
-        pytest.param("test_resnet", 32, 3, "float32", ("onnx", "torch_export"), marks=pytest.mark.slow),
-        pytest.param("resnet50s", 16, 3, "float32", ("onnx",), marks=pytest.mark.slow),
-    ],
-)
 @torch.no_grad()
-def test_encoders_strides_channels_and_types(backbone, output_stride, in_chans, dtype, forms, tmp_path):
-    path = make_checkpoint(tmp_path / "best.ckpt", backbone, in_chans, output_stride=output_stride)
-    image = random_image((3, 47, 102), in_chans, getattr(torch, dtype))
+def test_probabilities_of_gray_uint8_images_at_output_stride_32(tmp_path):
+    path = make_checkpoint(tmp_path / "best.ckpt", in_chans=1, output_stride=32)
+    image = random_image((3, 47, 102), 1, torch.uint8)
     expected = load(path, device="cpu").module(image).softmax(dim=1)
-    for form in forms:
-        if form == "onnx":
-            pytest.importorskip("onnxscript")
-        options = ExportOptions(path, form, returns="probabilities", input_dtype=dtype)
-        parity = export_checkpoint(options)
-        assert parity.difference < 1e-4
-        assert parity.largest <= 1
-        assert parity.equal_classes > 0.999
-        found = run_onnx(options.path, image) if form == "onnx" else torch.export.load(options.path).module()(image)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.sum(dim=1), torch.ones(3, 47, 102))
+    options = ExportOptions(path, "torch_export", returns="probabilities", input_dtype="uint8")
+    parity = export_checkpoint(options)
+    assert parity.difference < 1e-4
+    assert parity.largest <= 1
+    assert parity.equal_classes > 0.999
+    found = torch.export.load(options.path).module()(image)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(3, 47, 102))
 
 
 @torch.no_grad()
-def test_torch_export_gives_the_logits_describes_itself_and_refuses_small_images(checkpoint, tmp_path):
-    export_checkpoint(ExportOptions(checkpoint, "torch_export", tmp_path / "model.pt2"))
+def test_torch_export_gives_the_logits_describes_itself_and_refuses_small_images(checkpoint, program_file):
     extra = {"config.json": ""}
-    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    program = torch.export.load(program_file, extra_files=extra).module()
     module = load(checkpoint, device="cpu").module
     for size in SIZES:
         image = random_image(size)
@@ -186,7 +174,7 @@ def test_safetensors_load_in_three_lines_and_as_weights_to_start_from(checkpoint
     segmentor.load_state_dict(load_file(file))
 
     image, module = random_image((2, 40, 51)), load(checkpoint, device="cpu").module
-    assert torch.equal(segmentor(image), module(image))
+    assert_same(module(image), segmentor(image))
     with safe_open(file, "pt") as content:
         assert json.loads(content.metadata()["config"]) == config
     assert (config["class_names"], config["palette"]) == (NAMES, PALETTE)
@@ -194,10 +182,10 @@ def test_safetensors_load_in_three_lines_and_as_weights_to_start_from(checkpoint
     other = Segmentor(3, "test_resnet", decoder_channels=8, mean=config["segmentor"]["mean"],
                       std=config["segmentor"]["std"]).eval()  # fmt: skip
     load_published(other, file)
-    assert torch.equal(other(image), module(image))
+    assert torch.equal(other(image), segmentor(image))
 
 
-def test_a_checkpoint_without_colours_gets_the_default_ones(tmp_path):
+def test_a_checkpoint_without_colors_gets_default_ones(tmp_path):
     path = make_checkpoint(tmp_path / "best.ckpt", palette=None, class_names=None)
     config = describe(load(path, device="cpu"), ExportOptions(path))
     assert config["palette"] == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
@@ -205,22 +193,11 @@ def test_a_checkpoint_without_colours_gets_the_default_ones(tmp_path):
     assert config == json.loads(json.dumps(config))
 
 
-@pytest.mark.parametrize("form", ["torch_export", "safetensors"])
-def test_a_training_in_channels_last_format_exports(form, tmp_path):
-    path = make_checkpoint(tmp_path / "best.ckpt", channels_last=True)
-    assert (
-        load(path, device="cpu")
-        .module.segmentor.decoder.fuse[0]
-        .weight.is_contiguous(memory_format=torch.channels_last)
-    )
-    assert export_checkpoint(ExportOptions(path, form)).difference < 1e-5
-
-
 def test_sixteen_bit_images_go_in_as_float32_only(tmp_path):
     path = make_checkpoint(tmp_path / "best.ckpt", in_chans=1, bit_depth=16)
-    assert export_checkpoint(ExportOptions(path, "torch_export")).largest > 0
+    assert export_checkpoint(ExportOptions(path, "safetensors")).largest > 0
     with pytest.raises(UserError, match=r"expected input_dtype=float32 .* 16-bit images, but got uint8"):
-        export_checkpoint(ExportOptions(path, "torch_export", input_dtype="uint8", overwrite=True))
+        export_checkpoint(ExportOptions(path, "safetensors", input_dtype="uint8", overwrite=True))
 
 
 def wrong_write(segmentor, config, file):
@@ -231,7 +208,7 @@ def wrong_write(segmentor, config, file):
     FORMATS["safetensors"].write(changed, config, file)
 
 
-def test_a_file_that_differs_is_an_error_and_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
+def test_a_file_that_differs_is_refused_and_the_existing_file_kept(checkpoint, tmp_path, monkeypatch):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"an earlier one")
     monkeypatch.setattr(
@@ -255,7 +232,7 @@ def test_a_file_that_differs_is_an_error_and_leaves_what_was_there(checkpoint, t
     ],
 )
 @torch.no_grad()
-def test_the_comparison_sees_what_differs(change, difference, checkpoint):
+def test_the_comparison_finds_differences(change, difference, checkpoint):
     predictor = load(checkpoint, device="cpu")
     segmentor, sizes = predictor.module.segmentor, []
 
@@ -273,7 +250,7 @@ def test_the_comparison_sees_what_differs(change, difference, checkpoint):
         assert parity.equal_classes == 1  # a constant added to all classes changes none
 
 
-def test_the_comparison_counts_the_pixels_of_another_class(checkpoint):
+def test_the_comparison_counts_pixels_of_another_class(checkpoint):
     predictor = load(checkpoint, device="cpu")
     segmentor = predictor.module.segmentor
     counted = []
@@ -292,9 +269,7 @@ def test_the_comparison_counts_the_pixels_of_another_class(checkpoint):
 
 
 @pytest.mark.parametrize(("rounding", "accepted"), [(1e-6, False), (2e-3, True)])
-def test_a_difference_within_the_checkpoints_own_rounding_is_none(
-    rounding, accepted, checkpoint, monkeypatch, tmp_path
-):
+def test_a_difference_within_the_rounding_error_is_accepted(rounding, accepted, checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(exporting_module, "compare", lambda *_: Parity(3e-3, rounding, 1.0, 1.0))
     options = ExportOptions(checkpoint, "safetensors", tmp_path / "weights.safetensors")
     if accepted:
@@ -305,7 +280,7 @@ def test_a_difference_within_the_checkpoints_own_rounding_is_none(
     assert options.path.exists() == accepted
 
 
-def test_files_are_not_written_over_unless_told(checkpoint, tmp_path):
+def test_files_are_overwritten_only_if_asked(checkpoint, tmp_path):
     for existing in ("weights.safetensors", "weights.json"):
         folder = tmp_path / existing
         folder.mkdir()
@@ -322,11 +297,7 @@ def test_files_are_not_written_over_unless_told(checkpoint, tmp_path):
     ("options", "message"),
     [
         ({"format": "onxx"}, "expected format as 'onnx' or 'torch_export' or 'safetensors', but got 'onxx'. Did you"),
-        ({"returns": "classes"}, "expected returns as 'logits' or 'probabilities', but got 'classes'"),
         ({"input_dtype": "float16"}, "expected input_dtype as 'float32' or 'uint8', but got 'float16'. Did you mean"),
-        ({"overwrite": "no"}, "expected overwrite as true or false, but got 'no'"),
-        ({"outptu": "a.onnx"}, "the configuration has no key outptu. Did you mean output?"),
-        ({"checkpoint": ""}, "expected checkpoint as a path, but got ''"),
         ({"output": "a.pt2"}, r"expected an output with the suffix .onnx for format=onnx, but got a.pt2; change"),
         ({"format": "safetensors", "returns": "probabilities"}, "expected returns=logits for format=safetensors"),
     ],
@@ -346,7 +317,7 @@ def test_missing_packages_are_named_before_anything_is_read(monkeypatch):
     )
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.ckpt does not exist"):
         export_checkpoint(ExportOptions(tmp_path / "none.ckpt", "torch_export"))
     (tmp_path / "broken.ckpt").write_bytes(b"broken")
@@ -357,7 +328,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 2), (2, 1)])
-def test_whole_number_padding_equals_timms(kernel_size, stride, dilation):
+def test_integer_padding_equals_timm(kernel_size, stride, dilation):
     torch.manual_seed(0)
     same = Conv2dSame(2, 4, kernel_size, stride, dilation=dilation, bias=True)
     plain = nn.Conv2d(2, 4, kernel_size, stride, dilation=dilation)
@@ -370,7 +341,7 @@ def test_whole_number_padding_equals_timms(kernel_size, stride, dilation):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_whole_number_padding_stays_free_in_both_formats(tmp_path):
+def test_integer_padding_stays_dynamic_in_both_formats(tmp_path):
     """As in the tf_ models of timm, whose strided convolutions pad by the size of their input."""
     pytest.importorskip("onnxscript")
     same = nn.Sequential(Conv2dSame(3, 4, 3, 2), Conv2dSame(4, 4, 5, 2), AvgPool2dSame(2, 2)).eval()
@@ -407,28 +378,20 @@ def test_the_configuration_exports_beside_the_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_comparison_and_wrong_input_in_one_line(checkpoint, tmp_path):
+def test_the_command_prints_the_comparison(checkpoint, tmp_path):
     arguments = (f"checkpoint={checkpoint}", "format=safetensors", "output=out/model.safetensors")
     done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.export")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.strip().splitlines()
     assert first.startswith("out/model.safetensors: ")
     assert "1 x 33 x 33, 3 x 47 x 78" in second
-    assert second.endswith("equal classes on 100.0000 % of the pixels")
+    assert second.endswith("same class for 100.0000% of the pixels")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.json", "model.safetensors"]
-    again = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.export")
-    assert again.returncode == 1
-    assert again.stderr.strip() == (
-        "error: expected to write new files only, but out/model.safetensors exists (and 1 more); choose another "
-        "output, or set overwrite=true"
-    )
 
 
-def test_help_and_configuration_come_without_heavy_imports(tmp_path):
+def test_help_comes_without_heavy_imports(tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
-    for question in ("--help", "--cfg=job"):
-        done = run_command(question, cwd=tmp_path, module="mlpmatch_pl.export", PYTHONPATH=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        for key in ExportOptions.__dataclass_fields__:
-            assert key in done.stdout
+    done = run_command("--help", cwd=tmp_path, module="mlpmatch_pl.export", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert all(key in done.stdout for key in ExportOptions.__dataclass_fields__)

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from PIL import Image
 
 from mlpmatch_pl.commands.cli import literal_paths
 from mlpmatch_pl.commands.predict import run as prediction
-from mlpmatch_pl.commands.predict.run import AHEAD, _ahead
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.predict import predict
 from mlpmatch_pl.predictor import Predictor
@@ -40,7 +38,7 @@ def checkpoint(module, tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Images of different sizes in sub-folders."""
+    """Images of different sizes in subfolders."""
     rng = np.random.default_rng(0)
     for index, name in enumerate(NAMES):
         small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
@@ -87,7 +85,7 @@ def test_files_equal_a_plain_loop(checkpoint, module, photos, tmp_path):
     assert len(seen) > 2
 
 
-def test_names_and_sub_folders_are_those_of_the_input(checkpoint, photos, tmp_path):
+def test_names_and_subfolders_are_those_of_the_input(checkpoint, photos, tmp_path):
     run_predict(checkpoint, photos, tmp_path / "out")
     stems = sorted(name.rpartition(".")[0] for name in NAMES)
     assert written(tmp_path / "out") == [
@@ -119,10 +117,10 @@ def test_inference_options_reach_the_network(checkpoint, module, photos, tmp_pat
     image = torch.from_numpy(np.array(Image.open(photos / NAMES[1]))).permute(2, 0, 1)[None]
     expected = SlidingWindowInference("slide", window=40, scales=(1.0, 1.5), flip=True)(module.segmentor, image)[0]
     with np.load(tmp_path / "out/probabilities/two words.npz") as content:
-        np.testing.assert_allclose(content["probabilities"], expected, atol=1e-5)  # BatchNorm is folded
+        np.testing.assert_allclose(content["probabilities"], expected, atol=1e-5)
 
 
-def test_grey_images_of_16_bits(tmp_path):
+def test_gray_images_of_16_bits(tmp_path):
     module = make_module(in_chans=1, mean=[30000.0], std=[12000.0], bit_depth=16)
     checkpoint = save_checkpoint(module, tmp_path / "deep.ckpt")
     deep = np.random.default_rng(0).integers(0, 65536, (44, 50)).astype(np.uint16)
@@ -134,7 +132,7 @@ def test_grey_images_of_16_bits(tmp_path):
     assert Image.open(tmp_path / "out/overlay/deep.png").mode == "RGB"
 
 
-# Nothing is written over ----------------------------------------------------------------------------------------------
+# Existing files ----------------------------------------------------------------------------------------------
 
 
 def test_existing_files_are_refused_before_anything_is_written(checkpoint, photos, tmp_path):
@@ -153,7 +151,7 @@ def test_existing_files_are_refused_before_anything_is_written(checkpoint, photo
     assert (tmp_path / "out/color/plain.png").read_bytes() != before
 
 
-def test_more_images_can_go_into_a_folder_but_not_those_of_other_classes(checkpoint, photos, tmp_path):
+def test_a_folder_takes_more_images_but_not_of_other_classes(checkpoint, photos, tmp_path):
     run_predict(checkpoint, photos / NAMES[0], tmp_path / "out")
     run_predict(checkpoint, photos / NAMES[1], tmp_path / "out")
     assert len(written(tmp_path / "out")) == 7
@@ -174,16 +172,16 @@ def test_images_that_would_write_one_file_are_refused(checkpoint, photos, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_written_into_the_input_is_no_input(checkpoint, photos):
+def test_predictions_written_into_the_input_folder_are_not_input(checkpoint, photos):
     run_predict(checkpoint, photos, photos)
     before = written(photos)
     run_predict(checkpoint, photos, photos, "overwrite=true")
     assert written(photos) == before
-    run_predict(checkpoint, photos / "**/*", photos, "overwrite=true")
+    run_predict(checkpoint, photos / "**/*", photos, "overwrite=true", "save=index")
     assert written(photos) == before
 
 
-def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a/b.png"
     prediction.write_file(path, b"old")
 
@@ -214,17 +212,11 @@ def test_an_output_that_cannot_be_written_is_named(checkpoint, photos, tmp_path)
             "save=[index,colort]",
             r"expected save as a list of 'index' or 'color' or .*'colort'\]\. Did you mean color",
         ),
-        ("save=null", "expected save as a list of 'index' or .*, but got null"),
         ("save=[]", "expected something to save, but save is empty"),
-        ("overwrite=no", "expected overwrite as true or false, but got 'no'"),
         ("opacity=1.5", "expected opacity from 0 to 1, but got 1.5"),
-        ("opacity=true", "expected opacity as a number, but got true"),
-        ("+foo=1", r"no key foo\."),
-        ("inference.window=40", "set inference.mode=slide, or leave them out"),
-        ("device=cuad", "expected device as auto, or one that this machine has, but got cuad"),
+        ("inference.window=40", "set inference.mode=slide, or omit them"),
         ("input=none.jpg", "expected input as an image file, a folder or a glob pattern, but none.jpg does not exist"),
         ("input='*.none'", r"expected images \(.bmp, .*\) in input=\*.none, but found none"),
-        ("input=''", "expected input as a path, but got ''"),
         ("checkpoint=none.ckpt", "expected a checkpoint, but none.ckpt does not exist"),
     ],
 )
@@ -244,9 +236,7 @@ MEMORY = (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPU
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=["gpu", "cpu"])
-def test_an_image_too_large_for_the_memory_is_left_out_and_named(
-    error, checkpoint, photos, tmp_path, monkeypatch, capsys
-):
+def test_an_image_too_large_for_memory_is_skipped_and_named(error, checkpoint, photos, tmp_path, monkeypatch, capsys):
     infer = Predictor.infer
 
     def fail_on_one(self, image):
@@ -259,41 +249,6 @@ def test_an_image_too_large_for_the_memory_is_left_out_and_named(
         run_predict(checkpoint, photos, tmp_path / "out", "save=index")
     assert "plain.jpg is 60 x 41 pixels; set inference.mode=slide" in capsys.readouterr().err
     assert len(written(tmp_path / "out/index")) == 2
-
-
-# Threads --------------------------------------------------------------------------------------------------------------
-
-
-def test_items_are_worked_on_beside_each_other_and_come_in_order():
-    both = threading.Barrier(2, timeout=20)
-
-    def work(item):
-        both.wait()  # passes only if two run at once
-        return item * 2
-
-    assert list(_ahead(work, range(10))) == [item * 2 for item in range(10)]
-
-
-def test_no_more_items_are_taken_than_needed():
-    taken = []
-
-    def items():
-        for item in range(100):
-            taken.append(item)
-            yield item
-
-    results = _ahead(abs, items())
-    next(results)
-    assert len(taken) == AHEAD + 1
-    results.close()
-    assert len(taken) == AHEAD + 1
-
-
-def test_an_error_in_a_thread_is_raised_where_its_result_is_asked_for():
-    results = _ahead(lambda item: 1 // item, [1, 1, 0, 1])
-    assert [next(results), next(results)] == [1, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -321,27 +276,11 @@ def test_the_command_skips_unreadable_files_and_names_them_at_the_end(checkpoint
     assert done.stderr.splitlines() == [
         "skipped: cannot read the image my photos/day/broken ä.jpg: it is damaged or not an image; replace or remove "
         "it",
-        "error: expected images that can be predicted, but 1 of 4 could not be and are named above; mend or remove "
-        "them",
+        "error: expected images that can be predicted, but 1 of 4 could not be (see above); fix or remove them",
     ]
     assert "predicted 3 of 4 in " in done.stdout
     assert len(written(tmp_path / "out, ö=1")) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos", "out, ö=1"]  # and no folder of Hydra's
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["input=a", "output=b"], "expected a value for checkpoint, but none is set; add checkpoint=..."),
-        (["chekpoint=x"], "the configuration has no key chekpoint. Did you mean checkpoint?"),
-        (["inference.windw=3"], "Did you mean inference.window"),
-    ],
-)
-def test_wrong_arguments_are_explained(arguments, sentence, tmp_path):
-    done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.predict")
-    assert done.returncode == 1
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_help_and_configuration_need_no_heavy_imports():

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from mlpmatch_pl.commands.benchmark.run import Options as Benchmark
-from mlpmatch_pl.commands.evaluate.options import Options as Evaluate
-from mlpmatch_pl.commands.evaluate.options import Scoring
+from mlpmatch_pl.commands.evaluate.run import EvaluateOptions as Evaluate
+from mlpmatch_pl.commands.evaluate.run import Scoring
 from mlpmatch_pl.commands.export.run import ExportOptions
-from mlpmatch_pl.commands.predict.run import Options as Predict
+from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
 from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule

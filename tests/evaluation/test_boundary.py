@@ -55,9 +55,9 @@ def plain_counts(prediction_BHW, mask_BHW, share):
     return counts
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.6])
+@pytest.mark.parametrize("share", [0.02, 0.2])
 @pytest.mark.parametrize(("height", "width"), [(17, 23), (30, 12), (1, 9), (1, 1)])
-def test_counts_are_those_of_a_search_around_every_pixel(height, width, share):
+def test_counts_equal_a_search_around_each_pixel(height, width, share):
     prediction, mask = blobs(height, height, width)
     counts = boundary_counts(prediction, mask.to(torch.uint8), C, share)
     assert counts.dtype == torch.int64
@@ -65,7 +65,7 @@ def test_counts_are_those_of_a_search_around_every_pixel(height, width, share):
 
 
 @pytest.mark.parametrize("distance", [1, 3, 8])
-def test_the_band_is_what_erosions_by_3_x_3_remove(distance):
+def test_the_band_is_what_3x3_erosions_remove(distance):
     _, mask = blobs(3, 60, 45, batch=1, ignored=False)
     near = near_outline(mask, distance)[0].numpy()
     for c in range(C):
@@ -85,7 +85,7 @@ def test_iou_is_that_of_the_sets_of_pixels_near_the_outlines():
         assert iou[c].item() == pytest.approx(len(truth & predicted) / len(truth | predicted))
 
 
-def test_a_perfect_prediction_scores_one_though_the_truth_has_ignored_bands():
+def test_a_perfect_prediction_scores_one_despite_ignored_bands():
     _, mask = blobs(1, 40, 50)
     mask[:, 10:13] = 255
     guess = torch.where(mask == 255, torch.ones_like(mask), mask)
@@ -93,7 +93,7 @@ def test_a_perfect_prediction_scores_one_though_the_truth_has_ignored_bands():
     assert iou[~iou.isnan()].tolist() == [1.0] * int((~iou.isnan()).sum())
 
 
-def test_a_shift_costs_a_boundary_more_than_the_area():
+def test_a_shift_lowers_boundary_iou_more_than_iou():
     mask = torch.zeros(1, 100, 100, dtype=torch.long)
     mask[:, 20:80, 20:80] = 1
     shifted = mask.roll(2, 2)
@@ -101,7 +101,7 @@ def test_a_shift_costs_a_boundary_more_than_the_area():
     assert boundary_iou(boundary_counts(shifted, mask, 2))[1] < area - 0.3
 
 
-def test_a_class_that_is_absent_has_no_score_and_one_that_is_only_predicted_scores_zero():
+def test_absent_classes_have_no_score_and_wrongly_predicted_ones_score_zero():
     mask = torch.zeros(1, 20, 20, dtype=torch.long)
     prediction = mask.clone()
     prediction[:, :5] = 1
@@ -121,6 +121,6 @@ def test_the_distance_is_two_percent_of_the_diagonal():
 
 
 @pytest.mark.parametrize("wrong", [0, 1, -0.1, 2])
-def test_a_distance_that_is_no_share_is_refused(wrong):
+def test_a_distance_out_of_range_is_refused(wrong):
     with pytest.raises(UserError, match="boundary as a share of the diagonal"):
         boundary_width(10, 10, wrong)

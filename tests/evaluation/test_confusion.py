@@ -54,7 +54,7 @@ def plain_scores(counts):
 
 @pytest.mark.parametrize("mask_dtype", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("seed", range(3))
-def test_counts_are_those_of_a_loop(seed, mask_dtype):
+def test_counts_equal_a_loop(seed, mask_dtype):
     prediction, mask = random_pair(seed, mask_dtype=mask_dtype)
     counts_CC = confusion_matrix(prediction, mask, C)
     assert counts_CC.dtype == torch.int64
@@ -62,7 +62,7 @@ def test_counts_are_those_of_a_loop(seed, mask_dtype):
 
 
 @pytest.mark.parametrize("value", [-1, C, 200, 255])
-def test_values_that_are_no_class_are_ignored(value):
+def test_values_outside_the_classes_are_ignored(value):
     prediction, mask = random_pair(mask_dtype=torch.int64)
     assert confusion_matrix(prediction, torch.full_like(mask, value), C).sum() == 0
     mask[mask == 255] = value
@@ -71,7 +71,7 @@ def test_values_that_are_no_class_are_ignored(value):
 
 @pytest.mark.parametrize("absent", [None, ABSENT])
 @pytest.mark.parametrize("rule", ["exclude", "zero"])
-def test_scores_are_those_of_a_loop(absent, rule):
+def test_scores_equal_a_loop(absent, rule):
     counts = plain_counts(*random_pair(1, absent))
     iou, dice, recall, accuracy = plain_scores(counts)
     scores = Scores.of(torch.tensor(counts), rule)
@@ -87,7 +87,7 @@ def test_scores_are_those_of_a_loop(absent, rule):
 
 
 @pytest.mark.parametrize("absent", [None, ABSENT])
-def test_kappa_and_frequency_weighted_iou_are_those_of_a_list_of_pixels(absent):
+def test_kappa_and_frequency_weighted_iou_equal_a_loop_over_pixels(absent):
     prediction, mask = random_pair(4, absent)
     scores = Scores.of(confusion_matrix(prediction, mask, C))
     pixels = [
@@ -106,18 +106,18 @@ def test_kappa_and_frequency_weighted_iou_are_those_of_a_list_of_pixels(absent):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_kappa_is_torchmetrics(seed):
+def test_kappa_equals_torchmetrics(seed):
     prediction, mask = random_pair(seed, mask_dtype=torch.int64)
     reference = MulticlassCohenKappa(C, ignore_index=255, validate_args=False)(prediction, mask)
     assert Scores.of(confusion_matrix(prediction, mask, C)).kappa == pytest.approx(reference.item(), abs=1e-6)
 
 
-def test_kappa_of_guesses_that_know_nothing_is_zero_and_of_one_class_alone_undefined():
+def test_kappa_of_random_guesses_is_zero_and_of_a_single_class_undefined():
     assert Scores.of(torch.tensor([[4, 4], [4, 4]])).kappa == 0
     assert math.isnan(Scores.of(torch.tensor([[7, 0], [0, 0]])).kappa)
 
 
-def test_matrices_of_images_are_those_of_each_alone():
+def test_matrices_per_image_are_those_of_single_images():
     prediction, mask = random_pair(2)
     matrices_BCC = image_confusion_matrices(prediction, mask, C)
     assert matrices_BCC.dtype == torch.int64
@@ -134,7 +134,7 @@ def test_class_that_is_only_predicted_scores_zero():
 
 @pytest.mark.parametrize("absent", [None, ABSENT])
 @pytest.mark.parametrize("seed", range(3))
-def test_iou_is_torchmetrics(seed, absent):
+def test_iou_equals_torchmetrics(seed, absent):
     reference = MulticlassJaccardIndex(C, ignore_index=255, average="none", validate_args=False)
     metric = ConfusionMatrix(C)
     for batch in range(3):
@@ -188,7 +188,7 @@ def test_names_of_scores():
     )
 
 
-def test_nothing_counted_has_no_scores():
+def test_without_pixels_there_are_no_scores():
     assert Scores.of(torch.zeros(2, 2, dtype=torch.long)).as_dict(["a", "b"]) == {}
 
 

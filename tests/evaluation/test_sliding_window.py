@@ -84,7 +84,7 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
 def plain_resize(values_BCHW, height, width):
     rows = resize_matrix(values_BCHW.shape[2], height)
     columns = resize_matrix(values_BCHW.shape[3], width)
-    return np.einsum("yh,bchw,xw->bcyx", rows, np.asarray(values_BCHW, dtype=np.float64), columns)
+    return np.einsum("yh,bchw,xw->bcyx", rows, np.asarray(values_BCHW, dtype=np.float64), columns, optimize=True)
 
 
 def test_whole_images_are_softmax_of_the_logits(segmentor):
@@ -120,9 +120,9 @@ def test_one_window_that_covers_the_image_is_the_whole_image(segmentor, height, 
     )
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 60), st.data())
-def test_windows_of_a_pixelwise_network_change_nothing(height, width, window, data):
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.data())
+def test_windows_do_not_change_a_pixelwise_network(height, width, window, data):
     stride = data.draw(st.integers(max(window // 2, 1), window))
     image = images(2, 1, height, width)
     network = Pixelwise()
@@ -130,7 +130,7 @@ def test_windows_of_a_pixelwise_network_change_nothing(height, width, window, da
     torch.testing.assert_close(inference(network, image), SlidingWindowInference()(network, image))
 
 
-def test_windows_of_all_images_share_passes():
+def test_windows_of_all_images_share_forward_passes():
     network = Pixelwise()
     SlidingWindowInference("slide", window=40, stride=20, window_batch=4)(
         network, images(3, 1, 40, 80)
@@ -161,7 +161,7 @@ def test_scaled_images_are_inferred_in_windows(segmentor):
     np.testing.assert_allclose(inferred.numpy(), expected, atol=1e-4)
 
 
-def test_flip_alone_makes_the_prediction_of_a_mirror_image_mirrored(segmentor):
+def test_with_flip_a_mirror_image_has_the_mirrored_prediction(segmentor):
     image, inference = images(1, 3, 50, 70), SlidingWindowInference(flip=True)
     once, mirrored = inference(segmentor, image), inference(segmentor, image.flip(-1))
     torch.testing.assert_close(once, mirrored.flip(-1))
@@ -180,7 +180,7 @@ def test_tiny_images_have_probabilities_that_sum_to_one(segmentor, inference, si
     torch.testing.assert_close(probabilities.sum(1), torch.ones(2, *size))
 
 
-def test_deep_images_keep_their_values_at_other_scales():
+def test_16_bit_images_keep_their_values_when_scaled():
     image = torch.randint(0, 65536, (1, 1, 40, 50), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -206,7 +206,7 @@ def test_bf16_logits_become_float32_probabilities():
     assert SlidingWindowInference("slide", window=40)(Half(), images(1, 1, 50, 50)).dtype == torch.float32
 
 
-def test_the_stride_is_two_thirds_of_the_window_if_left_out():
+def test_the_default_stride_is_two_thirds_of_the_window():
     assert [SlidingWindowInference("slide", window=window).stride for window in (801, 321, 2, 1)] == [534, 214, 1, 1]
 
 
@@ -215,15 +215,18 @@ def test_the_stride_is_two_thirds_of_the_window_if_left_out():
     [
         ({"mode": "slid"}, "expected inference.mode as whole or slide, but got 'slid'. Did you mean slide?"),
         ({"mode": "slide"}, "expected inference.window with inference.mode=slide, but it is not set"),
-        ({"mode": "slide", "window": 0}, "expected inference.window as a whole number from 1, but got 0"),
-        ({"mode": "slide", "window": 8.0}, "expected inference.window as a whole number from 1, but got 8.0"),
+        ({"mode": "slide", "window": 0}, "expected inference.window as a positive integer, but got 0"),
+        ({"mode": "slide", "window": 8.0}, "expected inference.window as a positive integer, but got 8.0"),
         (
             {"mode": "slide", "window": 8, "stride": 9},
-            "expected inference.stride up to the window's 8 pixels, but got 9",
+            "expected inference.stride of at most the window's 8 pixels, but got 9",
         ),
-        ({"mode": "slide", "window": 8, "stride": 0}, "expected inference.stride as a whole number from 1, but got 0"),
-        ({"window": 8}, "expected windows with inference.mode=slide only, but got inference.mode=whole with window=8"),
-        ({"window_batch": True}, "expected inference.window_batch as a whole number from 1, but got True"),
+        ({"mode": "slide", "window": 8, "stride": 0}, "expected inference.stride as a positive integer, but got 0"),
+        (
+            {"window": 8},
+            "expected inference.window and inference.stride with inference.mode=slide only, but got window=8",
+        ),
+        ({"window_batch": True}, "expected inference.window_batch as a positive integer, but got True"),
         ({"scales": ()}, "expected inference.scales as positive numbers"),
         ({"scales": (1.0, 0)}, "expected inference.scales as positive numbers"),
         ({"scales": (1.0, 1e30)}, "expected inference.scales as positive numbers up to 16"),

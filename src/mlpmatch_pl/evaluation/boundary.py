@@ -1,16 +1,16 @@
 """Boundary IoU: how well the outlines of the classes fit, for large and small objects alike.
 
 Cheng, Girshick, Dollár, Berg, Kirillov: "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation" (CVPR
-2021, arXiv 2103.16562). Of each class, only the pixels within a distance of its own outline count, in truth and
-prediction; their intersection and union are summed over the whole data set, as those of the mIoU are.
+2021, arXiv 2103.16562). For each class, only pixels within a distance of the class's own outline count, in truth and
+prediction; intersection and union are summed over the whole dataset, as for the mIoU.
 
-What is chosen here:
+Choices made here:
 
 - The distance is 2 % of the image's diagonal, rounded, and at least 1 pixel, as in the paper. It is measured as in the
-  authors' code, which erodes by a square of 3 x 3: the greater of the distances along x and y.
+  authors' code, which erodes by a 3 x 3 square: the larger of the distances along x and y.
 - The border of the image is an outline, as in the authors' code.
-- What the truth ignores is ignored in the prediction before outlines are drawn. So a perfect prediction scores 1, also
-  where a band of ignored pixels lies around every object, as in PASCAL VOC.
+- Pixels that the truth ignores are ignored in the prediction before outlines are computed. A perfect prediction thus
+  scores 1 even if a band of ignored pixels surrounds every object, as in PASCAL VOC.
 
 Letters: B images, C classes, H and W pixels.
 """
@@ -38,7 +38,7 @@ def boundary_counts(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int, 
         distance: Distance from the outline as a share of the image's diagonal.
 
     Returns:
-        int64, (3, C): pixels near an outline of the truth, of the prediction, and of both in the same class.
+        int64, (3, C): pixels near an outline of the truth, of the prediction, and of both for the same class.
 
     Raises:
         UserError: If the distance is not between 0 and 1.
@@ -52,7 +52,7 @@ def boundary_counts(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int, 
     truth_BHW = torch.where(counted_BHW, mask_BHW.long(), num_classes)
     label_BHW = torch.where(counted_BHW, prediction_BHW.long(), num_classes)
     pixels = boundary_width(truth_BHW.shape[1], truth_BHW.shape[2], distance)
-    # What does not count goes to a bin of its own, as in `confusion_matrix`.
+    # Pixels that do not count go to an extra bin, as in `confusion_matrix`.
     truth_BHW = torch.where(near_outline(truth_BHW, pixels), truth_BHW, num_classes)
     label_BHW = torch.where(near_outline(label_BHW, pixels), label_BHW, num_classes)
     both_BHW = torch.where(truth_BHW == label_BHW, truth_BHW, num_classes)
@@ -61,7 +61,7 @@ def boundary_counts(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int, 
 
 
 def boundary_iou(counts_3C: Tensor) -> Tensor:
-    """Return boundary IoU by class, float64, (C,); NaN for a class that is absent from truth and prediction.
+    """Return the boundary IoU per class, float64, (C,); NaN for a class that is absent from truth and prediction.
 
     Example:
         >>> boundary_iou(torch.tensor([[4, 0], [3, 0], [2, 0]])).tolist()
@@ -85,11 +85,11 @@ def boundary_width(height: int, width: int, distance: float = DISTANCE) -> int:
 
 
 def near_outline(label_BHW: Tensor, pixels: int) -> Tensor:
-    """Tell which pixels are within a distance of an outline of their own class, or of the image's border.
+    """Return which pixels are within a distance of an outline of their own class, or of the image's border.
 
-    A pixel is not when the square around it, with sides of ``2 * pixels + 1``, holds one class only. It does when no
-    two neighbors in it differ. So neighbors that differ are counted, in squares, by differences of running sums:
-    the cost depends neither on the distance nor on the number of classes.
+    A pixel is far from outlines if the square around it, with sides of ``2 * pixels + 1``, contains one class only,
+    that is, if no two neighbors in the square differ. Pairs of neighbors that differ are counted per square as
+    differences of running sums, so the cost depends neither on the distance nor on the number of classes.
 
     Args:
         label_BHW: Classes from 0, int64, (B, H, W).
@@ -102,7 +102,7 @@ def near_outline(label_BHW: Tensor, pixels: int) -> Tensor:
         >>> near_outline(torch.tensor([[[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]]), 1)[0, 1].tolist()
         [True, False, False, False, True]
     """
-    padded = F.pad(label_BHW, (1, 1, 1, 1), value=-1)  # outside is a class of its own
+    padded = F.pad(label_BHW, (1, 1, 1, 1), value=-1)  # outside counts as another class
     height, width = padded.shape[1:]
     top, bottom = _window(height, pixels, label_BHW.device)
     left, right = _window(width, pixels, label_BHW.device)
@@ -114,13 +114,13 @@ def near_outline(label_BHW: Tensor, pixels: int) -> Tensor:
 
 
 def _window(size: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return first and last place of the window around each pixel inside the padding."""
-    place = torch.arange(1, size - 1, device=device)
-    return (place - pixels).clamp_min(0), (place + pixels).clamp_max(size - 1)
+    """Return the first and the last position of the window around each pixel inside the padding."""
+    position = torch.arange(1, size - 1, device=device)
+    return (position - pixels).clamp_min(0), (position + pixels).clamp_max(size - 1)
 
 
 def _sums(differs_BHW: Tensor) -> Tensor:
-    """Return the sums over all places above and to the left, with a first row and column of zeros."""
+    """Return the sums over all positions above and to the left, with a first row and column of zeros."""
     return F.pad(differs_BHW.int().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
 
 

@@ -1,13 +1,13 @@
-"""One confusion matrix over the whole data set, and every metric derived from it.
+"""One confusion matrix over the whole dataset, and every metric derived from it.
 
 Letters: C classes; rows are the truth, columns the prediction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def confusion_matrix(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int)
 
 
 def image_confusion_matrices(prediction_BHW: Tensor, mask_BHW: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by image, and by true and predicted class, see `confusion_matrix`.
+    """Count pixels by true and predicted class for each image, see `confusion_matrix`.
 
     Returns:
         int64, (B, C, C).
@@ -46,10 +46,12 @@ def image_confusion_matrices(prediction_BHW: Tensor, mask_BHW: Tensor, num_class
         >>> image_confusion_matrices(torch.tensor([[[0]], [[1]]]), torch.tensor([[[0]], [[0]]]), 2).tolist()
         [[[1, 0], [0, 0]], [[0, 1], [0, 0]]]
     """
+    # Not torchmetrics' MulticlassConfusionMatrix: it takes twice as long (6.6 ms against 3.5 ms for a VOC image on one
+    # core), ignores one value only, and with deterministic algorithms allocates pixels x C x C.
     bins = num_classes**2 + 1
     truth_BN, prediction_BN = mask_BHW.flatten(1).long(), prediction_BHW.flatten(1).long()
     counted_BN = (truth_BN >= 0) & (truth_BN < num_classes)
-    # Ignored pixels go to a bin of their own: no boolean indexing, which would wait for the device.
+    # Ignored pixels go to an extra bin: boolean indexing would wait for the device.
     bin_BN = torch.where(counted_BN, truth_BN * num_classes + prediction_BN, num_classes**2)
     bin_BN = bin_BN + bins * torch.arange(len(bin_BN), device=bin_BN.device)[:, None]
     counts_BK = torch.bincount(bin_BN.flatten(), minlength=bins * len(bin_BN)).reshape(len(bin_BN), bins)
@@ -61,15 +63,15 @@ class Scores:
     """Metrics of a confusion matrix, computed in float64.
 
     Attributes:
-        iou_C: Intersection over union by class; NaN for a class that is absent from truth and prediction.
-        dice_C: Dice (F1) by class, NaN likewise.
+        iou_C: Intersection over union per class; NaN for a class that is absent from truth and prediction.
+        dice_C: Dice (F1) per class; NaN likewise.
         recall_C: Share of a class's pixels that are found; NaN for a class that is absent from the truth.
-        support_C: Number of true pixels by class.
-        accuracy: Share of correct pixels (NaN when there are none).
-        miou: Mean IoU; absent classes are excluded, or count zero with ``absent="zero"``.
-        dice: Mean Dice likewise.
-        fw_iou: Frequency-weighted IoU: the mean weighted by the classes' share of the true pixels.
-        kappa: Cohen's kappa: the accuracy in excess of chance, as a share of what can be had; NaN where chance is 1.
+        support_C: Number of true pixels per class.
+        accuracy: Share of correct pixels; NaN if there are no pixels.
+        miou: Mean IoU; absent classes are excluded, or count as zero with ``absent="zero"``.
+        dice: Mean Dice, likewise.
+        fw_iou: Frequency-weighted IoU: the mean weighted by each class's share of the true pixels.
+        kappa: Cohen's kappa: ``(accuracy - chance) / (1 - chance)``; NaN if chance agreement is 1.
 
     Example:
         >>> scores = Scores.of(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
@@ -109,27 +111,21 @@ class Scores:
         )
 
     def as_dict(self, class_names: Sequence[str]) -> dict[str, float]:
-        """Return ``miou``, ``acc``, ``dice`` and ``iou/<class>``; a class without IoU is left out."""
+        """Return ``miou``, ``acc``, ``dice`` and ``iou/<class>``, without undefined values."""
         by_class = {f"iou/{name}": iou for name, iou in zip(class_names, self.iou_C.tolist(), strict=True)}
         scores = {"miou": self.miou, "acc": self.accuracy, "dice": self.dice, **by_class}
         return {key: value for key, value in scores.items() if value == value}
 
 
-_MEANS: dict[Absent, Callable[[Tensor], float]] = {
-    "exclude": lambda values_C: float(values_C.nanmean()),
-    "zero": lambda values_C: float(values_C.nan_to_num(0.0).mean()),
-}
-
-
 def class_mean(values_C: Tensor, absent: Absent) -> float:
-    """Return the mean over classes, without those that are NaN, or with zero for them.
+    """Return the mean over classes; NaN entries are excluded, or count as zero.
 
     Example:
         >>> values_C = torch.tensor([1.0, 0.5, float("nan")])
         >>> class_mean(values_C, "exclude"), class_mean(values_C, "zero")
         (0.75, 0.5)
     """
-    return _MEANS[absent](values_C)
+    return float(values_C.nan_to_num(0.0).mean() if absent == "zero" else values_C.nanmean())
 
 
 class ConfusionMatrix(Metric):
@@ -155,7 +151,7 @@ class ConfusionMatrix(Metric):
 
     def update(self, prediction_BHW: Tensor, mask_BHW: Tensor) -> None:
         """Add a batch, see `confusion_matrix`."""
-        # Not in place: after a reset in inference mode the state could not be changed outside of it.
+        # Not in place: a state that was reset in inference mode cannot be changed in place outside of it.
         self.counts_CC = self.counts_CC + confusion_matrix(prediction_BHW, mask_BHW, self.num_classes)
 
     def compute(self) -> Tensor:
@@ -164,7 +160,11 @@ class ConfusionMatrix(Metric):
 
 
 def check_absent(absent: str) -> Absent:
-    """Return the rule for absent classes, or refuse an unknown one."""
-    if absent not in _MEANS:
+    """Return the rule for absent classes.
+
+    Raises:
+        UserError: If there is no such rule.
+    """
+    if absent not in get_args(Absent):
         raise UserError(f"expected evaluation.absent as exclude or zero, but got {absent!r}")
-    return absent
+    return cast(Absent, absent)

@@ -1,8 +1,8 @@
-"""From images to class maps at the images' own size."""
+"""From images to class maps at the images' own size: in one pass, in sliding windows, over scales and flips."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mlpmatch_pl.utils.errors import UserError, suggest
 
 SMALLEST = 33  # the smallest side that every encoder and decoder here accepts
+LARGEST_SCALE = 16
+MODES = ("whole", "slide")
 
 
 def predict_logits(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
@@ -20,7 +22,7 @@ def predict_logits(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
 
     Args:
         segmentor: Maps (B, C, H, W) images to logits; in eval mode.
-        image_BCHW: Images of any size from 1 x 1, values 0..255. Small ones are padded by their border.
+        image_BCHW: Images of any size from 1 x 1, values 0..255. Small images are padded by repeating their border.
 
     Returns:
         Logits at the images' size, (B, num_classes, H, W).
@@ -44,28 +46,24 @@ def confidence_and_class(logits_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return probability, label
 
 
-MODES = ("whole", "slide")
-LARGEST_SCALE = 16
-
-
 @dataclass(frozen=True)
 class SlidingWindowInference:
-    """How the probabilities of an image are inferred: plain data, and a function of a segmentor and its images.
+    """Inference of class probabilities: whole images or sliding windows, optionally over several scales and flips.
 
-    Softmax is averaged: over the windows that cover a pixel, over the scales, and over the image and its mirror image.
-    The authors evaluate Cityscapes with ``SlidingWindowInference("slide", window=801)``; they cut the windows at the
-    right and lower border, while here the last one is moved inside the image, so that all have one size.
+    Softmax probabilities are averaged over the windows that cover a pixel, over the scales, and over the image and its
+    mirror image. For Cityscapes the authors use ``SlidingWindowInference("slide", window=801)``. They crop the windows
+    at the right and bottom border; here the last window is moved inside the image, so that all have the same size.
 
     Args:
         mode: ``whole`` for the image in one pass, ``slide`` for overlapping windows.
-        window: Side of the square windows in pixels (of the scaled image); clipped to the size of a smaller image.
-        stride: Pixels from window to window; two thirds of the window, if left out.
-        window_batch: Windows that go through the network in one pass.
-        scales: Factors by which the image is resized before it goes in; shrinking is antialiased, as in training.
-        flip: Whether the mirror image counts as well.
+        window: Side of the square windows in pixels of the scaled image; clipped to the size of a smaller image.
+        stride: Pixels from window to window; two thirds of the window if omitted.
+        window_batch: Windows per forward pass.
+        scales: Factors by which the image is resized; downsampling is antialiased, as in training.
+        flip: Whether to include the mirror image.
 
     Raises:
-        UserError: If a value is out of range, or windows are described but not used.
+        UserError: If a value is out of range, or ``window`` or ``stride`` is given without ``mode="slide"``.
 
     Example:
         >>> inference = SlidingWindowInference("slide", window=30, scales=(0.75, 1.0), flip=True)
@@ -90,29 +88,29 @@ class SlidingWindowInference:
             )
         if not isinstance(self.flip, bool):
             raise UserError(f"expected inference.flip as true or false, but got {self.flip!r}")
-        _require_count("window_batch", self.window_batch)
+        _check_count("window_batch", self.window_batch)
         object.__setattr__(self, "scales", _checked_scales(self.scales))
         if self.mode == "slide":
             self._check_window()
         elif self.window is not None or self.stride is not None:
             raise UserError(
-                f"expected windows with inference.mode=slide only, but got inference.mode=whole with "
-                f"window={self.window} and stride={self.stride}; set inference.mode=slide, or leave them out"
+                "expected inference.window and inference.stride with inference.mode=slide only, but got "
+                f"window={self.window} and stride={self.stride}; set inference.mode=slide, or omit them"
             )
 
     def _check_window(self) -> None:
         if self.window is None:
             raise UserError(
-                "expected inference.window with inference.mode=slide, but it is not set; choose the crop size of the "
+                "expected inference.window with inference.mode=slide, but it is not set; use the crop size of the "
                 "training, as in inference.window=513"
             )
-        _require_count("window", self.window)
+        _check_count("window", self.window)
         if self.stride is None:
             object.__setattr__(self, "stride", max(self.window * 2 // 3, 1))
-        _require_count("stride", self.stride)
+        _check_count("stride", self.stride)
         if self.stride > self.window:  # type: ignore[operator]
             raise UserError(
-                f"expected inference.stride up to the window's {self.window} pixels, but got {self.stride}, which "
+                f"expected inference.stride of at most the window's {self.window} pixels, but got {self.stride}, which "
                 "leaves gaps; lower it"
             )
 
@@ -122,23 +120,33 @@ class SlidingWindowInference:
 
         Args:
             segmentor: Maps (B, C, H, W) images to logits of their size; in eval mode.
-            image_BCHW: Images of any size from 1 x 1, values as stored, of any dtype that the segmentor takes.
+            image_BCHW: Images of any size from 1 x 1, values as stored, of any dtype the segmentor accepts.
 
         Returns:
             float32, (B, num_classes, H, W), sums to 1 over the classes.
         """
+        views = self._views(segmentor, image_BCHW)
+        total_BCHW = next(views)
+        for view_BCHW in views:
+            total_BCHW += view_BCHW
+        return total_BCHW.div_(len(self.scales) * (1 + self.flip))
+
+    @torch.no_grad()
+    def label(self, segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
+        """Return the class of each pixel, int64, (B, H, W)."""
+        if self.mode == "whole" and self.scales == (1.0,) and not self.flip:
+            # Nothing is averaged, and softmax keeps the order.
+            return predict_logits(segmentor, image_BCHW).argmax(dim=1)
+        return self(segmentor, image_BCHW).argmax(dim=1)
+
+    def _views(self, segmentor: nn.Module, image_BCHW: Tensor) -> Iterator[Tensor]:
+        """Yield the probabilities of each scaled and flipped view at the image's size."""
         size = image_BCHW.shape[2:]
-        total: Tensor | None = None
         for scale in self.scales:
             scaled_BCHW = _resize(image_BCHW, [max(round(side * scale), 1) for side in size])
-            views = [self._infer_view(segmentor, scaled_BCHW)]
+            yield _resize(self._infer_view(segmentor, scaled_BCHW), size)
             if self.flip:
-                views.append(self._infer_view(segmentor, scaled_BCHW.flip(-1)).flip(-1))
-            for view in views:
-                probability_BCHW = _resize(view, size)
-                total = probability_BCHW if total is None else total.add_(probability_BCHW)
-        assert total is not None  # there is at least one scale
-        return total.div_(len(self.scales) * (1 + self.flip))
+                yield _resize(self._infer_view(segmentor, scaled_BCHW.flip(-1)).flip(-1), size)
 
     def _infer_view(self, segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
         if self.window is None or self.stride is None:
@@ -146,26 +154,26 @@ class SlidingWindowInference:
         return self._slide(segmentor, image_BCHW, self.window, self.stride)
 
     def _slide(self, segmentor: nn.Module, image_BCHW: Tensor, window: int, stride: int) -> Tensor:
-        """Return the mean over the windows that cover a pixel; windows of several images share a pass."""
-        height, width = image_BCHW.shape[2:]
-        places = [
+        """Average over the windows that cover a pixel; windows of several images share a forward pass."""
+        batch, _, height, width = image_BCHW.shape
+        crops = [
             (index, slice(None), slice(top, top + window), slice(left, left + window))
-            for index in range(len(image_BCHW))
+            for index in range(batch)
             for top in _window_starts(height, window, stride)
             for left in _window_starts(width, window, stride)
         ]
-        count_B1HW = torch.zeros(len(image_BCHW), 1, height, width, device=image_BCHW.device)
-        total: Tensor | None = None
-        for first in range(0, len(places), self.window_batch):
-            group = places[first : first + self.window_batch]
-            probability_BCHW = _probabilities(segmentor, torch.stack([image_BCHW[place] for place in group]))
-            if total is None:
-                total = probability_BCHW.new_zeros(len(image_BCHW), probability_BCHW.shape[1], height, width)
-            for place, probability_CHW in zip(group, probability_BCHW, strict=True):
-                total[place] += probability_CHW
-                count_B1HW[place] += 1
-        assert total is not None  # there is at least one window
-        return total.div_(count_B1HW)
+        count_B1HW = torch.zeros(batch, 1, height, width, device=image_BCHW.device)
+        total_BCHW: Tensor | None = None
+        for first in range(0, len(crops), self.window_batch):
+            group = crops[first : first + self.window_batch]
+            probability_BCHW = _probabilities(segmentor, torch.stack([image_BCHW[crop] for crop in group]))
+            if total_BCHW is None:
+                total_BCHW = probability_BCHW.new_zeros(batch, probability_BCHW.shape[1], height, width)
+            for crop, probability_CHW in zip(group, probability_BCHW, strict=True):
+                total_BCHW[crop] += probability_CHW
+                count_B1HW[crop] += 1
+        assert total_BCHW is not None  # there is at least one window
+        return total_BCHW.div_(count_B1HW)
 
 
 def _probabilities(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
@@ -173,7 +181,7 @@ def _probabilities(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
 
 
 def _window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Return the first pixels of the windows on an axis; the last one ends with the axis.
+    """Return the first pixel of each window on an axis; the last window ends with the axis.
 
     Example:
         >>> _window_starts(50, 30, 15), _window_starts(60, 30, 15), _window_starts(20, 30, 15)
@@ -189,9 +197,9 @@ def _resize(values_BCHW: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(values_BCHW.float(), list(size), mode="bilinear", align_corners=False, antialias=True)
 
 
-def _require_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"expected inference.{name} as a whole number from 1, but got {value!r}")
+        raise UserError(f"expected inference.{name} as a positive integer, but got {value!r}")
 
 
 def _checked_scales(scales: Any) -> tuple[float, ...]:

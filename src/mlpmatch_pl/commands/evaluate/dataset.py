@@ -1,4 +1,4 @@
-"""What a checkpoint is evaluated on: the data of its run, or others."""
+"""The images that a checkpoint is evaluated on: those of its own run, or of another dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlpmatch_pl.data.base import ImageSource, SegmentationData
+from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.engine.build import build_data
 from mlpmatch_pl.engine.run_folder import describe_splits
 from mlpmatch_pl.engine.schema import checked_target
@@ -18,19 +19,19 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.files import load_yaml
 
 Part = Literal["val", "test"]
-# A function in a module of its name, and nothing that such a module imports.
+# A function in a module of the same name; the modules that such a module imports do not match.
 OWN_TARGET = re.compile(r"mlpmatch_pl\.data\.(?:datasets\.)?(\w+)\.\1")
 
 
 @dataclass(frozen=True)
 class EvaluatedPart:
-    """A part of a data set.
+    """The part of a dataset to evaluate on.
 
     Attributes:
-        data: The data set.
+        data: The dataset.
         part: ``val`` or ``test``.
-        split: Its label, number of images and hash.
-        same_as_run: Whether these are the images that the run had as this part; None where that is not known.
+        split: Label, number of images and hash of the part.
+        same_as_run: Whether the run had the same images as this part; None if unknown.
     """
 
     data: SegmentationData
@@ -39,113 +40,114 @@ class EvaluatedPart:
     same_as_run: bool | None
 
     @property
-    def source(self) -> ImageSource:
-        """The images of the part."""
-        return self.data.test or self.data.val if self.part == "test" else self.data.val
+    def images(self) -> EvalDataset:
+        """The images with their masks."""
+        source = self.data.test or self.data.val if self.part == "test" else self.data.val
+        return EvalDataset(source, len(self.data.class_names), self.data.ignore_index)
 
 
 def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | None) -> EvaluatedPart:
-    """Open a part of a data set.
+    """Open the part of a dataset to evaluate on.
 
     Args:
-        checkpoint: A checkpoint, whose run folder tells the run's own data.
-        dataset: What to instantiate; None for the run's own data, without ``_target_`` the keys in them to change.
-        part: ``val``, ``test``, or None for test, or val where there are no test images.
+        checkpoint: A checkpoint, whose run folder describes the run's own dataset.
+        dataset: What to instantiate. Without ``_target_``, keys that replace those of the run's own dataset; None for
+            the run's own dataset.
+        part: ``val`` or ``test``; None for ``test``, or ``val`` if there are no test images.
 
     Raises:
-        UserError: If the run folder or the data are not there, or the data have no such part.
+        UserError: If the run folder or the dataset does not exist, or the dataset has no such part.
     """
-    data = build_data(checked_target("dataset", _dataset_config(checkpoint, dataset)))
+    own = dataset is None or "_target_" not in dataset
+    config = _run_dataset(checkpoint, dataset or {}) if own else dict(dataset or {})
+    data = build_data(checked_target("dataset", config))
     if part == "test" and not data.test:
-        raise UserError("expected test images for part=test, but the data have none; use part=val")
+        raise UserError("expected test images for part=test, but the dataset has none; use part=val")
     part = part or ("test" if data.test else "val")
     split = describe_splits(data)[part]
     if not split["count"]:
         raise UserError(f"expected images to evaluate on, but {part} has none; choose another part or dataset.{part}")
-    saved = _saved_hash(checkpoint, part) if dataset is None or "_target_" not in dataset else None
+    saved = _saved_hash(checkpoint, part) if own else None
     return EvaluatedPart(data, part, split, None if saved is None else saved == split["sha256"])
 
 
-def require_fit(module: MLPMatch, data: SegmentationData, checkpoint: Path) -> None:
-    """Refuse data with other classes or another kind of images than the network was trained on.
+def check_compatible(module: MLPMatch, data: SegmentationData, checkpoint: Path) -> None:
+    """Refuse a dataset with other classes or another kind of images than the network was trained on.
 
     Raises:
         UserError: For the first difference.
     """
     trained, found = list(module.class_names), list(data.class_names)
-    unnamed = trained == [str(index) for index in range(len(trained))]
     if len(trained) != len(found):
         raise UserError(
-            f"expected data with {len(trained)} classes, as {checkpoint} was trained on, but they have {len(found)}; "
-            "choose other data, or their classes"
+            f"expected a dataset with {len(trained)} classes, as {checkpoint} was trained on, but it has "
+            f"{len(found)}; choose another dataset, or set its classes"
         )
+    unnamed = trained == [str(index) for index in range(len(trained))]
     if different := [pair for pair in zip(trained, found, strict=True) if pair[0] != pair[1] and not unnamed]:
         raise UserError(
-            f"expected data with the classes that {checkpoint} was trained on, but where it has {different[0][0]!r} "
-            f"they have {different[0][1]!r}; choose other data, or name their classes alike"
+            f"expected a dataset with the classes that {checkpoint} was trained on, but instead of "
+            f"{different[0][0]!r} it has {different[0][1]!r}; choose another dataset, or rename its classes"
         )
     for name, own, other in (
         ("channels", module.hparams["in_chans"], data.in_chans),
-        ("bits a channel", module.hparams.get("bit_depth", 8), data.bit_depth),
+        ("bits per channel", module.hparams.get("bit_depth", 8), data.bit_depth),
     ):
         if own != other:
             raise UserError(
-                f"expected images of {own} {name}, as {checkpoint} was trained on, but the data have {other}"
+                f"expected images of {own} {name}, as {checkpoint} was trained on, but the dataset's have {other}"
             )
 
 
-def run_folder_of(checkpoint: Path) -> Path | None:
-    """Return the folder with config.yaml: that above checkpoints/, or the checkpoint's own; None if there is none."""
+def _run_folder(checkpoint: Path) -> Path | None:
+    """Return the folder with config.yaml, the one above checkpoints/ or the checkpoint's own; None if there is none."""
     folders = (checkpoint.resolve().parent.parent, checkpoint.resolve().parent)
     return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
-def _dataset_config(checkpoint: Path, dataset: Mapping[str, Any] | None) -> dict[str, Any]:
-    given = dict(dataset or {})
-    folder = run_folder_of(checkpoint)
-    if folder is None and "_target_" not in given:
+def _run_dataset(checkpoint: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the run's own dataset, with some keys replaced."""
+    folder = _run_folder(checkpoint)
+    if folder is None:
         raise UserError(
             f"expected the run's config.yaml in the folder above {checkpoint.parent}, but there is none; name the "
-            "data, as in dataset=folder dataset.root=my_images"
+            "dataset, as in dataset=folder dataset.root=my_images"
         )
-    if folder is None or "_target_" in given:
-        return given
-    own = _saved_dataset(folder / "config.yaml")
-    if unknown := [key for key in given if key not in own]:
+    path = folder / "config.yaml"
+    saved = _read_dataset(path)
+    if unknown := [key for key in changes if key not in saved]:
         raise UserError(
-            f"expected keys of the dataset in {folder / 'config.yaml'}, but it has no {unknown[0]}."
-            + suggest(unknown[0], own)
+            f"expected keys of the dataset in {path}, but it has no {unknown[0]}." + suggest(unknown[0], saved)
         )
-    for key, value in own.items():
-        if key not in given and "${" in str(value):
+    for key, value in saved.items():
+        if key not in changes and "${" in str(value):  # instantiate() would resolve it
             raise UserError(
-                f"expected a value for dataset.{key} in {folder / 'config.yaml'}, but found {value!r}, which is not "
-                f"resolved here; set it, as in +dataset.{key}=..."
+                f"expected a value for dataset.{key} in {path}, but found {value!r}, which is not resolved here; set "
+                f"it, as in dataset.{key}=..."
             )
-    return {**own, **given}
+    return {**saved, **changes}
 
 
-def _saved_dataset(path: Path) -> dict[str, Any]:
-    """Read the dataset of a run; a file that came with a checkpoint must not make anything else run."""
+def _read_dataset(path: Path) -> dict[str, Any]:
+    """Read the dataset of a run; a file that came with a checkpoint must not call anything but a dataset function."""
     try:
         content = load_yaml(path)
-    except Exception as error:  # a broken file makes the reader raise nearly anything
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read the run's configuration {path} ({type(error).__name__}); name the data"
+            f"cannot read the run's configuration {path} ({type(error).__name__}); name the dataset, as in "
+            "dataset=folder dataset.root=my_images"
         ) from error
     saved = content.get("dataset") if isinstance(content, dict) else None
     if not isinstance(saved, dict) or not isinstance(saved.get("_target_"), str):
-        raise UserError(f"expected the configuration of a training in {path}, but it describes no dataset")
+        raise UserError(f"expected the configuration of a training run in {path}, but it has no dataset")
     target = OWN_TARGET.fullmatch(saved["_target_"])
     if not target or _has_target([*saved.values()]):
         raise UserError(
             f"expected a dataset of mlpmatch_pl in {path}, but it calls {saved['_target_']}; if you trust it, name it "
             f"with all its keys, as in +dataset._target_={saved['_target_']}"
         )
-    return {
-        **saved,
-        "_target_": f"mlpmatch_pl.data.datasets.{target[1]}.{target[1]}",
-    }  # runs from before this package existed
+    # Runs of earlier versions name modules that have moved into mlpmatch_pl.data.datasets.
+    return {**saved, "_target_": f"mlpmatch_pl.data.datasets.{target[1]}.{target[1]}"}
 
 
 def _has_target(value: Any) -> bool:
@@ -155,11 +157,9 @@ def _has_target(value: Any) -> bool:
 
 
 def _saved_hash(checkpoint: Path, part: str) -> str | None:
-    folder = run_folder_of(checkpoint)
-    if folder is None or not (folder / "splits.json").is_file():
-        return None
+    folder = _run_folder(checkpoint)
     try:
-        sha256: str = json.loads((folder / "splits.json").read_text(encoding="utf-8"))[part]["sha256"]
-    except (ValueError, KeyError, TypeError):  # of another version, or damaged: nothing to compare with
+        splits = json.loads(((folder or Path()) / "splits.json").read_text(encoding="utf-8"))
+        return str(splits[part]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # missing, from another version, or damaged
         return None
-    return sha256

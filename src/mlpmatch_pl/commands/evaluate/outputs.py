@@ -1,4 +1,4 @@
-"""What an evaluation writes: tables, pictures and metrics.json."""
+"""The files of an evaluation: tables, images and metrics.json."""
 
 from __future__ import annotations
 
@@ -10,98 +10,75 @@ from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
+from torch import Tensor
 
-from mlpmatch_pl.commands.evaluate.loop import Counts, Evaluator
-from mlpmatch_pl.data.base import SegmentationData
-from mlpmatch_pl.data.dataset import EvalDataset
-from mlpmatch_pl.predictor import Predictor
+from mlpmatch_pl.commands.evaluate.dataset import EvaluatedPart
+from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Array, colorize, sheet_of, to_rgb
 from mlpmatch_pl.visualization.plots import confusion_matrix_plot
 
-METRICS, WORST = "metrics.json", "worst.png"
-FILES = (METRICS, "classes.csv", "confusion.csv", "confusion.png", "images.csv", WORST)
-LONGEST_SIDE = 640  # of the images in the picture of the worst, in pixels
+FILES = ("metrics.json", "classes.csv", "confusion.csv", "confusion.png", "images.csv", "worst.png")
+LONGEST_SIDE = 640  # pixels of an image in worst.png
 LONGEST_NAME = 32  # characters of an image's name there
 RIGHT_COLOR, WRONG_COLOR = (190, 190, 190), (200, 30, 30)
 
 
-def write_tables(folder: Path, result: dict[str, Any], counts: Counts, names: Sequence[str]) -> None:
-    """Write metrics.json, the classes, the confusion matrix (also as a picture) and each image's mean IoU.
+def write_results(
+    folder: Path,
+    result: dict[str, Any],
+    confusion_CC: Tensor,
+    image_miou: Iterable[tuple[str, float | None]],
+    worst: PILImage.Image | None,
+) -> None:
+    """Write metrics.json, the classes, the confusion matrix (also as an image), and the mean IoU of each image.
 
     Args:
-        folder: Where to; it is created.
-        result: What metrics.json holds.
-        counts: What was counted.
-        names: The images.
+        folder: Created if missing.
+        result: Content of metrics.json.
+        confusion_CC: The confusion matrix.
+        image_miou: Name and mean IoU of each image.
+        worst: The worst images, if any.
     """
     folder.mkdir(parents=True, exist_ok=True)
     classes = result["classes"]
-    confusion_CC = counts.confusion_CC.numpy()
     fields = list(next(iter(classes.values())))
     _write_csv(folder / "classes.csv", ["class", *fields], ([name, *row.values()] for name, row in classes.items()))
     rows = ([name, *row] for name, row in zip(classes, confusion_CC.tolist(), strict=True))
     _write_csv(folder / "confusion.csv", ["true \\ predicted", *classes], rows)
-    scores = (None if miou != miou else miou for miou in counts.miou_N.tolist())
-    _write_csv(folder / "images.csv", ["image", "miou"], zip(names, scores, strict=True))
-    confusion_matrix_plot(confusion_CC, list(classes)).save(folder / "confusion.png")
-    (folder / METRICS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _write_csv(folder / "images.csv", ["image", "miou"], image_miou)
+    confusion_matrix_plot(confusion_CC.numpy(), list(classes)).save(folder / "confusion.png")
+    if worst is not None:
+        worst.save(folder / "worst.png")
+    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def worst_images(counts: Counts, number: int) -> list[int]:
-    """Return the images with the lowest mean IoU, the lowest first; those where nothing counts are left out.
-
-    Example:
-        >>> import torch
-        >>> worst_images(Counts(torch.zeros(2, 2), None, torch.tensor([0.5, float("nan"), 0.1, 0.9])), 2)
-        [2, 0]
-    """
-    order = np.argsort(counts.miou_N.numpy(), kind="stable")  # NaN comes last
-    return [int(index) for index in order[:number] if counts.miou_N[index] == counts.miou_N[index]]
-
-
-def draw_worst(
-    predictor: Predictor,
-    evaluator: Evaluator,
-    images: EvalDataset,
-    data: SegmentationData,
-    indices: Sequence[int],
-    counts: Counts,
-) -> PILImage.Image:
-    """Draw images with truth, prediction and what is wrong in it, a row each.
+def draw_worst(module: MLPMatch, part: EvaluatedPart, indices: Sequence[int], miou_N: Tensor) -> PILImage.Image:
+    """Draw one row per image: the image, its truth, the prediction, and the wrong pixels.
 
     Args:
-        predictor: Has the network, which predicts them once more.
-        evaluator: How it does.
-        images: The data set's part.
-        data: Where classes and colors come from.
-        indices: Which images.
-        counts: Their mean IoU.
+        module: Predicts the images again.
+        part: Images, classes and colors.
+        indices: The images to draw.
+        miou_N: Mean IoU of each image.
     """
-    rows = []
+    rows, images, data = [], part.images, part.data
     for index in indices:
-        sample = images[index]
-        label_HW = (
-            evaluator.label(predictor.segmentor, sample["image"][None].to(predictor.module.device))[0].cpu().numpy()
-        )
-        truth_HW, name = sample["mask"].numpy(), images.source.name(index)
+        sample, name = images[index], images.source.name(index)
+        label_1HW = module.inference.label(module.segmentor, sample["image"][None].to(module.device))
+        label_HW, truth_HW = label_1HW[0].cpu().numpy(), sample["mask"].numpy()
         shown = name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+        kind_HW = np.where(truth_HW < len(data.class_names), label_HW != truth_HW, 2)
         panels = {
             "image": to_rgb(sample["image"].permute(1, 2, 0).numpy()),
             f"truth of {shown}": colorize(truth_HW, data.colors),
-            f"prediction: mIoU {100 * float(counts.miou_N[index]):.2f} %": colorize(label_HW, data.colors),
-            "wrong pixels (red)": _wrong(label_HW, truth_HW, len(data.class_names)),
+            f"prediction: mIoU {100 * float(miou_N[index]):.2f} %": colorize(label_HW, data.colors),
+            "wrong pixels (red)": np.array([RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR], np.uint8)[kind_HW],
         }
-        rows.append({title: _shrunk(pixels, smooth=title == "image") for title, pixels in panels.items()})
+        rows.append({title: _shrink(pixels, smooth=title == "image") for title, pixels in panels.items()})
     return sheet_of(rows, data.class_names, data.colors)
 
 
-def _wrong(label_HW: Array, truth_HW: Array, num_classes: int) -> Array:
-    kind_HW = np.where(truth_HW < num_classes, label_HW != truth_HW, 2)
-    pixels: Array = np.array([RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR], np.uint8)[kind_HW]
-    return pixels
-
-
-def _shrunk(pixels: Array, smooth: bool) -> Array:
+def _shrink(pixels: Array, smooth: bool) -> Array:
     height, width = pixels.shape[:2]
     factor = LONGEST_SIDE / max(height, width)
     if factor >= 1:
@@ -112,6 +89,7 @@ def _shrunk(pixels: Array, smooth: bool) -> Array:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    # Names of files that are not valid UTF-8 keep their bytes.
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)

@@ -1,86 +1,154 @@
-"""From a checkpoint and data to scores: evaluate, print, write."""
+"""Evaluate a checkpoint with `Trainer.test`, print the scores and write them."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 import mlpmatch_pl
 from mlpmatch_pl.callbacks.progress import duration
-from mlpmatch_pl.commands.evaluate.dataset import EvaluatedPart, open_part, require_fit
-from mlpmatch_pl.commands.evaluate.loop import Counts, Evaluator
-from mlpmatch_pl.commands.evaluate.options import Options
-from mlpmatch_pl.commands.evaluate.outputs import FILES, WORST, draw_worst, worst_images, write_tables
-from mlpmatch_pl.data.dataset import EvalDataset
+from mlpmatch_pl.commands.evaluate.dataset import EvaluatedPart, Part, check_compatible, open_part
+from mlpmatch_pl.commands.evaluate.outputs import FILES, write_results
+from mlpmatch_pl.commands.evaluate.scores import CollectScores
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
-from mlpmatch_pl.evaluation import Scores
-from mlpmatch_pl.evaluation.boundary import boundary_iou
+from mlpmatch_pl.evaluation import Scores, SlidingWindowInference
+from mlpmatch_pl.evaluation.boundary import boundary_iou, boundary_width
 from mlpmatch_pl.evaluation.confusion import Absent, class_mean
 from mlpmatch_pl.evaluation.table import metrics_table
-from mlpmatch_pl.predictor import load
+from mlpmatch_pl.predictor import resolve_device, restore
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
 from mlpmatch_pl.utils.validation import read_options
 
 log = logging.getLogger(__name__)
 PART_NAMES = {"val": "validation", "test": "test"}
-FOR_TRAINING = ("loader", "objective")  # set by the files in conf/dataset
+FOR_TRAINING = ("loader", "objective")  # keys that the files in conf/dataset set for train
+OVERALL = {"fw_iou": "frequency-weighted IoU", "acc": "accuracy", "kappa": "kappa", "boundary_iou": "boundary IoU"}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How pixels are scored.
+
+    Attributes:
+        absent: How classes absent from truth and prediction count in means; None for the rule of the training.
+        boundary: Distance of the boundary IoU as a share of the diagonal; None to omit it.
+    """
+
+    absent: Absent | None
+    boundary: float | None
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The configuration of ``python -m mlpmatch_pl.evaluate``.
+
+    Attributes:
+        checkpoint: Checkpoint of a training run.
+        dataset: See `mlpmatch_pl.commands.evaluate.dataset.open_part`.
+        part: Likewise.
+        output: Folder for the results.
+        overwrite: Whether existing files are replaced.
+        device: See `mlpmatch_pl.predictor.load`.
+        devices: Number of devices.
+        inference: How probabilities are inferred.
+        evaluation: How pixels are scored.
+        worst: Number of images in worst.png.
+        batch_size: Images per batch and device.
+        num_workers: Processes per device that load images; None for as many as there are free cores.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+
+    checkpoint: Path
+    dataset: Mapping[str, Any] | None
+    part: Part | None
+    output: Path
+    overwrite: bool
+    device: str
+    devices: int
+    inference: SlidingWindowInference
+    evaluation: Scoring
+    worst: int
+    batch_size: int
+    num_workers: int | None
+
+    def __post_init__(self) -> None:
+        least = {"devices": 1, "worst": 0, "batch_size": 1, "num_workers": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise UserError(f"expected {name} of at least {minimum}, but got {value}")
+        if self.evaluation.boundary is not None:
+            boundary_width(1, 1, self.evaluation.boundary)  # refuses a share out of range
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate what a configuration names. See `mlpmatch_pl.evaluate.evaluate`."""
+    """Evaluate with a composed configuration, see `mlpmatch_pl.evaluate.evaluate`."""
     quiet()
-    options = read_options(Options, _without_training(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
-    output, checkpoint, evaluator = options.output.resolve(), options.checkpoint, options.evaluator
+    options = _read_options(cfg)
+    output = options.output.resolve()
     if not options.overwrite:
         refuse_overwrite((output / name for name in FILES), OTHER_OUTPUT)
-    predictor = load(checkpoint, options.device)
-    module = predictor.module
-    absent = options.evaluation.absent or module.absent
-    part = open_part(checkpoint, options.dataset, options.part)
-    require_fit(module, part.data, checkpoint)
+    module = restore(options.checkpoint)
+    module.inference = options.inference
+    part = open_part(options.checkpoint, options.dataset, options.part)
+    check_compatible(module, part.data, options.checkpoint)
     _describe(part)
-    images = EvalDataset(part.source, len(part.data.class_names), part.data.ignore_index)
-    started = time.monotonic()
-    counts = _evaluate(evaluator, predictor.segmentor, images)
-    seconds = time.monotonic() - started
-    worst = worst_images(counts, options.worst)
+
+    scores = CollectScores(part, options.evaluation.boundary, options.worst)
+    trainer = _build_trainer(options, scores)
+    loader = _build_loader(options, part, trainer)
+    with _translate_errors():
+        trainer.test(module, dataloaders=loader, verbose=False)
+
+    absent = options.evaluation.absent or module.absent
+    confusion_CC, boundary_3C = module.last_counts_CC, scores.boundary_3C
+    boundary_C = None if boundary_3C is None else boundary_iou(boundary_3C)
+    names = [part.images.source.name(index) for index in range(len(part.images))]
     result = {
-        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint": str(options.checkpoint.resolve()),
         "part": part.part,
         **part.split,
         "same_as_run": part.same_as_run,
-        "options": {"inference": asdict(evaluator.inference), "absent": absent, "boundary": evaluator.boundary},
-        **_scores(counts, part.data.class_names, absent),
-        "worst": [{"image": images.source.name(index), "miou": float(counts.miou_N[index])} for index in worst],
-        "seconds": round(seconds, 2),
-        "images_per_second": round(len(images) / max(seconds, 1e-9), 2),
-        "device": str(module.device),
+        "options": {"inference": asdict(options.inference), "absent": absent, "boundary": options.evaluation.boundary},
+        **_summarize(Scores.of(confusion_CC, absent), boundary_C, part.data.class_names, absent),
+        "worst": [{"image": names[index], "miou": float(scores.miou_N[index])} for index in scores.worst],
+        "seconds": round(scores.seconds, 2),
+        "images_per_second": round(len(names) / max(scores.seconds, 1e-9), 2),
+        "device": str(trainer.strategy.root_device),
+        "devices": trainer.world_size,
         "versions": {"mlpmatch_pl": mlpmatch_pl.__version__, "torch": torch.__version__},
     }
-    _print(result, counts, absent, f"{checkpoint}, {PART_NAMES[part.part]}")
-    write_tables(output, result, counts, [images.source.name(index) for index in range(len(images))])
-    if worst:
-        draw_worst(predictor, evaluator, images, part.data, worst, counts).save(output / WORST)
-    log.info("results in %s", output)
+    if trainer.is_global_zero:
+        title = f"{options.checkpoint}, {PART_NAMES[part.part]}"
+        log.info("%s", metrics_table(confusion_CC, part.data.class_names, absent, title, boundary_C))
+        _describe_scores(result, absent)
+        image_miou = zip(names, map(_defined, scores.miou_N.tolist()), strict=True)
+        write_results(output, result, confusion_CC, image_miou, scores.picture)
+        log.info("results in %s", output)
     return result
 
 
-def _without_training(values: Any) -> dict[str, Any]:
-    """Leave out what the configuration of a data set holds for trainings with it."""
-    chosen = isinstance(values.get("dataset"), dict) and "_target_" in values["dataset"]
-    return {key: value for key, value in values.items() if not (chosen and key in FOR_TRAINING)}
+def _read_options(cfg: DictConfig) -> EvaluateOptions:
+    values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if isinstance(values["dataset"], dict) and "_target_" in values["dataset"]:
+        values = {key: value for key, value in values.items() if key not in FOR_TRAINING}
+    return read_options(EvaluateOptions, values)
 
 
 def _describe(part: EvaluatedPart) -> None:
@@ -89,29 +157,56 @@ def _describe(part: EvaluatedPart) -> None:
         log.warning("note: %s", note)
     if part.same_as_run is False:
         log.warning(
-            "note: these are not the images that the run had for %s (splits.json): some may have been trained on",
+            "note: these are not the run's %s images (splits.json); some may have been used in training",
             PART_NAMES[part.part],
         )
 
 
-def _evaluate(evaluator: Evaluator, segmentor: nn.Module, images: EvalDataset) -> Counts:
-    console = Console(file=sys.stderr)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("evaluating", total=len(images))
-        try:
-            return evaluator(segmentor, images, lambda count: progress.advance(task, count))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+def _build_trainer(options: EvaluateOptions, scores: Callback) -> Trainer:
+    device = resolve_device(options.device)
+    first, count = device.index or 0, options.devices
+    return Trainer(
+        accelerator=device.type,
+        devices=list(range(first, first + count)) if device.type == "cuda" else count,
+        strategy="ddp" if count > 1 else "auto",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        callbacks=[scores],
+    )
+
+
+def _build_loader(options: EvaluateOptions, part: EvaluatedPart, trainer: Trainer) -> DataLoader[Any]:
+    datamodule = SemiSupervisedDataModule(
+        part.data, method="supervised", strong=(), eval_batch_size=options.batch_size, num_workers=options.num_workers
+    )
+    datamodule.trainer = trainer
+    # The trainer gets the loader, not the data module, whose prepare_data validates the training images as well.
+    return datamodule.test_dataloader() if part.part == "test" else datamodule.val_dataloader()
+
+
+@contextmanager
+def _translate_errors() -> Iterator[None]:
+    """Turn memory that runs out and images that do not stack into one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if "stack expects each tensor to be equal size" in str(error):
             raise UserError(
-                "expected images that the memory is large enough for, but it ran out; set batch_size=1, or "
-                "inference.mode=slide and inference.window, lower inference.scales, or set device=cpu"
+                "expected images of one size for batch_size greater than 1, but their sizes differ; set batch_size=1"
             ) from error
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "expected images that fit into memory, but it ran out; set batch_size=1, or inference.mode=slide and "
+            "inference.window, lower inference.scales, or set device=cpu"
+        ) from error
 
 
-def _scores(counts: Counts, class_names: Sequence[str], absent: Absent) -> dict[str, Any]:
-    """Gather the scores over all and by class; None for what is not defined."""
-    scores = Scores.of(counts.confusion_CC, absent)
+def _summarize(scores: Scores, boundary_C: Tensor | None, class_names: Sequence[str], absent: Absent) -> dict[str, Any]:
+    """Return the overall scores and those per class; None for undefined ones."""
     overall = {
         "miou": scores.miou,
         "acc": scores.accuracy,
@@ -119,44 +214,34 @@ def _scores(counts: Counts, class_names: Sequence[str], absent: Absent) -> dict[
         "fw_iou": scores.fw_iou,
         "kappa": scores.kappa,
     }
-    columns: dict[str, Tensor] = {
+    columns = {
         "iou": scores.iou_C,
         "dice": scores.dice_C,
         "recall": scores.recall_C,
         "support": scores.support_C,
     }
-    if counts.boundary_3C is not None:
-        columns["boundary_iou"] = boundary_iou(counts.boundary_3C)
-        overall["boundary_iou"] = class_mean(columns["boundary_iou"], absent)
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    if boundary_C is not None:
+        columns["boundary_iou"] = boundary_C
+        overall["boundary_iou"] = class_mean(boundary_C, absent)
+    rows = zip(*(map(_defined, column.tolist()) for column in columns.values()), strict=True)
     return {
         "metrics": {key: _defined(value) for key, value in overall.items()},
-        "classes": {
-            name: dict(zip(columns, map(_defined, row), strict=True))
-            for name, row in zip(class_names, rows, strict=True)
-        },
+        "classes": {name: dict(zip(columns, row, strict=True)) for name, row in zip(class_names, rows, strict=True)},
     }
 
 
-def _print(result: dict[str, Any], counts: Counts, absent: Absent, title: str) -> None:
-    boundary_C = None if counts.boundary_3C is None else boundary_iou(counts.boundary_3C)
-    log.info("%s", metrics_table(counts.confusion_CC, list(result["classes"]), absent, title, boundary_C))
-    metrics = result["metrics"]
-    names = {"fw_iou": "frequency-weighted IoU", "acc": "accuracy", "kappa": "kappa", "boundary_iou": "boundary IoU"}
-    others = ", ".join(f"{name} {_four(metrics[key])}" for key, name in names.items() if key in metrics)
-    log.info("mIoU %s (%s); %s", _four(metrics["miou"]), _absent_rule(result["classes"], absent), others)
+def _describe_scores(result: dict[str, Any], absent: Absent) -> None:
+    classes, metrics = result["classes"], result["metrics"]
+    missing = sum(row["iou"] is None for row in classes.values())
+    counted = len(classes) - missing if absent == "exclude" else len(classes)
+    rule = f"mean of {counted} classes" if missing else f"mean of all {counted} classes"
+    if missing:
+        rule += f", {missing} absent from truth and prediction " + ("excluded" if absent == "exclude" else "as zero")
+    others = ", ".join(f"{name} {_four(metrics[key])}" for key, name in OVERALL.items() if key in metrics)
+    log.info("mIoU %s (%s); %s", _four(metrics["miou"]), rule, others)
     log.info(
         "%d images in %s, %.1f a second", result["count"], duration(result["seconds"]), result["images_per_second"]
     )
-
-
-def _absent_rule(classes: dict[str, dict[str, Any]], absent: Absent) -> str:
-    missing = sum(row["iou"] is None for row in classes.values())
-    if not missing:
-        return f"mean of all {len(classes)} classes"
-    if absent == "zero":
-        return f"mean of all {len(classes)} classes, zero for {missing} that are in no truth or prediction"
-    return f"mean of {len(classes) - missing} classes, without {missing} that are in no truth or prediction"
 
 
 def _defined(value: float) -> float | None:

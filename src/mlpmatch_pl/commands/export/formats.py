@@ -1,7 +1,7 @@
-"""Formats that a segmentor is exported to: how a file is written, and how it is run.
+"""Export formats of a segmentor: how a file is written, and how it is run.
 
-The smallest image is 33 x 33 pixels. At output stride 32 a smaller one becomes a single pixel of features, and
-torch.export takes a size of 1 for a constant, not for one value of a free size. Pad smaller images by their border, as
+The smallest image is 33 x 33 pixels: at output stride 32 a smaller one has a single pixel of features, and torch.export
+treats a size of 1 as constant. Pad smaller images by repeating their border, as
 `mlpmatch_pl.evaluation.predict_logits` does.
 """
 
@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from mlpmatch_pl.evaluation.sliding_window import SMALLEST
 from mlpmatch_pl.segmentor import Segmentor
 
-EXAMPLE = (2, 65, 97)  # batch, height, width; torch.export would take a batch of 1 for a constant
+EXAMPLE = (2, 65, 97)  # batch, height, width; torch.export would treat a batch size of 1 as constant
 Name = Literal["onnx", "torch_export", "safetensors"]
 Returns = Literal["logits", "probabilities"]
 InputDtype = Literal["float32", "uint8"]
@@ -37,10 +37,10 @@ class Format:
     """A file format.
 
     Attributes:
-        suffixes: Suffix of the file, then of those that are written beside it.
-        packages: What it needs beyond this package's own dependencies.
+        suffixes: Suffix of the file, then of files written beside it.
+        packages: Packages needed beyond this package's dependencies.
         write: Writes a segmentor and its config (see `mlpmatch_pl.commands.export.run.describe`) to a file.
-        read: Returns what a written file computes.
+        read: Returns a function that runs a written file.
     """
 
     suffixes: tuple[str, ...]
@@ -50,10 +50,10 @@ class Format:
 
 
 class ExportedModel(nn.Module):
-    """What goes into a file: images as they are stored to logits or probabilities at their size.
+    """The exported model: from images with values as stored to logits or probabilities at their size.
 
     Args:
-        segmentor: The trained network, which is copied.
+        segmentor: The trained network; it is copied.
         returns: ``logits`` or ``probabilities``.
 
     Example:
@@ -65,8 +65,6 @@ class ExportedModel(nn.Module):
     def __init__(self, segmentor: Segmentor, returns: str) -> None:
         super().__init__()
         self.segmentor = deepcopy(segmentor).eval()
-        # Channels-last weights, a choice for training, would be traced as copies between memory formats.
-        self.segmentor.to(memory_format=torch.contiguous_format)
         replace_same_padding(self.segmentor)
         self.probabilities = returns == "probabilities"
 
@@ -77,12 +75,12 @@ class ExportedModel(nn.Module):
 
 
 class SamePadding(nn.Module):
-    """Zero padding of TensorFlow's kind, as timm's, but computed in whole numbers: torch.export.save refuses `ceil`.
+    """TensorFlow's "same" zero padding, as in timm, but in integer arithmetic: torch.export.save refuses `ceil`.
 
     Args:
-        kernel_size: Of the convolution or pooling that follows.
-        stride: Likewise.
-        dilation: Likewise.
+        kernel_size: Kernel size of the convolution or pooling that follows.
+        stride: Its stride.
+        dilation: Its dilation.
 
     Example:
         >>> SamePadding((3, 3), (2, 2))(torch.zeros(1, 1, 6, 7)).shape
@@ -96,60 +94,61 @@ class SamePadding(nn.Module):
         self.windows = [((k - 1) * d + 1, s) for k, s, d in zip(kernel_size, stride, dilation, strict=True)]
 
     def forward(self, x_BDHW: Tensor) -> Tensor:
-        """Pad so that ``size / stride``, rounded up, outputs follow; an odd pixel goes to the end."""
+        """Pad so that the output size is ``ceil(size / stride)``; an odd pixel is added at the end."""
         padding: list[Any] = []
         for size, (window, stride) in zip(x_BDHW.shape[2:], self.windows, strict=True):
-            outputs = (size + stride - 1) // stride  # no negative number: ONNX divides those towards zero
+            outputs = (size + stride - 1) // stride  # not -(-size // stride): ONNX rounds towards zero
             total = torch.sym_max((outputs - 1) * stride + window - size, 0)
             padding = [total // 2, total - total // 2, *padding]
         return F.pad(x_BDHW, padding)
 
 
 def replace_same_padding(module: nn.Module) -> None:
-    """Replace timm's layers with padding of this kind by `SamePadding` and the plain layer, in place."""
+    """Replace timm's layers with "same" padding by `SamePadding` and the plain layer, in place."""
     for name, child in list(module.named_children()):
         if isinstance(child, AvgPool2dSame):
             pool = nn.AvgPool2d(child.kernel_size, child.stride)
             setattr(module, name, nn.Sequential(SamePadding(child.kernel_size, child.stride), pool))
         elif isinstance(child, Conv2dSame):
             padding = SamePadding(child.kernel_size, child.stride, child.dilation)
-            setattr(module, name, nn.Sequential(padding, _unpadded(child)))
+            conv = nn.Conv2d(
+                child.in_channels,
+                child.out_channels,
+                child.kernel_size,
+                child.stride,
+                dilation=child.dilation,
+                groups=child.groups,
+                bias=child.bias is not None,
+            )
+            conv.load_state_dict(child.state_dict())
+            setattr(module, name, nn.Sequential(padding, conv))
         else:
             replace_same_padding(child)
 
 
-def _unpadded(same: Conv2dSame) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        same.in_channels, same.out_channels, same.kernel_size, same.stride, dilation=same.dilation, groups=same.groups,
-        bias=same.bias is not None,
-    )  # fmt: skip
-    conv.load_state_dict(same.state_dict())
-    return conv
-
-
 def trace(segmentor: Segmentor, config: dict[str, Any]) -> ExportedProgram:
-    """Trace a segmentor for any batch and any height and width from 33.
+    """Trace a segmentor with dynamic batch size, height and width.
 
     Args:
         segmentor: The trained network.
-        config: Says what to return, and the type of the images.
+        config: See `mlpmatch_pl.commands.export.run.describe`.
     """
     batch, *size = EXAMPLE
     example = torch.zeros(batch, config["segmentor"]["in_chans"], *size, dtype=DTYPES[config["input_dtype"]])
     program = torch.export.export(
         ExportedModel(segmentor, config["returns"]),
         (example,),
-        dynamic_shapes={"image_BCHW": _free_sizes()},
-        # Pooling in ceil mode (ResNet-D) asks for inequalities that hold for every size, but are too hard to prove.
+        dynamic_shapes={"image_BCHW": _dynamic_sizes()},
+        # Pooling in ceil mode (ResNet-D) needs inequalities that hold for every size, which torch.export cannot prove.
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
-            node.meta.pop("stack_trace", None)  # would write this machine's paths into the file
+            node.meta.pop("stack_trace", None)  # otherwise the file contains paths of this machine
     return program
 
 
-def _free_sizes() -> dict[int, Any]:
+def _dynamic_sizes() -> dict[int, Any]:
     return {0: Dim("batch", min=1), 2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
 
 
@@ -159,15 +158,15 @@ def _write_onnx(segmentor: Segmentor, config: dict[str, Any], file: Path) -> Non
     program = torch.onnx.export(
         trace(segmentor, config),
         dynamo=True,
-        dynamic_shapes={"image_BCHW": _free_sizes()},  # for the names of the dimensions
+        dynamic_shapes={"image_BCHW": _dynamic_sizes()},  # names the dimensions
         input_names=["image"],
         output_names=[config["returns"]],
         verbose=False,
     )
-    assert program is not None  # as always with dynamo=True
+    assert program is not None  # never with dynamo=True
     model = program.model_proto
     for part in (model.graph, *model.graph.node, *model.graph.value_info):
-        part.ClearField("metadata_props")  # how PyTorch came to it, of no use to others
+        part.ClearField("metadata_props")  # stack traces of the exporter
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in config.items()})
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
@@ -192,7 +191,9 @@ def _read_program(file: Path) -> Model:
 
 def _write_weights(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
     state = {name: value.contiguous() for name, value in segmentor.state_dict().items()}
-    file.write_bytes(save(state, metadata={"config": json.dumps(config)}))  # save_file's are for their owner only
+    file.write_bytes(
+        save(state, metadata={"config": json.dumps(config)})
+    )  # save_file makes it readable for the owner only
     file.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,9 @@
-"""A checkpoint in another format, compared with the checkpoint before the file gets its name."""
+"""Export a checkpoint, and compare the file with the checkpoint before it gets its final name."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,26 +25,31 @@ from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
 
 log = logging.getLogger(__name__)
 
-PARITY = ((1, SMALLEST, SMALLEST), (3, 47, 78), (1, 128, 50), (2, 161, 131))  # batch, height, width; not the example
+PARITY = (
+    (1, SMALLEST, SMALLEST),
+    (3, 47, 78),
+    (1, 128, 50),
+    (2, 161, 131),
+)  # batch, height, width; other sizes than the traced example
 TOLERANCE = 1e-4  # relative to the largest output, or to 1; float32 sums in another order differ by about 1e-6
-ROUNDING = 4  # so many times the checkpoint's own rounding error is not held against a file, either
+ROUNDING = 4  # a difference up to this multiple of the checkpoint's own rounding error is accepted as well
 ARGUMENTS = ("num_classes", "backbone", "in_chans", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, and how.
+    """The configuration of ``python -m mlpmatch_pl.export``.
 
     Attributes:
-        checkpoint: A checkpoint of a training.
+        checkpoint: Checkpoint of a training run.
         format: ``onnx``, ``torch_export`` or ``safetensors``.
-        output: File to write; None for the checkpoint's name with the suffix of the format.
-        returns: ``logits`` or ``probabilities``; ``logits`` for safetensors, which holds weights only.
-        input_dtype: ``float32`` or ``uint8``, type of the images that go in, with values as they are stored.
-        overwrite: Replace files that exist.
+        output: File to write; None for the checkpoint's path with the suffix of the format.
+        returns: ``logits`` or ``probabilities``; ``logits`` for safetensors, which contains weights only.
+        input_dtype: ``float32`` or ``uint8``: dtype of the images, with values as stored.
+        overwrite: Whether existing files are replaced.
 
     Raises:
-        UserError: If they do not go together.
+        UserError: If the options contradict each other.
 
     Example:
         >>> ExportOptions(Path("run/best.ckpt"), "onnx").path.as_posix()
@@ -72,8 +75,8 @@ class ExportOptions:
             )
         if self.format == "safetensors" and self.returns != "logits":
             raise UserError(
-                f"expected returns=logits for format=safetensors, which holds weights only, but got {self.returns}; "
-                "leave it out, or choose another format"
+                f"expected returns=logits for format=safetensors, which contains weights only, but got {self.returns}; "
+                "omit it, or choose another format"
             )
 
     @property
@@ -83,13 +86,13 @@ class ExportOptions:
 
 
 class Parity(NamedTuple):
-    """How an exported file compares with its checkpoint, over images of several sizes and batches.
+    """Comparison of an exported file with its checkpoint, over several image and batch sizes.
 
     Attributes:
         difference: Largest absolute difference of the outputs.
-        rounding: Largest absolute difference of the checkpoint's outputs from those computed in float64.
+        rounding: Largest absolute difference between the checkpoint's outputs in float32 and in float64.
         largest: Largest absolute output of the checkpoint.
-        equal_classes: Share of the pixels with the same class, 0..1.
+        equal_classes: Share of pixels with the same class, 0..1.
     """
 
     difference: float
@@ -101,51 +104,62 @@ class Parity(NamedTuple):
 def export_checkpoint(options: ExportOptions) -> Parity:
     """Write a checkpoint in another format, compare the file with it, and log the comparison.
 
-    Args:
-        options: What to export, and how.
-
     Returns:
         The comparison.
 
     Raises:
-        UserError: If a package is missing, a file would be written over, the checkpoint cannot be read, or the file
-            differs from the checkpoint; then nothing is left behind.
+        UserError: If a package is missing, a file exists already, the checkpoint cannot be read, or the file differs
+            from the checkpoint; nothing is left behind.
     """
     form, path = FORMATS[options.format], options.path
-    _require_packages(options.format)
+    if missing := [package for package in form.packages if find_spec(package) is None]:
+        raise UserError(
+            f"expected {', '.join(missing)} to be installed for format={options.format}; run: "
+            "pip install 'mlpmatch_pl[export]'"
+        )
     if not options.overwrite:
         refuse_overwrite(map(path.with_suffix, form.suffixes), OTHER_OUTPUT)
     predictor = load(options.checkpoint, device="cpu")
-    segmentor, config = predictor.module.segmentor, describe(predictor, options)
+    # Channels-last weights would be traced as copies between memory formats.
+    segmentor = predictor.module.segmentor.to(memory_format=torch.contiguous_format)
+    config = describe(predictor, options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _finished_files(path.parent) as folder:
-        form.write(segmentor, config, folder / path.name)
-        parity = compare(segmentor, form.read(folder / path.name), config)
-        _refuse_difference(parity, options)
+    with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        unfinished = Path(folder, path.name)
+        form.write(segmentor, config, unfinished)
+        parity = compare(segmentor, form.read(unfinished), config)
+        if not parity.difference <= max(TOLERANCE * max(parity.largest, 1.0), ROUNDING * parity.rounding):
+            raise UserError(
+                f"expected a file with the {options.returns} of {options.checkpoint}, but in {options.format} they "
+                f"differ by up to {parity.difference:.2g} (the largest is {parity.largest:.3g}), so nothing was kept; "
+                "try another format or another version of PyTorch"
+            )
+        for file in Path(folder).iterdir():
+            os.replace(file, path.parent / file.name)
     sizes = ", ".join(" x ".join(map(str, size)) for size in PARITY)
     log.info("%s: %.1f MB, from %s", path, path.stat().st_size / 1e6, options.checkpoint)
     log.info(
         "compared with the checkpoint on images (batch x height x width) of %s: %s differ by at most %.1e (the "
-        "largest is %.3g; the checkpoint's own differ by %.1e from float64), equal classes on %.4f %% of the pixels",
+        "largest is %.3g; the checkpoint's own differ from float64 by %.1e), same class for %.4f%% of the pixels",
         sizes, options.returns, parity.difference, parity.largest, parity.rounding, 100 * parity.equal_classes,
     )  # fmt: skip
     return parity
 
 
 def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
-    """Return what a file carries about itself, as plain data.
+    """Return the metadata stored in a file, as plain data.
 
     Returns:
-        The arguments of `Segmentor` (mean, std and in_chans among them), class_names, palette, bit_depth of the
-        training's images, what the file takes and returns, and the version of this package.
+        The arguments of `Segmentor` (including mean, std and in_chans), class_names, palette, bit_depth of the training
+        images, the file's input and output, and the version of this package.
 
     Raises:
-        UserError: If the images of the training do not fit into the input's type.
+        UserError: If the training images do not fit into the input dtype.
     """
     if predictor.bit_depth > 8 and options.input_dtype == "uint8":
         raise UserError(
             f"expected input_dtype=float32 for {options.checkpoint}, which was trained on {predictor.bit_depth}-bit "
-            "images, but got uint8; leave it out"
+            "images, but got uint8; omit it"
         )
     return {
         "segmentor": {key: _plain(predictor.module.hparams[key]) for key in ARGUMENTS},
@@ -161,11 +175,11 @@ def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare(segmentor: Segmentor, exported: Model, config: dict[str, Any]) -> Parity:
-    """Compare a file with its checkpoint on random images whose sizes and batches tracing has not seen.
+    """Compare a file with its checkpoint on random images of sizes that were not traced.
 
     Args:
-        segmentor: The checkpoint's, in eval mode.
-        exported: What the file computes.
+        segmentor: The checkpoint's network, in eval mode.
+        exported: Runs the file.
         config: See `describe`.
     """
     precise = deepcopy(segmentor).double()
@@ -188,7 +202,7 @@ def compare(segmentor: Segmentor, exported: Model, config: dict[str, Any]) -> Pa
 
 
 def _random_image(size: tuple[int, int, int], seed: int, config: dict[str, Any]) -> Tensor:
-    """Draw blobs with noise over the whole range of values: noise alone averages out to one class."""
+    """Draw blobs with noise over the whole value range; noise alone would average out to one class."""
     rng = torch.Generator().manual_seed(seed)
     (batch, height, width), channels = size, config["segmentor"]["in_chans"]
     blobs = torch.rand(batch, channels, height // 16 + 1, width // 16 + 1, generator=rng)
@@ -197,32 +211,6 @@ def _random_image(size: tuple[int, int, int], seed: int, config: dict[str, Any])
     highest = 2 ** config["bit_depth"] - 1
     stored_BCHW: Tensor = (image_BCHW * highest).round().to(DTYPES[config["input_dtype"]])
     return stored_BCHW
-
-
-def _refuse_difference(parity: Parity, options: ExportOptions) -> None:
-    if not parity.difference <= max(TOLERANCE * max(parity.largest, 1.0), ROUNDING * parity.rounding):
-        raise UserError(
-            f"expected a file with the {options.returns} of {options.checkpoint}, but in {options.format} they differ "
-            f"by up to {parity.difference:.2g} (the largest is {parity.largest:.3g}), so nothing was kept; try another "
-            "format or another version of PyTorch"
-        )
-
-
-def _require_packages(name: Name) -> None:
-    missing = [package for package in FORMATS[name].packages if find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"expected {', '.join(missing)} to be installed for format={name}; run: pip install 'mlpmatch_pl[export]'"
-        )
-
-
-@contextmanager
-def _finished_files(folder: Path) -> Iterator[Path]:
-    """Give a place to write to; what is in it moves to the folder if nothing fails, and is gone otherwise."""
-    with TemporaryDirectory(prefix=".export-", dir=folder) as unfinished:
-        yield Path(unfinished)
-        for file in Path(unfinished).iterdir():
-            os.replace(file, folder / file.name)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Which images are predicted, and which files are written of them."""
+"""The images to predict, and the files written for each of them."""
 
 from __future__ import annotations
 
 import glob
 import io
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Colors, colorize, to_rgb
 
 Array = NDArray[Any]
-PNG_LEVEL = 1  # the default, 6, takes 3.5 times the time for an overlay of a photograph, which becomes no smaller
+PNG_LEVEL = 1  # the default, 6, is 3.5 times slower for an overlay of a photograph, and the file is not smaller
 
 Kind = Literal["index", "color", "overlay", "confidence", "probabilities"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What can be written of an image: each kind in a folder of its own, so that ``index`` is a mask folder as it is."""
+"""What can be written for an image, each in its own folder, so that ``index`` can be used as a mask folder."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ImageFile:
 
     Attributes:
         path: The file.
-        name: Its path below the input folder, without suffix.
+        name: Its path relative to the input folder, without suffix.
 
     Example:
         >>> ImageFile(Path("photos/day/a.b.jpg"), "day/a.b").output(Path("out"), "index").as_posix()
@@ -45,32 +46,33 @@ class ImageFile:
     name: str
 
     def output(self, folder: Path, kind: str) -> Path:
-        """Return the file of a kind below the output folder."""
+        """Return the path for one of the `KINDS` in the output folder."""
         return folder / kind / f"{self.name}{'.npz' if kind == 'probabilities' else '.png'}"
 
 
 def find_images(pattern: str, output: Path) -> list[ImageFile]:
-    """Return the images that a file, a folder (with its sub-folders) or a glob pattern names, sorted.
+    """Return the images of a file, a folder (with subfolders) or a glob pattern, sorted.
 
     Args:
-        pattern: The file, folder or pattern; ``**`` stands for any folders.
-        output: Folder to write to: what an earlier run has written to it is no input.
+        pattern: The file, folder or pattern; ``**`` matches any folders.
+        output: Folder to write to; files that an earlier run wrote there are not input.
 
     Raises:
         UserError: If there are none.
     """
-    path = Path(pattern).expanduser()
+    path = Path(pattern)
     if path.is_file():
-        return [_named(path, path.parent)]
+        return [_image_file(path, path.parent)]
     if path.is_dir():
         found, base = map(Path, image_files(str(path))), path
     elif glob.has_magic(pattern):
-        found, base = map(Path, glob.glob(str(path), recursive=True)), _plain_part(path)
+        found = map(Path, glob.glob(pattern, recursive=True))
+        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     else:
         raise UserError(f"expected input as an image file, a folder or a glob pattern, but {pattern} does not exist")
     written = [os.path.abspath(output / kind) + os.sep for kind in KINDS]
     images = [
-        _named(path, base)
+        _image_file(path, base)
         for path in sorted(found)
         if path.suffix.lower() in IMAGE_SUFFIXES
         and path.is_file()
@@ -79,7 +81,7 @@ def find_images(pattern: str, output: Path) -> list[ImageFile]:
     if not images:
         raise UserError(
             f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in input={pattern}, but found none; name another "
-            f"file, folder or pattern outside of what is written to {output}"
+            f"file, folder or pattern, outside of the predictions in {output}"
         )
     return images
 
@@ -102,13 +104,13 @@ def refuse_same_outputs(images: Iterable[ImageFile]) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is known of an image.
+    """An image and its prediction.
 
     Attributes:
-        image_HWC: As stored.
+        image_HWC: The image as stored.
         label_HW: Classes, uint8.
-        confidence_HW: Probability of the class, float32.
-        probability_CHW: float32, if it is wanted.
+        confidence_HW: Probability of these classes, float32.
+        probability_CHW: Probability of all classes, float32; None if it is not saved.
     """
 
     image_HWC: Image
@@ -118,7 +120,7 @@ class Prediction:
 
 
 def encode(prediction: Prediction, kind: str, colors: Colors, opacity: float) -> bytes:
-    """Return the content of a file of one of the `KINDS`."""
+    """Return the content of the file for one of the `KINDS`."""
     buffer = io.BytesIO()
     if kind == "probabilities":
         np.savez(buffer, probabilities=prediction.probability_CHW)  # type: ignore[arg-type]
@@ -144,7 +146,13 @@ def _draw(prediction: Prediction, kind: str, colors: Colors, opacity: float) -> 
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all, so that an interruption leaves no half of one."""
+    """Write a file completely or not at all, so that an interruption leaves no partial file.
+
+    Unlike `mlpmatch_pl.utils.files.atomic_write`, this does not wait for the disk: predictions can be repeated.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,21 +160,9 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(part, path)
     except OSError as error:
         raise UserError(
-            f"expected to write {path}, but {error.strerror or error}; mend that, or choose another output"
+            f"expected to write {path}, but {error.strerror or error}; fix that, or choose another output"
         ) from error
 
 
-def _named(path: Path, base: Path) -> ImageFile:
+def _image_file(path: Path, base: Path) -> ImageFile:
     return ImageFile(path, os.path.splitext(os.path.relpath(path, base))[0])
-
-
-def _plain_part(pattern: Path) -> Path:
-    """Return the folder that all matches of a pattern are below.
-
-    Example:
-        >>> _plain_part(Path("photos/day*/x/*.jpg")).as_posix()
-        'photos'
-    """
-    parts = pattern.parts
-    count = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    return Path(*parts[:count])

@@ -1,7 +1,6 @@
-"""From image files to prediction files: the work of ``python -m mlpmatch_pl.predict``.
+"""From image files to prediction files.
 
-Everything that can be refused is refused before anything is written. Decoding and encoding run in threads beside the
-network.
+Wrong input is refused before anything is written. Images are decoded and encoded in threads while the network runs.
 """
 
 from __future__ import annotations
@@ -9,13 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -32,32 +28,31 @@ from mlpmatch_pl.commands.predict.outputs import (
 from mlpmatch_pl.data.base import Image
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
-from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
+from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.predictor import Predictor, load
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
+from mlpmatch_pl.utils.prefetch import ordered_map
 from mlpmatch_pl.utils.progress import progress, say
 from mlpmatch_pl.visualization.panels import Colors
 
 THREADS = 4  # that decode, and as many that encode
-AHEAD = 8  # images that are decoded before, or encoded after, the one in the network
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+AHEAD = 8  # images decoded before, or not yet encoded after, the one in the network
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """The configuration of ``python -m mlpmatch_pl.predict``.
 
     Attributes:
-        checkpoint: Checkpoint of a training.
+        checkpoint: Checkpoint of a training run.
         input: An image file, a folder or a glob pattern.
         output: Folder to write to.
-        save: What to write of each image.
+        save: What to write for each image.
         opacity: Share of the class color in an overlay, 0..1.
-        overwrite: Whether existing files may be replaced.
+        overwrite: Whether existing files are replaced.
         device: See `mlpmatch_pl.predictor.load`.
-        inference: How images are inferred.
+        inference: How probabilities are inferred.
 
     Raises:
         UserError: If nothing is to be saved, the opacity is out of range, or the output is a file.
@@ -74,25 +69,24 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.save:
-            raise UserError(f"expected something to save, but save is empty; choose of {', '.join(KINDS)}")
+            raise UserError(f"expected something to save, but save is empty; choose from {', '.join(KINDS)}")
         if not 0 <= self.opacity <= 1:
             raise UserError(f"expected opacity from 0 to 1, but got {self.opacity!r}")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"expected output to be a folder, but {self.output} is a file; choose another output")
 
 
-def run(options: Options) -> None:
-    """Predict all images; those that cannot be read, or are too large, are left out and named at the end.
+def run(options: PredictOptions) -> None:
+    """Predict all images; those that cannot be read or do not fit into memory are skipped and named at the end.
 
     Raises:
-        UserError: If nothing can be done, or after everything has been written, if images were left out.
+        UserError: Before anything is written, or at the end if images were skipped.
     """
     images = find_images(str(options.input), options.output)
     refuse_same_outputs(images)
     if not options.overwrite:
-        refuse_overwrite(
-            (image.output(options.output, kind) for image in images for kind in options.save), OTHER_OUTPUT
-        )
+        paths = (image.output(options.output, kind) for image in images for kind in options.save)
+        refuse_overwrite(paths, OTHER_OUTPUT)
     predictor = load(options.checkpoint, options.device, options.inference)
     write_classes(predictor, options.output / "classes.json", options.overwrite)
     started = time.monotonic()
@@ -104,16 +98,16 @@ def run(options: Options) -> None:
         for failure in failures:
             print(f"skipped: {failure}", file=sys.stderr)
         raise UserError(
-            f"expected images that can be predicted, but {len(failures):,} of {len(images):,} could not be and are "
-            "named above; mend or remove them"
+            f"expected images that can be predicted, but {len(failures):,} of {len(images):,} could not be (see "
+            "above); fix or remove them"
         )
 
 
 def write_classes(predictor: Predictor, path: Path, overwrite: bool) -> None:
-    """Write name and color of each class; refuse to put predictions of other classes into one folder.
+    """Write the name and color of each class; refuse to mix predictions of other classes into one folder.
 
     Raises:
-        UserError: If the file is there with other classes, and must not be overwritten.
+        UserError: If the file exists with other classes and must not be overwritten.
     """
     classes = [
         {"index": index, "name": name, "color": list(color)}
@@ -128,35 +122,31 @@ def write_classes(predictor: Predictor, path: Path, overwrite: bool) -> None:
     write_file(path, content)
 
 
-def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: Options) -> list[str]:
-    """Predict and write; return why images were left out, a sentence each."""
+def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: PredictOptions) -> list[str]:
+    """Predict and write; return one sentence per skipped image."""
     failures: list[str] = []
-    reader = ImageReader(predictor.in_chans, predictor.bit_depth)
+    read = partial(_read, ImageReader(predictor.in_chans, predictor.bit_depth))
+    save = partial(_save, predictor.colors, options)
     with progress("predicting", len(images)) as advance:
 
         def predictions() -> Iterator[tuple[ImageFile, Prediction]]:
-            for image, pixels in zip(images, _ahead(partial(_read, reader), images), strict=True):
+            for image, pixels in zip(images, ordered_map(read, images, THREADS, AHEAD), strict=True):
                 try:
                     if isinstance(pixels, UserError):
                         raise pixels
-                    predicted = infer(predictor, pixels, image.path, options.save)
+                    prediction = _infer(predictor, pixels, image.path, options.save)
                 except UserError as error:
                     failures.append(str(error))
                     advance(1)
                 else:
-                    yield image, predicted
+                    yield image, prediction
 
-        for _ in _ahead(partial(_save, predictor.colors, options), predictions()):
+        for _ in ordered_map(save, predictions(), THREADS, AHEAD):
             advance(1)
     return failures
 
 
-def infer(predictor: Predictor, image_HWC: Image, path: Path, save: Sequence[str]) -> Prediction:
-    """Predict an image.
-
-    Raises:
-        UserError: If the memory is too small for it.
-    """
+def _infer(predictor: Predictor, image_HWC: Image, path: Path, save: Sequence[str]) -> Prediction:
     try:
         probability_CHW = predictor.infer(image_HWC)
         confidence_HW, label_HW = probability_CHW.max(dim=0)
@@ -165,7 +155,7 @@ def infer(predictor: Predictor, image_HWC: Image, path: Path, save: Sequence[str
             raise
         height, width = image_HWC.shape[:2]
         raise UserError(
-            f"expected an image that the memory is large enough for, but {path} is {width} x {height} pixels; set "
+            f"expected an image that fits into memory, but {path} is {width} x {height} pixels; set "
             "inference.mode=slide and inference.window, lower inference.scales, or set device=cpu"
         ) from error
     return Prediction(
@@ -183,22 +173,7 @@ def _read(reader: ImageReader, image: ImageFile) -> Image | UserError:
         return error
 
 
-def _save(colors: Colors, options: Options, item: tuple[ImageFile, Prediction]) -> None:
+def _save(colors: Colors, options: PredictOptions, item: tuple[ImageFile, Prediction]) -> None:
     image, prediction = item
     for kind in options.save:
         write_file(image.output(options.output, kind), encode(prediction, kind, colors, options.opacity))
-
-
-def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Apply a function in threads, some items ahead of the one asked for; results come in order."""
-    pending: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
