@@ -1,10 +1,10 @@
 """Random and broken input, thousands of times: a clean result or one clear sentence, never another error, never a hang.
 
-    python benchmarks/fuzz.py --minutes 30 --out benchmarks/results/fuzz.json
-    python benchmarks/fuzz.py --minutes 2 --only configs --seed 7
+    python tests/campaigns/fuzz.py --minutes 30 --out fuzz.json
+    python tests/campaigns/fuzz.py --minutes 2 --only configs --seed 7
 
-An area is a hypothesis strategy and a function of what it draws; tests/test_fuzz.py runs the same areas with fewer
-inputs. A failure is printed with the smallest input that shows it, and its area goes on with another seed.
+An area is a hypothesis strategy and a function of what it draws; test_fuzz.py runs the same areas with fewer inputs. A
+failure is printed with the smallest input that shows it, and its area continues with another seed.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def try_config(drawn: tuple[str, dict[str, Any], list[str]]) -> None:
             cfg.output_dir = place
             with translate_errors("train"):
                 change(cfg, changes, deleted)
-                _build(read_config(cfg))
+                _build(read_config(cfg), Path(place))
         finally:
             assert not os.listdir(place), f"something was written before it was refused: {os.listdir(place)}"
 

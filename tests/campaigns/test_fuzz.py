@@ -1,4 +1,4 @@
-"""Random and broken input, as benchmarks/fuzz.py tries it for as long as one likes: here for some seconds an area."""
+"""Random and broken input: some seconds of each area of fuzz.py."""
 
 import importlib.util
 import logging
@@ -18,6 +18,22 @@ EXAMPLES = {"choices": 300, "run folders": 150, "lists": 80, "configs": 60, "siz
             "files": 100, "checkpoints": 40, "caches": 20, "commands": 60}  # fmt: skip
 
 
+# An area whose valid input were refused would test nothing. What hypothesis draws differs between its versions.
+HARMLESS = ("flip", [(0.0, 0)])
+VALID = {
+    "choices": (10, "1/2"),
+    "lists": (b"images/0.png\nimages/1.png", "unlabeled", "list.txt"),
+    "configs": ("mlpmatch", {}, []),
+    "sizes": (48, 60, 33),
+    "paths": ("top", "below", "stem"),
+    "masks": (3, [0, 1, 2], None, 255),
+    "files": ("images", "png", HARMLESS),
+    "checkpoints": {"seed": 1},
+    "caches": HARMLESS,
+    "commands": ("predict", {}, [], {}),
+}
+
+
 @pytest.fixture(scope="module")
 def fuzz():
     spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
@@ -26,6 +42,12 @@ def fuzz():
     spec.loader.exec_module(module)
     yield module
     del sys.modules["fuzz"]
+
+
+@pytest.mark.parametrize("area", EXAMPLES)
+def test_valid_input_is_accepted(fuzz, area):
+    valid = fuzz.GOOD if area == "run folders" else VALID[area]
+    assert fuzz.outcome(fuzz.AREAS[area], valid) == fuzz.CLEAN
 
 
 @pytest.mark.parametrize("area", EXAMPLES)
@@ -40,8 +62,7 @@ def test_random_input_gives_a_result_or_a_sentence(fuzz, area):
     finally:
         logging.disable(logging.NOTSET)
     assert failure is None, failure
-    assert sum(counts.values()) >= EXAMPLES[area] // 2
-    assert counts[fuzz.CLEAN], counts  # not all of it is refused
+    assert sum(counts.values())
 
 
 def test_a_failure_is_found_and_a_hang_is_one(fuzz, monkeypatch):
@@ -59,7 +80,7 @@ def test_a_failure_is_found_and_a_hang_is_one(fuzz, monkeypatch):
     assert "still running after 1 seconds" in fuzz.run_area("hangs", 0, 1, Counter())
 
 
-# What the campaign has found, each mended.
+# Found by the campaign.
 
 
 def test_a_csv_file_with_a_blank_first_line_names_its_columns(folder_root, classes):
@@ -70,7 +91,7 @@ def test_a_csv_file_with_a_blank_first_line_names_its_columns(folder_root, class
     assert folder(str(folder_root), classes, labeled="list.csv").labeled.names == ("images/img0.jpg",)
 
 
-def test_a_cache_with_a_flipped_bit_in_its_index_is_built_anew(fuzz):
+def test_a_cache_with_a_flipped_bit_is_rebuilt(fuzz):
     fuzz.try_cache(("flip", [(0.984375, 1)]))
 
 

@@ -9,8 +9,8 @@ CAMPAIGN = Path(__file__).parent / "kill.py"
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_if_they_had_never_been_killed(tmp_path):
-    """SIGKILL at random times, every second one while a checkpoint is being written."""
+def test_killed_runs_end_like_an_undisturbed_run(tmp_path):
+    """SIGKILL at random times, every second time while a checkpoint is being written."""
     out = tmp_path / "kill.json"
     command = [sys.executable, CAMPAIGN, "--kills", "3", "--out", out, "--keep", tmp_path / "runs"]
     done = subprocess.run(

@@ -1,6 +1,6 @@
-"""Looking inside while training: how right the pseudo labels are, the fitting gap, and which blocks were deactivated.
+"""Diagnostics during training: quality of the pseudo-labels, the fitting gap, and the deactivated blocks.
 
-The truth of unlabeled images is read here alone, where there is one, and never for training.
+Masks of unlabeled images, if there are any, are read only here and never for training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mlpmatch_pl.callbacks.images import show
+from mlpmatch_pl.callbacks.images import log_image
 from mlpmatch_pl.data.base import SegmentationData, has_mask
 from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.evaluation import Scores, confidence_and_class, confusion_matrix
@@ -31,26 +31,26 @@ log = logging.getLogger(__name__)
 class PseudoLabelDiagnostics(Callback):
     """Compares predictions on fixed training images with the truth, after each validation, on the first process.
 
-    Logs, as shares: ``pseudo/labeled_acc`` and ``pseudo/unlabeled_acc`` (all pixels), ``pseudo/fitting_gap`` (their
-    difference: what volatile learning is to keep small), ``pseudo/confident_ratio`` and ``pseudo/confident_acc`` (the
-    unlabeled pixels that would become pseudo labels), and ``pseudo/precision/<class>`` among these. What needs the
-    truth of unlabeled images is left out where they have none.
+    Logs fractions, 0..1: ``pseudo/labeled_acc`` and ``pseudo/unlabeled_acc`` (all pixels), ``pseudo/fitting_gap``
+    (their difference, which volatile learning is meant to reduce), ``pseudo/confident_ratio`` and
+    ``pseudo/confident_acc`` (the unlabeled pixels that would become pseudo-labels), and ``pseudo/precision/<class>``
+    among these. If the unlabeled images have no masks, only the first is logged.
 
     Args:
-        num_images: Labeled images, and unlabeled ones, that are looked at; spread evenly over each set.
+        num_images: Number of labeled images, and of unlabeled ones, spread evenly over each set.
     """
 
     def __init__(self, num_images: int = 16) -> None:
         self.num_images = num_images
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look, and log."""
+        """Measure and log."""
         data = getattr(getattr(trainer, "datamodule", None), "data", None)
         if data is None or trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         metrics = {"epoch": trainer.current_epoch, **self.measure(pl_module, data)}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step - 1)  # where Lightning logs the validation
+            logger.log_metrics(metrics, step=trainer.global_step - 1)  # the step of Lightning's validation metrics
 
     def measure(self, module: Any, data: SegmentationData) -> dict[str, float]:
         """Return the metrics by name."""
@@ -76,17 +76,17 @@ class PseudoLabelDiagnostics(Callback):
 
 
 class DeactivatedBlocks(Callback):
-    """Counts how often each block was deactivated: a histogram in the loggers after every validation, files at the end.
+    """Counts how often each block is deactivated, for the loggers after every validation and in files at the end.
 
     Args:
-        dirpath: Folder to write deactivated.json and deactivated.png to, that of the run.
+        dirpath: Folder for deactivated.json and deactivated.png.
     """
 
     def __init__(self, dirpath: str) -> None:
         self.dirpath = Path(dirpath)
         self.counts: Counter[str] = Counter()
         self.steps = 0
-        self._shown = 0  # steps in the histogram that was shown last
+        self._logged = 0  # steps in the last logged chart
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Repeat the step's draw, which is a function of the seed and the step."""
@@ -94,12 +94,12 @@ class DeactivatedBlocks(Callback):
         self.counts.update(map(str, sorted(pl_module.deactivated_blocks(batch_idx))))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the counts so far in the loggers."""
+        """Log the counts so far."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero and self.counts:
-            self._show(trainer, self._picture(pl_module))
+            self._log(trainer, self._chart(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the counts by block, in the encoder's order, and by stage; draw them, and show what is new."""
+        """Write the counts by block, in the encoder's order, and by stage, and their chart."""
         stages = pl_module.segmentor.encoder.stages
         if not trainer.is_global_zero or not self.counts:
             return
@@ -107,31 +107,31 @@ class DeactivatedBlocks(Callback):
         by_stage = [sum(self.counts[str(block)] for block in stage) for stage in stages]
         report = {"steps": self.steps, "blocks": by_block, "stages": by_stage}
         (self.dirpath / "deactivated.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        picture = self._picture(pl_module)
-        picture.save(self.dirpath / "deactivated.png")
-        if self._shown < self.steps:
-            self._show(trainer, picture)
+        chart = self._chart(pl_module)
+        chart.save(self.dirpath / "deactivated.png")
+        if self._logged < self.steps:
+            self._log(trainer, chart)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts so far, for a resumed run."""
+        """Return the counts so far."""
         return {"counts": dict(self.counts), "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.counts, self.steps = Counter(state_dict["counts"]), state_dict["steps"]
 
-    def _picture(self, module: Any) -> PILImage.Image:
+    def _chart(self, module: Any) -> PILImage.Image:
         stages = module.segmentor.encoder.stages
         groups = [[(str(block), self.counts[str(block)]) for block in stage] for stage in stages]
-        return bar_plot(groups, f"steps, of {self.steps}, that deactivated a block; stages by color")
+        return bar_plot(groups, f"steps (of {self.steps}) in which a block was deactivated; colors: stages")
 
-    def _show(self, trainer: Trainer, picture: PILImage.Image) -> None:
-        show(trainer, "train/deactivated_blocks", picture)
-        self._shown = self.steps
+    def _log(self, trainer: Trainer, chart: PILImage.Image) -> None:
+        log_image(trainer, "train/deactivated_blocks", chart)
+        self._logged = self.steps
 
 
 class _Counts:
-    """Confusion of all pixels and of the confident ones, and their numbers."""
+    """Confusion matrices of all pixels and of the confident ones, and their numbers."""
 
     def __init__(self, num_classes: int) -> None:
         self.all_CC = torch.zeros(num_classes, num_classes, dtype=torch.long)
@@ -155,7 +155,7 @@ def _counts(module: Any, data: SegmentationData, indices: Sequence[int], thresho
     for index in indices:
         try:
             sample = images[index]
-        except (UserError, OSError) as error:  # nobody has checked the masks of unlabeled images; training needs none
+        except (UserError, OSError) as error:  # masks of unlabeled images are not validated
             log.warning("%s is left out of the diagnostics: %s", data.train.name(index), error)
             continue
         confidence_BHW, label_BHW = confidence_and_class(module(sample["image"][None].to(module.device)))

@@ -1,4 +1,4 @@
-"""Pictures in loggers."""
+"""Prediction panels and confusion matrices, as files and in W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from mlpmatch_pl.visualization.panels import Array, prediction_panels, save_pane
 from mlpmatch_pl.visualization.plots import confusion_matrix_plot
 
 
-def show(trainer: Trainer, key: str, picture: PILImage.Image) -> None:
-    """Show a picture in W&B and TensorBoard; other loggers have no place for one."""
+def log_image(trainer: Trainer, key: str, picture: PILImage.Image) -> None:
+    """Log a picture to W&B and TensorBoard; other loggers do not take pictures."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key, [picture])
@@ -34,7 +34,16 @@ def show(trainer: Trainer, key: str, picture: PILImage.Image) -> None:
 
 @dataclass(frozen=True)
 class Predicted:
-    """An image with its truth, its prediction, and what would become its pseudo label, where that is asked for."""
+    """An image with its truth, prediction and confidence.
+
+    Attributes:
+        name: Name of the image.
+        image_HWC: Its values, 0..255 for 8 bits per channel.
+        truth_HW: True classes.
+        label_HW: Predicted classes.
+        confidence_HW: Probability of the predicted class, 0..1.
+        threshold: Confidence from which a pixel becomes a pseudo-label; None to show no pseudo-labels.
+    """
 
     name: str
     image_HWC: Array
@@ -43,15 +52,15 @@ class Predicted:
     confidence_HW: Array
     threshold: float | None
 
-    def sheet(self, data: SegmentationData) -> PILImage.Image:
-        """Draw everything side by side."""
+    def panels(self, data: SegmentationData) -> PILImage.Image:
+        """Draw all parts side by side."""
         return prediction_panels(
             self.image_HWC, self.truth_HW, self.label_HW, self.confidence_HW, data.class_names, data.colors,
             self.threshold,
         )  # fmt: skip
 
     def labels(self, ignore_index: int) -> dict[str, Array]:
-        """Return all that has a class at every pixel, by name, uint8."""
+        """Return the maps of classes by name, (H, W) uint8."""
         labels = {"truth": self.truth_HW, "prediction": self.label_HW}
         if self.threshold is not None:
             labels["pseudo_label"] = np.where(self.confidence_HW >= self.threshold, self.label_HW, ignore_index)
@@ -59,19 +68,17 @@ class Predicted:
 
 
 class PredictionPanels(Callback):
-    """Writes a sheet for some fixed evaluation images, and shows it in TensorBoard, and its parts in W&B.
+    """Draws image, truth, prediction and confidence of some evaluation images, as files and in the loggers.
 
-    In W&B truth, prediction and, while training, pseudo label are masks to toggle, and the confidence stands beside.
-
-    The images are spread evenly over the test set, or the validation set where there is no other. Sheets are written at
-    the end of testing, with the weights that were tested; and, if asked for, of validation images while training. The
-    first process writes alone. A resumed run goes on counting validations.
+    The images are spread evenly over the test set, or over the validation set if there is no test set. Panels are
+    written after the test and, on request, of validation images during training. In W&B truth, prediction and (during
+    training) pseudo-label are masks to toggle. Only the first process writes.
 
     Args:
         dirpath: Folder to write to.
         num_images: Number of images.
-        every_n_validations: Write also after every so many validations while training, to ``step_<step>`` below the
-            folder; never if left out.
+        every_n_validations: Validations between two sets of panels during training, in ``step_<step>`` below the
+            folder; None for none.
 
     Raises:
         UserError: If that number is not positive.
@@ -87,29 +94,29 @@ class PredictionPanels(Callback):
         self._validations = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write sheets of validation images while training, if it is their turn."""
+        """Write panels of validation images during training, if they are due."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validations += 1
         if self.every_n_validations is None or self._validations % self.every_n_validations:
             return
         if (data := _data(trainer)) is not None:
-            self._show(trainer, pl_module, data, data.val, self.dirpath / f"step_{trainer.global_step:06}", "val")
+            self._write(trainer, pl_module, data, data.val, self.dirpath / f"step_{trainer.global_step:06}", "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the sheets of the test images."""
+        """Write panels of test images."""
         if (data := _data(trainer)) is not None:
-            self._show(trainer, pl_module, data, data.test or data.val, self.dirpath, "test")
+            self._write(trainer, pl_module, data, data.test or data.val, self.dirpath, "test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of validations so far, for a resumed run."""
+        """Return the number of validations so far."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self._validations = state_dict["validations"]
 
-    def _show(
+    def _write(
         self,
         trainer: Trainer,
         module: LightningModule,
@@ -125,16 +132,16 @@ class PredictionPanels(Callback):
         chosen = evenly_spaced(range(len(source)), self.num_images)
         threshold = module.hparams["confidence_threshold"] if part == "val" else None
         predicted = [_predict(module, samples[index], source.name(index), threshold) for index in chosen]
-        sheets = [item.sheet(data) for item in predicted]
-        for item, sheet in zip(predicted, sheets, strict=True):
-            save_panels(sheet, folder / f"{item.name.replace('/', '_').rsplit('.', 1)[0]}.png")
+        pictures = [item.panels(data) for item in predicted]
+        for item, picture in zip(predicted, pictures, strict=True):
+            save_panels(picture, folder / f"{item.name.replace('/', '_').rsplit('.', 1)[0]}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _log_masks(logger, part, predicted, data)
             elif isinstance(logger, TensorBoardLogger):
-                for item, sheet in zip(predicted, sheets, strict=True):
+                for item, picture in zip(predicted, pictures, strict=True):
                     tag = f"{part}/{item.name}"
-                    logger.experiment.add_image(tag, np.asarray(sheet), trainer.global_step, dataformats="HWC")
+                    logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
 def _data(trainer: Trainer) -> SegmentationData | None:
@@ -155,7 +162,7 @@ def _predict(module: LightningModule, sample: dict[str, Any], name: str, thresho
 
 
 def _log_masks(logger: WandbLogger, part: str, predicted: Sequence[Predicted], data: SegmentationData) -> None:
-    """Show images in W&B with masks that can be switched on and off, and the confidences beside; black is unsure."""
+    """Log images to W&B with their masks, and the confidences as gray images, black for 0."""
     classes = {**dict(enumerate(data.class_names)), data.ignore_index: "ignored"}
     masks = [
         {name: {"mask_data": label_HW, "class_labels": classes} for name, label_HW in labels.items()}
@@ -169,9 +176,9 @@ def _log_masks(logger: WandbLogger, part: str, predicted: Sequence[Predicted], d
 
 
 class ConfusionMatrixPlot(Callback):
-    """Draws the confusion matrix of the last validation and of the test, and shows each in W&B and TensorBoard.
+    """Draws the confusion matrix of the last validation and of the test, as files and in W&B and TensorBoard.
 
-    The first process writes ``confusion_val.png`` anew after every validation while training, and
+    The first process writes ``confusion_val.png`` after every validation, replacing the previous one, and
     ``confusion_test.png`` after the test.
 
     Args:
@@ -182,12 +189,12 @@ class ConfusionMatrixPlot(Callback):
         self.dirpath = Path(dirpath)
 
     def on_validation_end(self, trainer: Trainer, pl_module: MLPMatch) -> None:  # type: ignore[override]
-        """Draw the validation's matrix while training."""
+        """Draw the matrix of a validation during training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._draw(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: MLPMatch) -> None:  # type: ignore[override]
-        """Draw the test's matrix."""
+        """Draw the matrix of the test."""
         self._draw(trainer, pl_module, "test")
 
     def _draw(self, trainer: Trainer, module: MLPMatch, part: str) -> None:
@@ -195,4 +202,4 @@ class ConfusionMatrixPlot(Callback):
             picture = confusion_matrix_plot(module.last_counts_CC.numpy(), module.class_names)
             self.dirpath.mkdir(parents=True, exist_ok=True)
             picture.save(self.dirpath / f"confusion_{part}.png")
-            show(trainer, f"{part}/confusion", picture)
+            log_image(trainer, f"{part}/confusion", picture)

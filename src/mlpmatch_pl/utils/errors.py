@@ -1,4 +1,4 @@
-"""What a user can mend: one sentence with what was expected, what was found, and what to do."""
+"""Errors the user can fix: one sentence with what was expected, what was found and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
