@@ -1,47 +1,45 @@
 """Check the data of a training, before training.
 
+Takes the overrides of mlpmatch_pl.train. Reads every file once; prints what is in the data and what is wrong with it
+(check.json), and writes the lists of the split and a picture of the training views.
+
+Examples:
     python -m mlpmatch_pl.check dataset=folder dataset.root=my_images 'dataset.classes=[road,sky]'
     python -m mlpmatch_pl.check experiment=voc_92_r50
-
-Takes the overrides that ``mlpmatch_pl.train`` takes. Reads every file once; prints and writes what is in the data and
-what is wrong with it (check.json), the lists of the split, and a picture of the views that training will see.
 """
 
-from typing import Any
+from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
-from mlpmatch_pl.commands.cli import guarded_job, run_command
+from mlpmatch_pl.commands.cli import run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def check(cfg: DictConfig) -> dict[str, Any]:
     """Check the data of a composed configuration.
 
     Args:
-        cfg: As composed from ``conf/check.yaml``; outside of Hydra's command line, ``output_dir`` must be set.
+        cfg: As composed from ``conf/check.yaml``; outside of Hydra's command line, set ``output_dir``.
 
     Returns:
-        What check.json holds: errors, warnings, sizes and classes of each set, mean and deviation of the channels.
+        The content of check.json: errors, warnings, sizes and classes of each set, mean and standard deviation of the
+        channels.
 
     Raises:
-        UserError: If the data cannot be described, or ``output_dir`` holds a run or an earlier check; or after
-            everything has been written, if there are errors in the data.
+        UserError: If the data cannot be described, or ``output_dir`` holds a run or an earlier check; if there are
+            errors in the data, after everything is written.
     """
     from mlpmatch_pl.commands.check import run
 
     return run(cfg)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="check")  # type: ignore[untyped-decorator]
-def _hydra_main(cfg: DictConfig) -> None:
-    with guarded_job("check"):
-        check(cfg)
-
-
 def main() -> None:
     """Run the command; wrong data ends with one line and exit code 1."""
-    run_command("check", _hydra_main)
+    run_command("check", check, __doc__)
 
 
 if __name__ == "__main__":

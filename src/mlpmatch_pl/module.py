@@ -10,6 +10,7 @@ Any data module works whose training batches are ``{"labeled": ..., "unlabeled":
 `mlpmatch_pl.methods.step`, and whose validation and test batches are ``{"image": ..., "mask": ...}``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,8 +29,9 @@ from mlpmatch_pl.methods.schedules import TrainingLength, build_sgd, poly_decay,
 from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
+from mlpmatch_pl.utils.checkpoint import check_architecture
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.hyperparameters import check_architecture, check_palette, check_ranges, names_of_classes
+from mlpmatch_pl.utils.palette import check_palette
 
 
 class MLPMatch(LightningModule):
@@ -110,10 +112,12 @@ class MLPMatch(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_ranges(lr, lr_multi, momentum, weight_decay, power, confidence_threshold, std)
         self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint holds the weights themselves
+        _check_ranges(self.hparams)
         self.method = resolve_method(method)
-        self.class_names = names_of_classes(class_names, num_classes)
+        self.class_names = list(map(str, range(num_classes)) if class_names is None else class_names)
+        if len(self.class_names) != num_classes:
+            raise UserError(f"expected {num_classes} class names, but got {len(self.class_names)}")
         check_palette(palette or (), num_classes)
         self.absent = check_absent(absent)
         self.segmentor = Segmentor(
@@ -266,3 +270,13 @@ class MLPMatch(LightningModule):
             scores = Scores.of(counts_CC.cpu(), self.absent).as_dict(self.class_names)
             self.log_dict({f"{stage}/{key}": value for key, value in scores.items()})
             self.last_counts_CC = counts_CC.cpu()
+
+
+def _check_ranges(hparams: Mapping[str, Any]) -> None:
+    for key in ("lr", "lr_multi", "momentum", "weight_decay", "power"):
+        if not 0 <= hparams[key] < math.inf:
+            raise UserError(f"expected {key} as a number of at least 0, but got {hparams[key]}")
+    if not 0 <= hparams["confidence_threshold"] <= 1:
+        raise UserError(f"expected confidence_threshold from 0 to 1, but got {hparams['confidence_threshold']}")
+    if min(hparams["std"], default=1) <= 0:
+        raise UserError(f"expected std with values above 0, but got {list(hparams['std'])}; check prints them")

@@ -8,7 +8,7 @@ allocated for it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.checkpoint import read_checkpoint
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.palette import default_palette
-from mlpmatch_pl.utils.validation import fit, parameters
+from mlpmatch_pl.utils.validation import validate
 
 AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor
 MAX_CLASSES = 256  # that fit into uint8
@@ -202,11 +202,11 @@ def restore(path: Path) -> MLPMatch:
             f"expected a checkpoint, but {path} {found}; name a file such as checkpoints/best.ckpt in a run folder"
         )
     content = read_checkpoint(path)
-    types, _ = parameters(MLPMatch)
+    types = get_type_hints(MLPMatch.__init__)
     try:
         # Without "pretrained", no other file is read and nothing is downloaded, whatever the arguments say.
         arguments = {
-            key: fit(key, value, types[key])
+            key: validate(types[key], value, key)
             for key, value in content["hyper_parameters"].items()
             if key in types and key != "pretrained"
         }

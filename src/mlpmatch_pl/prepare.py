@@ -1,50 +1,42 @@
-"""Prepare a public dataset from the command line.
+"""Download, convert and verify a benchmark dataset.
 
-    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc                   # download, convert SBD, verify
-    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc splits=unimatch   # and UniMatch's lists of labeled images
-    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc archives=/usb     # offline
-    python -m mlpmatch_pl.prepare dataset=cityscapes root=/data/cityscapes     # prints how to get the archives
+Rerun an interrupted command to continue. Cityscapes needs a registration; the command says how to get its archives.
 
-Heavy imports are inside `prepare`, so that ``--help`` and ``--cfg job`` are fast.
+Examples:
+    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc
+    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc splits=unimatch    # and the published lists
+    python -m mlpmatch_pl.prepare dataset=voc root=/data/voc archives=/usb      # offline
+    python -m mlpmatch_pl.prepare dataset=cityscapes root=/data/cityscapes
 """
 
-import sys
+from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING
 
-from mlpmatch_pl.commands.cli import guarded
+from mlpmatch_pl.commands.cli import plain, run_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Prepare the dataset of a composed configuration.
+    """Prepare the dataset that a composed configuration names.
 
     Args:
         cfg: As composed from ``commands/prepare/prepare.yaml``.
 
     Raises:
-        UserError: If the configuration is wrong, or an archive is missing, damaged or incomplete.
+        UserError: If the configuration is wrong, or a file is unavailable, damaged or missing at the end.
     """
     from mlpmatch_pl.commands.prepare.run import Options, prepare_dataset
     from mlpmatch_pl.utils.validation import read_options
 
-    prepare_dataset(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
-
-
-@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.commands.prepare", config_name="prepare")  # type: ignore[untyped-decorator]
-def _hydra_main(cfg: DictConfig) -> None:
-    with guarded("prepare"):
-        try:
-            prepare(cfg)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
-            sys.exit(130)
+    prepare_dataset(read_options(Options, plain(cfg)))
 
 
 def main() -> None:
-    """Run the command; wrong input ends with one line and exit code 1, an interruption with 130."""
-    with guarded("prepare"):
-        _hydra_main()
+    """Run the command; wrong input ends with one line and exit code 1."""
+    run_command("prepare", prepare, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""Report runs: tables, plots and one HTML page from run folders.
+"""Report runs: tables of mean and standard deviation, plots, and one HTML page.
 
-    python -m mlpmatch_pl.report runs                               # every run below runs/
+Arguments without a key are run folders, or folders with run folders below. Writes report.html (everything, in one
+file), summary.md, summary.csv, runs.csv (a line for each run) and the plots. Runs that differ only in their seed are
+averaged; labeled lists are compared by hash. Unfinished and failed runs are reported as they are; the exit code is 1 if
+a file is broken.
+
+Examples:
+    python -m mlpmatch_pl.report runs
     python -m mlpmatch_pl.report multirun/2026-01-31_12-00-00 runs/mine output=reports/mine
-    python -m mlpmatch_pl.report runs=[multirun/a,runs/b] pool_splits=true  # mean over split seeds, too
-
-Reads what is there: trainings may still be running, may have failed, or be half written. Needs neither torch nor
-Lightning. Heavy imports are inside `report`, so that ``--help`` and ``--cfg job`` answer at once.
+    python -m mlpmatch_pl.report runs=[multirun/a,runs/b] pool_splits=true
 """
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from mlpmatch_pl.commands.cli import literal_paths, plain, run_command
 
-from mlpmatch_pl.commands.cli import guarded_job, literal_paths, run_command
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def report(cfg: DictConfig) -> bool:
@@ -34,18 +40,16 @@ def report(cfg: DictConfig) -> bool:
     from mlpmatch_pl.commands.report.run import Options, write_report
     from mlpmatch_pl.utils.validation import read_options
 
-    result = write_report(read_options(Options, OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    result = write_report(read_options(Options, plain(cfg)))
     result.show()
     if result.broken:
         print("error: some files are broken, see the table of problems", file=sys.stderr)
     return not result.broken
 
 
-@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="report")  # type: ignore[untyped-decorator]
-def _hydra_main(cfg: DictConfig) -> None:
-    with guarded_job("report"):
-        if not report(cfg):
-            sys.exit(1)
+def _report_job(cfg: DictConfig) -> None:
+    if not report(cfg):
+        sys.exit(1)
 
 
 def named_folders(arguments: Sequence[str]) -> list[str]:
@@ -70,7 +74,7 @@ def named_folders(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1, and so do broken files, after all the rest."""
     sys.argv[1:] = named_folders(sys.argv[1:])
-    run_command("report", _hydra_main)
+    run_command("report", _report_job, __doc__)
 
 
 if __name__ == "__main__":

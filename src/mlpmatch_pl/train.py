@@ -1,53 +1,58 @@
-"""Train from the command line.
+"""Train a network with few labeled and many unlabeled images.
 
-    python -m mlpmatch_pl.train                                             # embedded data, on a CPU
+Writes a run folder with checkpoints, metrics, pictures of predictions and the configuration. Without arguments it
+trains on embedded data, in a few minutes on a CPU.
+
+Examples:
+    python -m mlpmatch_pl.train
     python -m mlpmatch_pl.train dataset=folder dataset.root=my_images 'dataset.classes=[road,sky]' dataset.labeled=20
-    python -m mlpmatch_pl.train -m method=supervised,mlpmatch seed=0,1,2    # a sweep
-    python -m mlpmatch_pl.train trainer.devices=4                           # DDP
-    python -m mlpmatch_pl.train hydra.run.dir=runs/mine resume=auto         # continue a run
-
-Heavy imports are inside `train`, so that ``--help`` and ``--cfg job`` answer immediately.
+    python -m mlpmatch_pl.train experiment=voc_92_r50 trainer=gpu trainer.devices=4    # 4 GPUs, DDP
+    python -m mlpmatch_pl.train hydra.run.dir=runs/mine resume=auto                    # resume a run, or start it
+    python -m mlpmatch_pl.train -m method=supervised,mlpmatch seed=0,1,2               # a sweep of 6 runs
 """
+
+from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig
+from mlpmatch_pl.commands.cli import run_command
 
-from mlpmatch_pl.commands.cli import guarded_job, run_command, sweep_folder
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train with a composed configuration.
 
     Args:
-        cfg: Composed from ``conf/train.yaml``; without Hydra's command line, ``output_dir`` must be set.
+        cfg: As composed from ``conf/train.yaml``; outside of Hydra's command line, set ``output_dir``.
 
     Returns:
         The content of metrics.json: final metrics, name and hash of the split, times, versions.
 
     Raises:
-        UserError: If the configuration or the data is invalid, before anything is overwritten.
+        UserError: If the configuration or the data is wrong, before any existing file is changed.
     """
     from mlpmatch_pl.commands.train import run
 
     return run(cfg)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://mlpmatch_pl.conf", config_name="train")  # type: ignore[untyped-decorator]
-def _hydra_main(cfg: DictConfig) -> float | None:
-    with guarded_job("train"):
-        best: float | None = train(cfg)["best"]["val/miou"]
-        return best  # what a sweeper such as Optuna maximizes
-    return None
+def _best_miou(cfg: DictConfig) -> float:
+    """Return what a sweeper such as Optuna maximizes."""
+    best: float = train(cfg)["best"]["val/miou"]
+    return best
 
 
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1."""
-    run_command("train", _hydra_main)
-    if folder := sweep_folder(sys.argv[1:], os.environ):
+    arguments = sys.argv[1:]
+    run_command("train", _best_miou, __doc__)
+    if {"-m", "--multirun"} & set(arguments):
+        named = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
+        folder = named[-1] if named else f"multirun/{os.environ['MLPMATCH_STAMP']}"
         print(f"compare the runs: python -m mlpmatch_pl.report {folder}")
 
 

@@ -225,7 +225,7 @@ def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("part=train", "part as 'val' or 'test' or null, but got 'train'"),
+        ("part=train", "part as 'val' or 'test', but got 'train'"),
         ("worst=-1", "worst of at least 0, but got -1"),
         ("batch_size=0", "batch_size of at least 1, but got 0"),
         ("num_workers=-1", "num_workers of at least 0, but got -1"),
@@ -233,7 +233,7 @@ def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp
         ("devices=8", "at least 8 test images, one per process, but got 7"),
         ("device=cuad", "expected device as auto, or one that this machine has, but got cuad"),
         ("evaluation.boundary=2", "evaluation.boundary as a share of the diagonal"),
-        ("evaluation.absent=drop", "evaluation.absent as 'exclude' or 'zero' or null, but got 'drop'"),
+        ("evaluation.absent=drop", "evaluation.absent as 'exclude' or 'zero', but got 'drop'"),
         ("+inference.wndow=3", r"no key inference\.wndow\. Did you mean window"),
         ("inference.mode=slide", r"expected inference\.window"),
         ("checkpoint=nowhere.ckpt", r"nowhere\.ckpt does not exist"),

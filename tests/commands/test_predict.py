@@ -210,7 +210,7 @@ def test_an_output_that_cannot_be_written_is_named(checkpoint, photos, tmp_path)
     [
         (
             "save=[index,colort]",
-            r"expected save as a list of 'index' or 'color' or .*'colort'\]\. Did you mean color",
+            r"expected save\[1\] as 'index', 'color', .*, but got 'colort'\. Did you mean color",
         ),
         ("save=[]", "expected something to save, but save is empty"),
         ("opacity=1.5", "expected opacity from 0 to 1, but got 1.5"),

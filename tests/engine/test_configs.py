@@ -1,15 +1,15 @@
 import csv
 import inspect
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import yaml
 from helpers import TINY, compose_config, compose_train
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -20,90 +20,53 @@ from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
 from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
-from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.published import PUBLISHED, published_list
+from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.methods.method import PRESETS, Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.validation import parameters, read_options
+from mlpmatch_pl.utils.validation import read_options
+
+CONF = files("mlpmatch_pl.conf")
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.name.removesuffix(".yaml") for path in files("mlpmatch_pl.conf").joinpath(group).iterdir())
+    return sorted(path.name.removesuffix(".yaml") for path in CONF.joinpath(group).iterdir())
 
 
-GROUPS = ("dataset", "backbone", "method", "schedule", "trainer", "logger", "callbacks", "loader", "experiment")
+GROUPS = ("dataset", "backbone", "schedule", "trainer", "logger", "callbacks", "loader")
 REQUIRED = {
     "dataset=folder": ("dataset.root=x", "dataset.classes=[a,b]"),
     "backbone=timm": ("backbone.name=resnet18",),
 }
 
 
+@pytest.fixture(autouse=True)
+def data_folder(monkeypatch):
+    monkeypatch.setenv("MLPMATCH_DATA", "data")
+
+
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in choices(group)])
-def test_every_choice_composes_and_resolves(choice, monkeypatch, tmp_path):
-    monkeypatch.setenv("MLPMATCH_DATA", str(tmp_path))
-    cfg = compose_train(choice, *REQUIRED.get(choice, ()), output_dir=tmp_path)
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    for target in find_targets(config):
-        known = set(inspect.signature(get_object(target.pop("_target_"))).parameters)
-        assert set(target) <= known
+def test_every_choice_fits_the_schema(choice):
+    read_config(compose_train(choice, *REQUIRED.get(choice, ()), output_dir=Path("out")))
 
 
-def find_targets(node):
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield dict(node)
-        for value in node.values():
-            yield from find_targets(value)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_method_file_holds_its_preset_and_nothing_else(name):
-    node = OmegaConf.to_container(compose_train(f"method={name}").method, resolve=True)
-    assert set(node) == {field.name for field in fields(Method)}
-    assert asdict(resolve_method(node)) == asdict(PRESETS[name])
-
-
-def test_every_key_of_loader_and_backbone_is_read_by_the_constructor_it_is_passed_to():
-    cfg = compose_train()
-    assert set(cfg.loader) <= set(inspect.signature(SemiSupervisedDataModule).parameters)
-    assert set(cfg.backbone) - {"name"} <= set(inspect.signature(MLPMatch).parameters)
-    assert set(cfg.objective) <= set(inspect.signature(MLPMatch).parameters)
-
-
-def test_the_module_defaults_are_the_configured_defaults_of_the_paper():
-    cfg = compose_train("backbone=resnet50s", "schedule=voc", "objective.confidence_threshold=0.95")
-    defaults = {name: p.default for name, p in inspect.signature(MLPMatch).parameters.items()}
-    for key in ("output_stride", "decoder_channels", "pretrained"):
-        assert defaults[key] == cfg.backbone[key]
-    for key in ("lr", "lr_multi", "momentum", "weight_decay", "power"):
-        assert defaults[key] == cfg.schedule[key]
-    assert list(defaults["mean"]) == list(cfg.backbone["mean"])
-    assert list(defaults["std"]) == list(cfg.backbone["std"])
-
-
-def test_datasets_and_experiments_win_over_the_primary_defaults(monkeypatch):
-    monkeypatch.setenv("MLPMATCH_DATA", "data")
-    assert compose_train().objective.confidence_threshold == 0.8
-    assert compose_train("experiment=camvid_1-8_mobilenetv2").loader.crop_size == 160
-
-
-@pytest.mark.parametrize("name", [name for name in choices("experiment") if name.count("_") == 2])
-def test_a_recipe_names_its_data_set_its_list_and_its_encoder(name, monkeypatch):
-    monkeypatch.setenv("MLPMATCH_DATA", "data")
-    dataset, part, encoder = name.split("_")
-    cfg = compose_train(f"experiment={name}")
-    assert cfg.dataset._target_ == f"mlpmatch_pl.data.datasets.{dataset}.{dataset}"
-    published = published_list(dataset, cfg.dataset.labeled)
-    if dataset in PUBLISHED:
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_a_recipe_names_its_dataset_its_list_and_its_encoder(name):
+    config = read_config(compose_train(f"experiment={name}", output_dir=Path("out")))
+    dataset, *part, encoder = name.split("_")
+    backbone, labeled = config["backbone"]["name"], config["dataset"]["labeled"]
+    assert config["dataset"]["_target_"] == f"mlpmatch_pl.data.datasets.{dataset}.{dataset}"
+    assert re.sub("^r(?=[0-9])", "resnet", encoder) in (backbone.removesuffix("s"), "mobilenetv2")
+    published = published_list(dataset, labeled)
+    if part and dataset in PUBLISHED:
         assert published is not None
-        assert published.name in (part, f"blended/{part}")
-    else:
-        assert cfg.dataset.labeled == part.replace("-", "/")
+        assert published.name in (part[0], f"blended/{part[0]}")
+    elif part:
+        assert labeled == part[0].replace("-", "/")
         assert published is None
-    assert re.sub("^r(?=[0-9])", "resnet", encoder) in (cfg.backbone.name.removesuffix("s"), "mobilenetv2")
 
 
 @pytest.mark.parametrize("dataset", PUBLISHED)
@@ -111,6 +74,43 @@ def test_every_published_list_of_the_papers_has_a_recipe(dataset):
     lists = {entry.name.removeprefix("blended/") for entry in PUBLISHED[dataset].values() if "u2pl" not in entry.name}
     recipes = {name for name in choices("experiment") if name.startswith(f"{dataset}_") and name.count("_") == 2}
     assert recipes == {f"{dataset}_{part}_{encoder}" for part in lists for encoder in ("r50", "r101")}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_method_file_is_flat_and_complete(name):
+    node = yaml.safe_load(CONF.joinpath(f"method/{name}.yaml").read_text(encoding="utf-8"))
+    assert set(node) == {field.name for field in fields(Method)}
+    assert resolve_method(node) == resolve_method(name) == PRESETS[name]
+    composed = OmegaConf.to_container(compose_train(f"method={name}").method)
+    assert resolve_method(composed) == PRESETS[name]
+
+
+def test_the_presets_are_those_of_the_method_description():
+    assert set(PRESETS) == {"mlpmatch", "mlpmatch_official", "unimatch", "fixmatch", "supervised"}
+    assert (PRESETS["mlpmatch"].lambda_max, PRESETS["unimatch"].feature_weight) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"name": "mlpmach"}, {"name": "mlpmatch", "lambda_mx": 0.1}])
+def test_an_unknown_method_or_key_names_the_nearest(wrong):
+    with pytest.raises(UserError, match=r"Did you mean (mlpmatch|lambda_max)"):
+        resolve_method(wrong)
+
+
+def test_the_module_defaults_are_the_configured_defaults_of_the_paper():
+    config = compose_train("backbone=resnet50s", "schedule=voc", "objective.confidence_threshold=0.95")
+    defaults = {name: p.default for name, p in inspect.signature(MLPMatch).parameters.items()}
+    for group, keys in {
+        "backbone": ("output_stride", "decoder_channels", "pretrained", "mean", "std", "atrous_rates"),
+        "schedule": ("lr", "lr_multi", "momentum", "weight_decay", "power"),
+    }.items():
+        for key in keys:
+            value = config[group][key]
+            assert (tuple(value) if OmegaConf.is_list(value) else value) == defaults[key]
+
+
+def test_datasets_and_experiments_override_the_primary_defaults():
+    assert compose_train().objective.confidence_threshold == 0.8
+    assert compose_train("experiment=camvid_1-8_mobilenetv2").loader.crop_size == 160
 
 
 @pytest.mark.parametrize("name", ["92", "blended/1-16", "u2pl/1-8", "1-30"])
@@ -122,11 +122,99 @@ def test_the_name_of_a_list_can_be_given_on_the_command_line(name):
     assert entry.name == name
 
 
-@pytest.mark.parametrize("method", PRESETS)
-def test_every_method_trains_from_its_configuration(method, tmp_path):
-    metrics = train(
-        compose_train(*TINY, f"method={method}", "schedule.steps=2", "schedule.lr=0.01", output_dir=tmp_path)
+# Types and keys -------------------------------------------------------------------------------------------------------
+
+
+REMOVED = (
+    "seed", "backbone", "backbone.mean", "callbacks", "dataset", "evaluation.absent", "loader.scale",
+    "logger.tensorboard", "method.lambda_max", "method.cutmix.p", "objective.criterion.name", "schedule.power",
+    "trainer.precision", "trainer.compile_blocks",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_key_is_refused(key):
+    with pytest.raises(UserError, match=re.escape(f"expected a value for {key}, but the configuration lacks it; set ")):
+        read_config(compose_train(f"~{key}", output_dir=Path("out")))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("dataset.size=64px", "expected dataset.size as an integer, but got '64px'"),
+        ("loader.batch_size=true", "expected loader.batch_size as an integer, but got true"),
+        ("schedule.lr=inf", "expected schedule.lr as a finite number, but got inf"),
+        ("method.cutmix.area=[0.1,x]", "expected method.cutmix.area[1] as a number, but got 'x'"),
+        ("logger.wandb={mode:online}", "expected a value for logger.wandb.project"),
+        ("+objective.criterion.min_kep=3", "no key objective.criterion.min_kep. Did you mean min_kept?"),
+        ("trainer.precision=bf16-mixd", "but got 'bf16-mixd'. Did you mean bf16-mixed"),
+        ("+epochs=3", "the configuration has no key epochs."),
+        ("+see=3", "the configuration has no key see. Did you mean seed"),
+        ("+callbacks.a._target_=os.nothing", "_target_ as the path of a function or class, but os.nothing is none"),
+        ("+callbacks.a._target_=helpers.StopAfterFirstEpoch", None),
+        ("+trainer.limit_train_batches=0.5", None),
+    ],
+)
+def test_types_are_checked_before_anything_is_built(override, sentence):
+    cfg = compose_train(override, output_dir=Path("out"))
+    if sentence is None:
+        read_config(cfg)
+    else:
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            read_config(cfg)
+
+
+def test_a_command_allows_its_own_group_only():
+    cfg = compose_config("benchmark", output_dir=Path("out"))
+    assert read_config(cfg, "benchmark")["benchmark"]["steps"] == 20
+    with pytest.raises(UserError, match=r"the configuration has no key benchmark\."):
+        read_config(cfg)
+
+
+OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "report": Report}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_options_of_a_command_are_the_keys_of_its_configuration(command):
+    assert set(compose_config(command)) == {field.name for field in fields(OPTIONS[command])}
+
+
+@pytest.mark.parametrize("cls", [*OPTIONS.values(), Prepare, Benchmark, Scoring, SlidingWindowInference])
+def test_every_option_of_a_command_has_a_type(cls):
+    assert Any not in get_type_hints(cls).values()
+
+
+def test_evaluate_and_predict_infer_alike_by_default():
+    inference = compose_config("predict").inference
+    assert read_options(SlidingWindowInference, OmegaConf.to_container(inference)) == SlidingWindowInference()
+    assert compose_config("evaluate").inference == inference
+
+
+def test_the_configuration_of_prepare_is_not_a_group_of_the_training():
+    assert not CONF.joinpath("prepare").is_dir()
+    own = yaml.safe_load(files("mlpmatch_pl.commands.prepare").joinpath("prepare.yaml").read_text(encoding="utf-8"))
+    assert set(own) == {field.name for field in fields(Prepare)} | {"hydra", "defaults"}
+
+
+def test_another_project_uses_the_groups_through_its_search_path(tmp_path):
+    from hydra import compose, initialize_config_dir
+
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n  - /method@mlp: unimatch\n  - /backbone@net: resnet18\n  - _self_\n"
+        "hydra:\n  searchpath:\n    - pkg://mlpmatch_pl.conf\n"
     )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app", ["mlp.feature_weight=0.25"])
+    assert resolve_method(OmegaConf.to_container(cfg.mlp, resolve=True)).feature_weight == 0.25
+    assert cfg.net.name == "resnet18"
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mlpmatch_official", "unimatch", "fixmatch", "supervised"])
+def test_every_method_trains_from_its_configuration(method, tmp_path):
+    metrics = train(compose_train(*TINY, f"method={method}", "schedule.steps=1", output_dir=tmp_path))
     assert metrics["method"] == method
     assert 0 <= metrics["test"]["test/miou"] <= 1
 
@@ -134,7 +222,7 @@ def test_every_method_trains_from_its_configuration(method, tmp_path):
 # MLPMatch in four steps, two epochs of two; every pixel is confident, so that every term counts.
 FOUR_STEPS = (
     *TINY, "dataset.train=12", "dataset.val=1", "dataset.test=1", "schedule.steps=4", "trainer.log_every_n_steps=1",
-    "objective.confidence_threshold=0", "callbacks.predictions.num_images=0",
+    "objective.confidence_threshold=0", "callbacks.predictions.num_images=0", "callbacks.confusion=null",
 )  # fmt: skip
 WEIGHTS = {"s1": 0.25, "s2": 0.25, "fp": 0.25, "u_np": 0.25}
 NEVER, BY_EPOCH = (0, 0, 0, 0), (0, 0, 0.125, 0.125)
@@ -165,14 +253,9 @@ def mlpmatch(tmp_path_factory):
     [
         ("network_perturbation=null", NEVER, {}, {"x_np", "u_np"}, set()),
         ("lambda_max=0", NEVER, {}, set(), set()),
-        ("lambda_schedule=constant", (0.25, 0.25, 0.25, 0.25), {}, set(), set()),
         ("lambda_schedule=linear_step", (0, 0.0625, 0.125, 0.1875), {}, set(), set()),
         ("network_weight=0", BY_EPOCH, {"u_np": 0}, set(), set()),
-        ("feature_weight=0", BY_EPOCH, {}, {"fp"}, {"x", "s1", "s2", "u_np"}),  # the decoder's batch is smaller
-        ("strong_weights=[0.5]", BY_EPOCH, {"s1": 0.5}, {"s2"}, {"s1"}),  # so is that of the strong views
-        # Not single_stage: a stage of this encoder is a single block.
-        ("network_perturbation.sampler=n_blocks", BY_EPOCH, {}, set(), {"x_np", "u_np"}),
-        ("cutmix.p=0", BY_EPOCH, {}, set(), {"s1", "s2"}),
+        ("strong_weights=[0.5]", BY_EPOCH, {"s1": 0.5}, {"s2"}, {"s1"}),  # the batch of strong views is smaller
         ("partner=same_image", BY_EPOCH, {}, set(), {"s1", "s2"}),
         ("network_updates_batchnorm=false", BY_EPOCH, {}, set(), set()),
     ],
@@ -196,54 +279,3 @@ def test_an_ablation_is_one_override(ablation, lambdas, weights, gone, changed, 
         assert differing - {"num_batches_tracked"} == {"running_mean", "running_var"}
     else:
         assert differing >= {"weight", "running_mean"}
-
-
-def test_a_key_at_the_top_that_nothing_reads_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"the configuration has no key epochs\."):
-        train(compose_train(*TINY, "+epochs=3", output_dir=tmp_path / "run"))
-    with pytest.raises(UserError, match=r"no key see\. Did you mean seed"):
-        train(compose_train(*TINY, "+see=3", output_dir=tmp_path / "run"))
-    with pytest.raises(UserError, match=r"the configuration has no key benchmark\."):
-        train(compose_config("benchmark", *TINY, output_dir=tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-COMMANDS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_options_of_a_command_are_the_keys_of_its_configuration(command):
-    assert set(compose_config(command)) == set(COMMANDS[command].__dataclass_fields__)
-
-
-@pytest.mark.parametrize("cls", [*COMMANDS.values(), Prepare, Report, Benchmark, Scoring, SlidingWindowInference])
-def test_every_option_of_a_command_has_a_type_that_is_compared(cls):
-    assert Any not in parameters(cls)[0].values()
-
-
-def test_evaluate_and_predict_infer_alike_by_default():
-    assert (
-        read_options(SlidingWindowInference, OmegaConf.to_container(compose_config("predict").inference))
-        == SlidingWindowInference()
-    )
-    assert compose_config("evaluate").inference == compose_config("predict").inference
-
-
-def test_the_configuration_of_prepare_is_no_group_of_the_training_s():
-    assert not files("mlpmatch_pl.conf").joinpath("prepare").is_dir()
-    assert set(OmegaConf.load(files("mlpmatch_pl.commands.prepare").joinpath("prepare.yaml"))) == {
-        *Prepare.__dataclass_fields__, "hydra", "defaults",
-    }  # fmt: skip
-
-
-def test_another_project_uses_the_groups_through_its_search_path(tmp_path):
-    from hydra import compose, initialize_config_dir
-
-    (tmp_path / "app.yaml").write_text(
-        "defaults:\n  - /method@mlp: unimatch\n  - /backbone@net: resnet18\n  - _self_\n"
-        "hydra:\n  searchpath:\n    - pkg://mlpmatch_pl.conf\n"
-    )
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        cfg = compose("app", ["mlp.feature_weight=0.25"])
-    assert resolve_method(OmegaConf.to_container(cfg.mlp, resolve=True)).feature_weight == 0.25
-    assert cfg.net.name == "resnet18"

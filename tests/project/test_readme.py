@@ -20,7 +20,7 @@ from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.evaluate import added_keys
 from mlpmatch_pl.report import named_folders
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.validation import fitted, parameters, read_options
+from mlpmatch_pl.utils.validation import arguments_type, read_options, validate
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,7 +89,7 @@ def pass_the_door(command: str, cfg: DictConfig) -> None:
         return
     values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if command == "prepare":  # its options look for the folder of the archives
-        fitted("", values, parameters(Prepare)[0])
+        validate(arguments_type(Prepare), values)
     else:
         read_options(OPTIONS[command], values)
 

@@ -1,25 +1,29 @@
-"""What the commands share: errors as one line, with the nearest key for a typo."""
+"""What the commands share: Hydra, ``--help``, and errors as one line that names the nearest key for a typo."""
+
+from __future__ import annotations
 
 import ast
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial, update_wrapper
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from mlpmatch_pl.utils.distributed import time_stamp
 from mlpmatch_pl.utils.errors import UserError, suggest
 
-_PATHS = ("checkpoint", "input", "output")
-_ELSEWHERE = {"prepare": "mlpmatch_pl.commands.prepare"}  # primary configs that are not in conf/
+PACKAGES = {"prepare": "mlpmatch_pl.commands.prepare"}  # of primary configs outside mlpmatch_pl.conf
+_PATHS = ("checkpoint", "input", "output", "root", "archives")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
 
 
 def folder_name(value: object) -> str:
-    """Write a choice of labels so that it can stand in a folder's name.
+    """Return a choice of labels in a form that fits into a folder name.
 
     Example:
         >>> folder_name("blended/1-16"), folder_name(92), folder_name(None)
@@ -28,16 +32,63 @@ def folder_name(value: object) -> str:
     return "all" if value is None else re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
 
 
-# Here, because the processes of a parallel launcher import this module before they resolve the configuration.
 OmegaConf.register_new_resolver("mlpmatch_pl.name", folder_name, replace=True)
 
 
-def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
-    """Refuse ``dataset.labeled=1_8``: Hydra reads it as the number 18.
+def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | None) -> None:
+    """Run a command with the configuration that Hydra composes from its config file and the command line.
+
+    Wrong input ends with one line on stderr and exit code 1.
+
+    Args:
+        name: Name of the command and of its primary config.
+        function: Takes the composed configuration.
+        doc: Docstring of the command, the main part of ``--help``.
+    """
+    with guarded(name):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            from mlpmatch_pl.commands.help import help_page
+
+            print(help_page(name, doc or ""))
+            return
+        check_arguments(sys.argv[1:])
+        sys.argv[1:] = literal_paths(sys.argv[1:])
+        if "MLPMATCH_STAMP" not in os.environ:  # the processes that Lightning starts inherit it
+            os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
+        import hydra
+
+        job = update_wrapper(
+            partial(_run_job, name, function), function
+        )  # Hydra names the job after the function's module
+        package = PACKAGES.get(name, "mlpmatch_pl.conf")
+        hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=name)(job)()
+
+
+def _run_job(name: str, function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Run a job. A parallel launcher's processes import this module, and its resolver, to find this function."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    # Hydra reports the failed jobs of a sweep at its end. To an error in a single run it would add a line of its own.
+    with guarded(name) if HydraConfig.get().mode == RunMode.RUN else nullcontext():
+        return function(cfg)
+
+
+def plain(cfg: DictConfig) -> Any:
+    """Return a configuration as plain data, with all interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments that Hydra would accept but not as they are meant.
+
+    Raises:
+        UserError: For ``dataset.labeled=1_8``, which Hydra reads as the integer 18, and for ``output_dir=``, because
+            Hydra's log would still go to ``hydra.run.dir``.
 
     Example:
-        >>> refuse_underscored_fractions(["dataset.labeled=1/8"])
-        >>> refuse_underscored_fractions(["dataset.labeled=1_8"])
+        >>> check_arguments(["dataset.labeled=1/8"])
+        >>> check_arguments(["dataset.labeled=1_8"])
         Traceback (most recent call last):
         ...
         mlpmatch_pl.utils.errors.UserError: expected a fraction such as 1/8, but got 1_8, ...
@@ -46,15 +97,20 @@ def refuse_underscored_fractions(arguments: Sequence[str]) -> None:
         if match := _UNDERSCORED.match(argument):
             key, part, whole = match.groups()
             raise UserError(
-                f"expected a fraction such as 1/8, but got {part}_{whole}, which Hydra reads as the number "
+                f"expected a fraction such as 1/8, but got {part}_{whole}, which Hydra reads as the integer "
                 f"{part}{whole}; write dataset.{key}={part}/{whole}"
+            )
+        if argument.lstrip("+").startswith("output_dir="):
+            raise UserError(
+                f"expected the folder as hydra.run.dir=..., or hydra.sweep.dir=... with -m, but got {argument}; use "
+                "those"
             )
 
 
-def literal_paths(arguments: Sequence[str], keys: Sequence[str] = _PATHS) -> list[str]:
-    r"""Quote the paths among a command's arguments, as Hydra reads many characters of file names as its own grammar.
+def literal_paths(arguments: Sequence[str], keys: Collection[str] = _PATHS) -> list[str]:
+    r"""Quote the paths among a command's arguments, because Hydra's grammar has a meaning for many of their characters.
 
-    Paths that are quoted already are left as they are, and in a sweep all of them, since a comma separates jobs there.
+    Quoted paths are left alone, and so are all paths of a sweep, where a comma separates jobs.
 
     Example:
         >>> literal_paths(["input=Föhr (2), 'x'/epoch=1.jpg", "save=[index]", "output='a b'"])
@@ -67,72 +123,28 @@ def literal_paths(arguments: Sequence[str], keys: Sequence[str] = _PATHS) -> lis
 
 def _quoted(argument: str) -> str:
     key, _, value = argument.partition("=")
-    if not value or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    if value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return argument
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"{key}='{escaped}'"
 
 
-def run_command(config_name: str, hydra_main: Callable[[], None]) -> None:
-    """Run a Hydra command that takes a training configuration; wrong input ends with one line and exit code 1.
-
-    Args:
-        config_name: The command's primary config.
-        hydra_main: The function that `hydra.main` wraps.
-    """
-    if "MLPMATCH_STAMP" not in os.environ:  # the processes that Lightning starts have it from the first
-        os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
-    with guarded(config_name):
-        refuse_underscored_fractions(sys.argv[1:])
-        _refuse_output_dir(sys.argv[1:])
-        hydra_main()
-
-
-def _refuse_output_dir(arguments: Sequence[str]) -> None:
-    """Refuse a second name for the folder: Hydra would write its log into the one, and the command into the other."""
-    if given := [argument for argument in arguments if argument.lstrip("+").startswith("output_dir=")]:
-        raise UserError(
-            f"expected the folder as hydra.run.dir=..., or hydra.sweep.dir=... with -m, but got {given[0]}; use those"
-        )
-
-
-def sweep_folder(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Return the folder of a training sweep's jobs; None if the arguments are no sweep's.
-
-    Example:
-        >>> sweep_folder(["-m", "seed=0,1"], {"MLPMATCH_STAMP": "2026-01-31_12-00-00"})
-        'multirun/2026-01-31_12-00-00'
-        >>> sweep_folder(["-m", "hydra.sweep.dir=mine"], {})
-        'mine'
-    """
-    if not {"-m", "--multirun"} & set(arguments):
-        return None
-    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
-    return named[-1] if named else f"multirun/{environment['MLPMATCH_STAMP']}"
-
-
-def guarded_job(config_name: str) -> AbstractContextManager[None]:
-    """Guard a single run; a job of a sweep fails on its own and leaves the others, and Hydra names it at the end."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return guarded(config_name) if HydraConfig.get().mode == RunMode.RUN else nullcontext()
-
-
 @contextmanager
 def guarded(config_name: str) -> Iterator[None]:
-    """Turn wrong input into one line on stderr and exit code 1; other errors keep their traceback.
+    """Turn wrong input into one line on stderr and exit code 1, Ctrl-C into 130; other errors keep their traceback.
 
     Args:
-        config_name: The command's primary config, to find the nearest key of a mistyped override.
+        config_name: Primary config of the command, in which the nearest key of a mistyped override is looked up.
     """
-    # Hydra would print its own shortened trace and exit; with this it raises, and the decision is made here.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints a shortened traceback and exits
     try:
         yield
-    except BrokenPipeError:  # as in `... --help | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    except BrokenPipeError:  # as in `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it exits
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         message = _message(error, config_name)
         if message is None:
@@ -142,28 +154,23 @@ def guarded(config_name: str) -> Iterator[None]:
 
 
 def _message(error: BaseException, config_name: str) -> str | None:
-    """Return what to tell the user, or None for an error that is not theirs."""
+    """Return what to tell the user, or None for a bug."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    chain: list[BaseException] = [error]
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for link in chain:
-        if isinstance(link, UserError):
-            # A worker process sends its traceback along.
+        if isinstance(link, UserError):  # one from a data worker comes with the worker's traceback
             return str(link).rstrip().rpartition(f"{UserError.__module__}.UserError: ")[2]
     for text in map(str, chain):
-        # A job in another process sends its error as text.
-        if match := re.search(r"UserError\((['\"].*['\"])\)", text):
+        if match := re.search(r"UserError\((['\"].*['\"])\)", text):  # from a job in another process
             return str(ast.literal_eval(match[1]))
-        if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
-            return f"the configuration has no key {match[2]}." + suggest(match[2], _similar_keys(match[2], config_name))
-        if match := re.search(
-            r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s+Config search path",
-            text,
-            re.S,
-        ):
+        if match := re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", text):
+            return f"the configuration has no key {match[1]}." + suggest(match[1], _similar_keys(match[1], config_name))
+        if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s+Config sea",
+                              text, re.S):  # fmt: skip
             options = match[3].split()
             return f"there is no {match[1]}={match[2]}, only {', '.join(options)}." + suggest(match[2], options)
         if match := re.search(r"Missing mandatory value: \S+\s+full_key: (\S+)", text):
@@ -179,33 +186,32 @@ def _message(error: BaseException, config_name: str) -> str | None:
             return " ".join(str(link).split())
         if isinstance(link, OSError) and link.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return (
-                f"expected to be allowed to use {link.filename}, but the system refuses ({link.strerror}); change its "
-                "rights, or choose another folder"
+                f"expected access to {link.filename}, but the system denies it ({link.strerror}); change its "
+                "permissions, or choose another folder"
             )
-        if type(link).__name__ == "MisconfigurationException":  # Lightning's; not imported for its sake
+        if type(link).__name__ == "MisconfigurationException":  # Lightning's, which is slow to import
             return f"Lightning refuses the trainer's configuration: {link}"
     return None
 
 
 def _similar_keys(wrong: str, config_name: str) -> list[str]:
-    """List the keys as deep as a wrong one, of the configuration that the command's valid group choices compose."""
+    """Return the keys at the depth of a wrong key in the configuration that the command's group choices compose."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import DictConfig, OmegaConf
 
-    def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-        for key in map(str, node):
+    def keys(node: Any, prefix: str = "") -> Iterator[str]:
+        for key, child in node.items() if isinstance(node, dict) else ():
             yield f"{prefix}{key}"
-            if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(child := node._get_node(key)):
-                yield from keys(child, f"{prefix}{key}.")  # type: ignore[arg-type]
+            yield from keys(child, f"{prefix}{key}.")
 
     GlobalHydra.instance().clear()
     groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w-]+", argument)]
-    with initialize_config_module(_ELSEWHERE.get(config_name, "mlpmatch_pl.conf"), version_base="1.3"):
+    with initialize_config_module(PACKAGES.get(config_name, "mlpmatch_pl.conf"), version_base="1.3"):
         for overrides in (groups, []):
             try:
-                return [key for key in keys(compose(config_name, overrides)) if key.count(".") == wrong.count(".")]
+                config = OmegaConf.to_container(compose(config_name, overrides), resolve=False)
             except HydraException:
                 continue
+            return [key for key in keys(config) if key.count(".") == wrong.count(".")]
     return []

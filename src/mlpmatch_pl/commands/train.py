@@ -27,10 +27,10 @@ from mlpmatch_pl.engine.runtime_errors import translate_errors
 from mlpmatch_pl.engine.trainer import build_trainer, images_per_update, uses_sync_batchnorm
 from mlpmatch_pl.methods.method import resolve_method
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.utils.checkpoint import check_architecture
 from mlpmatch_pl.utils.distributed import cluster_environment, is_first_process
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import atomic_write, full_disk_is_user_error, remove_unfinished, set_aside
-from mlpmatch_pl.utils.hyperparameters import check_architecture
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""From a configuration to what it describes. The only caller of hydra.utils.instantiate."""
+"""Build data, data module, module and callbacks from a configuration. Only this module instantiates ``_target_``s."""
 
 from __future__ import annotations
 
@@ -23,25 +23,22 @@ def read_config(cfg: DictConfig, *others: str) -> dict[str, Any]:
 
     Args:
         cfg: As composed from ``conf/train.yaml``.
-        others: Keys that the command reads beyond those of a training.
+        others: Further keys that the command reads itself.
 
     Raises:
-        UserError: If a value is of another type than what reads it wants, or out of the range of a seed.
+        UserError: For the first wrong value, missing key or unknown key.
     """
-    config = checked(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), others)  # type: ignore[arg-type]
-    if not 0 <= config["seed"] < 2**32:  # numpy's range
-        raise UserError(f"expected seed as a whole number from 0 to {2**32 - 1}, but got {config['seed']}")
-    return config
+    return checked(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), others)  # type: ignore[arg-type]
 
 
 def build_data(dataset: dict[str, Any]) -> SegmentationData:
-    """Build the data set that a configuration describes."""
+    """Build the dataset that a configuration describes."""
     data: SegmentationData = instantiate(dataset, _convert_="all")
     return data
 
 
 def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDataModule:
-    """Build the data module with the views that the method needs."""
+    """Build the data module for a method."""
     return SemiSupervisedDataModule(
         build_data(config["dataset"]),
         **config["loader"],
@@ -53,7 +50,7 @@ def build_datamodule(config: dict[str, Any], method: Method) -> SemiSupervisedDa
 def build_module(
     config: dict[str, Any], method: Method, datamodule: SemiSupervisedDataModule, trainer: Trainer
 ) -> MLPMatch:
-    """Build the module with the learning rate scaled to the images in an optimizer step."""
+    """Build the module, with the learning rate scaled to the images in an optimizer step."""
     backbone, schedule, data = dict(config["backbone"]), config["schedule"], datamodule.data
     labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
     synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
@@ -84,7 +81,7 @@ def build_module(
 
 
 def build_callbacks(config: dict[str, Any]) -> list[Callback]:
-    """Build the callbacks of a run; an entry may be several of them, or none."""
+    """Build the callbacks of a run; an entry may stand for several callbacks, or none."""
     callbacks: list[Callback] = []
     for node in config.values():
         if node is not None:

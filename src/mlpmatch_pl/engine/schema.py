@@ -1,13 +1,14 @@
-"""Types at the door: the values of a training's configuration against the annotations of what they are passed to.
+"""Keys and types of a training's configuration, checked before anything is built.
 
-One place for all of them, before anything is built: constructors may then trust their types, and check ranges only.
+Groups that are passed to a constructor take their types from its annotations. Every key is required: without it, the
+constructor's default would silently replace the value that the user removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pydoc import locate
-from typing import Any
+from typing import Any, get_type_hints
 
 from lightning.pytorch import Trainer
 
@@ -17,135 +18,109 @@ from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.validation import check_keys, fit, fitted, mapping, parameters
+from mlpmatch_pl.utils.validation import arguments_type, mapping_type, validate
 
-Types = Mapping[str, Any]
-_MODULE: Types = parameters(MLPMatch)[0]
 
-# What the launch itself reads, by the key of its mapping; the rest of a mapping is what a constructor takes.
-_RUN: Types = {"seed": int, "resume": str | None, "init_weights": str | None, "output_dir": str}
-_SCHEDULE: Types = {"epochs": int | None, "steps": int | None, "reference_images": int} | {
-    key: _MODULE[key] for key in ("lr", "lr_multi", "momentum", "weight_decay", "power")
+def _hints(function: Any, *keys: str) -> dict[str, Any]:
+    hints = get_type_hints(function)
+    return {key: hints[key] for key in keys or hints if key not in ("self", "return")}
+
+
+_CRITERION = mapping_type(
+    {"name": str, "class_weights": Sequence[float] | None, "dice_weight": float, "threshold": float, "min_kept": int},
+    optional=("class_weights", "dice_weight", "threshold", "min_kept"),
+)
+_SAMPLER = mapping_type({"sampler": str, "p": float, "k": int}, optional=("p", "k"))
+_WANDB = mapping_type(
+    dict.fromkeys(("project", "name", "group", "mode", "entity", "notes", "job_type"), str | None)
+    | {"tags": Sequence[str] | None},
+    optional=("entity", "notes", "job_type", "tags"),
+)
+_LOADER = {
+    key: kind
+    for key, kind in _hints(SemiSupervisedDataModule.__init__).items()
+    if key not in ("data", "method", "seed")
 }
-_NOT_OF_LOADER = ("data", "method", "seed")
-_LOADER: Types = {
-    key: kind for key, kind in parameters(SemiSupervisedDataModule)[0].items() if key not in _NOT_OF_LOADER
-}
-_BACKBONE_KEYS = ("pretrained", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
-_BACKBONE: Types = {"name": str} | {key: _MODULE[key] for key in _BACKBONE_KEYS}
-_OBJECTIVE: Types = {"criterion": str | Mapping[str, Any], "confidence_threshold": float}
-_CRITERION: Types = {
-    "name": str,
-    "class_weights": Sequence[float] | None,
-    "dice_weight": float,
-    "threshold": float,
-    "min_kept": int,
-}
-_SAMPLER: Types = {"sampler": str, "p": float, "k": int}
-_EVALUATION: Types = {"absent": _MODULE["absent"]}
-_LOGGER: Types = {"wandb": Mapping[str, Any] | None, "tensorboard": bool}
-_WANDB: Types = {
-    "project": str | None,
-    "name": str | None,
-    "group": str | None,
-    "mode": str | None,
-    "entity": str | None,
-    "tags": Sequence[str] | None,
-    "notes": str | None,
-    "job_type": str | None,
-}
-_TRAINER: Types = (
-    parameters(Trainer)[0]
-    | {key: _MODULE[key] for key in MODULE_OPTIONS}
+_TRAINER = (
+    _hints(Trainer.__init__)
+    | _hints(MLPMatch.__init__, *MODULE_OPTIONS)
     | {"sync_batchnorm": bool | None, "log_every_n_steps": int, "enable_progress_bar": bool}
 )
-_TRAINER_READ = (*MODULE_OPTIONS, "accelerator", "devices", "num_nodes", "sync_batchnorm", "check_val_every_n_epoch",
-                 "log_every_n_steps", "enable_progress_bar")  # fmt: skip
-_GROUPS = ("backbone", "callbacks", "dataset", "evaluation", "loader", "logger", "method", "objective", "schedule",
-           "trainer")  # fmt: skip
+_TRAINER_REQUIRED = (
+    *MODULE_OPTIONS, "accelerator", "devices", "num_nodes", "precision", "accumulate_grad_batches", "gradient_clip_val",
+    "check_val_every_n_epoch", "log_every_n_steps", "deterministic", "benchmark", "fast_dev_run", "enable_progress_bar",
+    "sync_batchnorm",
+)  # fmt: skip
+_TRAINING: dict[str, Any] = {
+    "seed": int,
+    "resume": str | None,
+    "init_weights": str | None,
+    "output_dir": str,
+    "backbone": mapping_type(
+        {"name": str}
+        | _hints(MLPMatch.__init__, "pretrained", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
+    ),
+    "callbacks": dict[str, dict[str, Any] | None],
+    "dataset": dict[str, Any],
+    "evaluation": mapping_type(_hints(MLPMatch.__init__, "absent")),
+    "loader": mapping_type(_LOADER),
+    "logger": mapping_type({"wandb": _WANDB | None, "tensorboard": bool}),
+    "method": mapping_type(
+        _hints(Method) | {"network_perturbation": _SAMPLER | None, "cutmix": mapping_type(_hints(CutMix))}
+    ),
+    "objective": mapping_type({"criterion": str | _CRITERION, "confidence_threshold": float}),
+    "schedule": mapping_type(
+        {"epochs": int | None, "steps": int | None, "reference_images": int}
+        | _hints(MLPMatch.__init__, "lr", "lr_multi", "momentum", "weight_decay", "power")
+    ),
+    "trainer": mapping_type(_TRAINER, optional=_TRAINER.keys() - {*_TRAINER_REQUIRED}),
+}
 
 
 def checked(config: dict[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
-    """Check the types in a training's configuration.
+    """Return a training's configuration with its values converted to the types of the schema.
 
     Args:
         config: Plain data, as composed from ``conf/train.yaml``.
-        others: Keys beyond those of a training, which the command reads itself; they are left as they are.
-
-    Returns:
-        The same, with numbers as texts where a text is meant.
+        others: Further keys that the command reads itself.
 
     Raises:
-        UserError: For the first value that is of another type, key that is missing, or key that nothing reads.
+        UserError: For the first wrong value, missing key or unknown key.
     """
-    check_keys("", config, {*_RUN, *_GROUPS, *others}, (*_RUN, *_GROUPS))
-    result = dict(config) | {key: fit(key, config[key], kind) for key, kind in _RUN.items()}
-    nodes = {key: mapping(key, config[key]) for key in _GROUPS}
-    loader = fitted("loader", nodes["loader"], _LOADER)
-    method = fitted("method", nodes["method"], parameters(Method)[0], ["name"])
-    method = _inner(method, "method", "cutmix", parameters(CutMix)[0])
-    method = _inner(method, "method", "network_perturbation", _SAMPLER)
-    objective = fitted("objective", nodes["objective"], _OBJECTIVE)
-    logger = fitted("logger", nodes["logger"], _LOGGER, _LOGGER)
-    return result | {
-        "loader": loader,
-        "method": method,
-        "objective": _inner(objective, "objective", "criterion", _CRITERION),
-        "logger": _inner(logger, "logger", "wandb", _WANDB, ["name", "mode"]),
-        "backbone": fitted("backbone", nodes["backbone"], _BACKBONE, ["name"]),
-        "schedule": fitted("schedule", nodes["schedule"], _SCHEDULE, _SCHEDULE),
-        "trainer": fitted("trainer", nodes["trainer"], _TRAINER, _TRAINER_READ),
-        "evaluation": fitted("evaluation", nodes["evaluation"], _EVALUATION, _EVALUATION),
-        "dataset": checked_target("dataset", nodes["dataset"]),
-        "callbacks": {
-            name: None if node is None else checked_target(f"callbacks.{name}", mapping(f"callbacks.{name}", node))
-            for name, node in nodes["callbacks"].items()
-        },
-    }
-
-
-def _inner(node: dict[str, Any], key: str, name: str, types: Types, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Check a mapping inside of one; it may be left out, null, or a name alone."""
-    value = node.get(name)
-    return node | {name: fitted(f"{key}.{name}", value, types, required)} if isinstance(value, dict) else node
+    result: dict[str, Any] = validate(mapping_type(_TRAINING | dict.fromkeys(others, Any)), config)
+    if not 0 <= result["seed"] < 2**32:  # numpy's range
+        raise UserError(f"expected seed as an integer from 0 to {2**32 - 1}, but got {result['seed']}")
+    callbacks = {name: node and checked_target(f"callbacks.{name}", node) for name, node in result["callbacks"].items()}
+    return result | {"dataset": checked_target("dataset", result["dataset"]), "callbacks": callbacks}
 
 
 def checked_target(key: str, node: dict[str, Any]) -> dict[str, Any]:
-    """Check what is passed to the function or class that a ``_target_`` names.
+    """Check the arguments for the function or class that a ``_target_`` names.
 
     Args:
-        key: What the mapping is called.
+        key: Key of the mapping in the configuration.
         node: The mapping, with ``_target_``.
 
     Returns:
-        The same, with numbers as texts where a text is meant.
+        The mapping with its values converted to the types of the parameters.
 
     Raises:
-        UserError: If there is no such function or class, or a value or a key is not one that it takes.
+        UserError: If the target does not exist, or an argument is missing, unknown or of the wrong type.
 
     Example:
         >>> checked_target("dataset", {"_target_": "mlpmatch_pl.data.datasets.shapes.shapes", "size": "64"})
         Traceback (most recent call last):
         ...
-        mlpmatch_pl.utils.errors.UserError: expected dataset.size as a whole number, but got '64'
+        mlpmatch_pl.utils.errors.UserError: expected dataset.size as an integer, but got '64'
     """
-    path = node.get("_target_")
+    path, expected = node.get("_target_"), f"expected {key}._target_ as the path of a function or class, but"
     if not isinstance(path, str):
-        raise UserError(f"expected {key}._target_ as the path of a function or class, but got {path!r}")
-    target = _target(key, path)
-    types, is_open = parameters(target)
-    own = {name: value for name, value in node.items() if not str(name).startswith("_")}
-    return node | fitted(key, own, types, is_open=is_open)
-
-
-def _target(key: str, path: str) -> Callable[..., Any]:
+        raise UserError(f"{expected} got {path!r}")
     try:
         target = locate(path)
-    except Exception as error:  # importing runs a user's module, which may raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"expected {key}._target_ as the path of a function or class, but {path} cannot be imported ({reason})"
-        ) from error
+    except Exception as error:  # importing a user's module may raise anything
+        raise UserError(f"{expected} {path} cannot be imported ({' '.join(str(error).split())})") from error
     if not callable(target):
-        raise UserError(f"expected {key}._target_ as the path of a function or class, but {path} is none")
-    return target
+        raise UserError(f"{expected} {path} is none")
+    arguments = {name: value for name, value in node.items() if not str(name).startswith("_")}
+    return {**node, **validate(arguments_type(target), arguments, key)}

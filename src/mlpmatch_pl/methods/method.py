@@ -1,4 +1,4 @@
-"""MLPMatch and its baselines as plain data: the weights and perturbations of each method.
+"""MLPMatch and its baselines as plain data, read from ``conf/method/*.yaml``.
 
     L = scale * [ (1 - lambda) * Lx + lambda * Lx_np + sum(s_i * Ls_i) + fp * Lfp + u_np * Lu_np ]
 
@@ -8,10 +8,12 @@ Methods differ only in these values, so every ablation is an override of one of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from mlpmatch_pl.methods.schedules import SCHEDULES
@@ -44,19 +46,19 @@ class Method:
     """
 
     name: str
-    scale: float = 0.5
-    strong_weights: tuple[float, ...] = ()
-    feature_weight: float = 0.0
-    feature_dropout: float = 0.5
-    network_perturbation: Mapping[str, Any] | None = None
-    network_weight: float = 0.0
-    lambda_max: float = 0.0
-    lambda_schedule: str = "linear_epoch"
-    network_updates_batchnorm: bool = True
-    cutmix: Mapping[str, Any] = field(default_factory=lambda: {"p": 0.5, "area": [0.02, 0.4], "ratio": [0.3, 1 / 0.3]})
-    partner: str = "batch"
-    passes: str = "forked"
-    late_schedule: bool = False
+    scale: float
+    strong_weights: tuple[float, ...]
+    feature_weight: float
+    feature_dropout: float
+    network_perturbation: Mapping[str, Any] | None
+    network_weight: float
+    lambda_max: float
+    lambda_schedule: str
+    network_updates_batchnorm: bool
+    cutmix: Mapping[str, Any]
+    partner: str
+    passes: str
+    late_schedule: bool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strong_weights", tuple(self.strong_weights))
@@ -102,32 +104,13 @@ class Method:
             require_partner(unlabeled)
 
 
-_UNIMATCH = Method("unimatch", strong_weights=(0.25, 0.25), feature_weight=0.5)
-_MLPMATCH = Method(
-    "mlpmatch",
-    strong_weights=(0.25, 0.25),
-    feature_weight=0.25,
-    network_perturbation={"sampler": "single_block"},
-    network_weight=0.25,
-    lambda_max=0.25,
-)
+def _read_presets() -> dict[str, Method]:
+    found = (file for file in files("mlpmatch_pl.conf").joinpath("method").iterdir() if file.name.endswith(".yaml"))
+    presets = [Method(**yaml.safe_load(file.read_text(encoding="utf-8"))) for file in found]
+    return {preset.name: preset for preset in sorted(presets, key=lambda preset: preset.name)}
 
-PRESETS: Mapping[str, Method] = {
-    "mlpmatch": _MLPMATCH,
-    "mlpmatch_official": Method(
-        **{
-            **asdict(_MLPMATCH),
-            "name": "mlpmatch_official",
-            "network_perturbation": {"sampler": "stage_bernoulli", "p": 0.25},
-            "partner": "same_image",
-            "passes": "official",
-            "late_schedule": True,
-        }
-    ),
-    "unimatch": _UNIMATCH,
-    "fixmatch": Method("fixmatch", strong_weights=(1.0,)),
-    "supervised": Method("supervised", scale=1.0),
-}
+
+PRESETS: Mapping[str, Method] = _read_presets()
 
 
 def resolve_method(spec: str | Mapping[str, Any] | Method) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "last-1.ckpt", "best.ckpt"
+ARCHITECTURE = ("num_classes", "backbone", "in_chans", "output_stride", "decoder_channels", "atrous_rates")
 
 
 def write_checkpoint(content: dict[str, Any], path: Path, keep_as: str | None = None) -> None:
@@ -89,3 +91,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "published weights with init_weights"
         ) from error
     return content
+
+
+def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Compare the hyperparameters that define the network.
+
+    Raises:
+        UserError: For the first one that differs.
+    """
+    for key in ARCHITECTURE:
+        if key in saved and _as_list(saved[key]) != _as_list(here[key]):
+            raise UserError(
+                f"expected a checkpoint of this architecture, but it has {key}={saved[key]} and the configuration "
+                f"{key}={here[key]}; resume with the configuration of the run that wrote it"
+            )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -21,7 +21,7 @@ def _voc_color(index: int) -> tuple[int, int, int]:
 
 
 def require_colors(key: str, colors: Sequence[Sequence[int]]) -> None:
-    """Refuse what is no list of RGB colors.
+    """Refuse anything but a list of RGB colors.
 
     Raises:
         UserError: With the key of the configuration and the wrong color.
@@ -39,3 +39,14 @@ def require_colors(key: str, colors: Sequence[Sequence[int]]) -> None:
             or not all(isinstance(value, int) and 0 <= value <= 255 for value in color)
         ):
             raise UserError(f"expected colors as [red, green, blue] from 0 to 255 in {key}, but got {color}")
+
+
+def check_palette(palette: Sequence[Sequence[int]], num_classes: int) -> None:
+    """Refuse a palette that does not have one RGB color per class; an empty one is allowed.
+
+    Raises:
+        UserError: If a color is invalid, or there are more or fewer colors than classes.
+    """
+    require_colors("palette", palette)
+    if palette and len(palette) != num_classes:
+        raise UserError(f"expected {num_classes} colors in palette, one per class, but got {len(palette)}")

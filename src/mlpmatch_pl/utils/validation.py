@@ -1,247 +1,220 @@
-"""Plain values against type annotations: does 2 fit ``tuple[float, float]``, and how is that said in words.
+"""Types of plain values, checked with pydantic: configurations, options of commands, hyperparameters in checkpoints.
 
-Strict, as nobody wants ``batch_size="8"`` or ``lr=True`` to pass; numbers are finite. Three things are forgiven, as the
-command line knows no better: a list stands for a tuple, a number for a text (a folder called 2019), a text for a path.
+Neither ``batch_size="8"`` nor ``lr=True`` passes, and numbers are finite. But YAML and the command line have neither
+tuples nor paths, and read a folder called 2019 as a number: a list is accepted as a tuple, a string as a path, and a
+number as a string.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict, is_typeddict  # noqa: UP035  # pydantic refuses typing's below 3.12
 
 from mlpmatch_pl.utils.errors import UserError, suggest
 
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-_ONE: dict[Any, str] = {
-    Any: "a value",
-    NoneType: "null",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    Path: "a path",
-}
-_MANY: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
-_COUNTS = ("no", "one", "two", "three", "four", "five", "six")
-LONGEST = 80  # characters of a wrong value that are shown
 Options = TypeVar("Options")
+LONGEST = 80  # characters of a wrong value that a message shows
+_CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping of keys to values",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "mapping_type": "a mapping of keys to values",
+    "missing": "a longer list",
+    "none_required": "null",
+    "path_type": "a path",
+    "sequence_str": "a list",
+    "string_type": "a string",
+    "too_long": "a list of at most {max_length} values",
+    "tuple_type": "a list",
+}
 
 
-def parameters(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Return the annotations of what a function or a class takes, and whether it takes other keywords too.
+def _strict(kind: Any) -> Any:
+    """Return an annotation with strict numbers and booleans, and with paths below ``~``."""
+    if kind in (bool, int, float):
+        return Annotated[kind, Strict()]
+    if kind is Path:
+        return Annotated[Path, BeforeValidator(_expanded)]
+    origin, arguments = get_origin(kind), tuple(map(_strict, get_args(kind)))
+    if origin in (Union, UnionType):
+        return Union[arguments]  # noqa: UP007
+    return kind if origin in (None, Annotated, Literal) else origin[arguments]
 
-    What has no annotation, or one that cannot be resolved, takes any value.
+
+def _expanded(value: Any) -> str | None:
+    text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    return os.path.expanduser(text) if text and "\0" not in text else None
+
+
+def mapping_type(types: Mapping[str, Any], optional: Collection[str] = (), is_open: bool = False) -> Any:
+    """Return the type of a mapping with the given keys.
+
+    Args:
+        types: Type of each key's value.
+        optional: Keys that may be missing.
+        is_open: Whether other keys are allowed, with any values.
+    """
+    kinds = {key: _strict(kind) for key, kind in types.items()}
+    kinds |= {key: NotRequired[kinds[key]] for key in optional}
+    mapping = TypedDict("mapping", kinds)  # type: ignore[misc]
+    extra: Any = "allow" if is_open else "forbid"
+    return with_config(ConfigDict(**_CONFIG, extra=extra))(mapping)
+
+
+@cache
+def arguments_type(target: Any) -> Any:
+    """Return the type of a mapping that can be passed to a function or class as keyword arguments.
+
+    Parameters without an annotation, or with one that cannot be resolved, take any value.
 
     Example:
         >>> def crop(size: int, *, scale: tuple[float, float] = (0.5, 2.0)) -> None: ...
-        >>> parameters(crop)[1], describe(parameters(crop)[0]["scale"])
-        (False, 'a list of two numbers')
+        >>> validate(arguments_type(crop), {"size": 8, "scale": [1, 2]})
+        {'size': 8, 'scale': (1.0, 2.0)}
     """
     try:
-        found = inspect.signature(target, eval_str=True).parameters.values()
-    except (NameError, TypeError):  # names of a user's module that exist for type checkers only
-        found = inspect.signature(target).parameters.values()
-    named = [entry for entry in found if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
-    types = {entry.name: Any if isinstance(entry.annotation, str) else entry.annotation for entry in named}
-    types = {name: Any if kind is inspect.Parameter.empty else kind for name, kind in types.items()}
-    return types, any(entry.kind is entry.VAR_KEYWORD for entry in found)
+        signature = inspect.signature(target, eval_str=True)
+    except (NameError, TypeError):  # names that a user's module imports for type checkers only
+        signature = inspect.signature(target)
+    entries = signature.parameters.values()
+    named = {entry.name: entry for entry in entries if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)}
+    kinds = {
+        name: Any if isinstance(entry.annotation, str) or entry.annotation is entry.empty else entry.annotation
+        for name, entry in named.items()
+    }
+    optional = [name for name, entry in named.items() if entry.default is not entry.empty]
+    return mapping_type(kinds, optional, any(entry.kind is entry.VAR_KEYWORD for entry in entries))
 
 
 def read_options(cls: type[Options], values: Any, key: str = "") -> Options:
-    """Build a dataclass from plain values: the door of every command.
+    """Build a dataclass, and the dataclasses in its fields, from plain values.
 
     Args:
-        cls: Each field's annotation says what its value must be; one that is a dataclass itself reads a mapping.
-        values: By the fields' names, as a configuration holds them. A single value stands for a list of one.
-        key: What they are called together; nothing at the top of a configuration.
+        cls: The dataclass. A single value is accepted for a field that is a tuple.
+        values: Values by field name, as in a configuration.
+        key: Key of the mapping in the configuration; empty at the top.
 
     Raises:
-        UserError: For the first value that does not fit, key that is missing, or key that nothing reads, and whatever
-            the dataclass itself refuses.
+        UserError: For the first wrong value, missing key or unknown key, and for whatever the dataclass itself refuses.
 
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
         ... class Draw:
-        ...     output: Path
         ...     scales: tuple[float, ...] = (1.0,)
         ...     overwrite: bool = False
-        >>> read_options(Draw, {"output": "x", "scales": 2}).scales
-        (2,)
-        >>> read_options(Draw, {"output": "x", "overwrite": "no"})
+        >>> read_options(Draw, {"scales": 2}).scales
+        (2.0,)
+        >>> read_options(Draw, {"overwrite": "no"})
         Traceback (most recent call last):
         ...
         mlpmatch_pl.utils.errors.UserError: expected overwrite as true or false, but got 'no'
     """
-    node, types = mapping(key, values), parameters(cls)[0]
-    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
-    check_keys(key, node, types, needed)
-    return cls(**{name: _option(_below(key, name), value, types[name]) for name, value in node.items()})
-
-
-def _option(key: str, value: Any, annotation: Any) -> Any:
-    if is_dataclass(annotation):
-        return read_options(annotation, value, key)  # type: ignore[arg-type]
-    alone = get_origin(annotation) is tuple and isinstance(value, str | int | float)
-    return _tuples(fit(key, [value] if alone else value, annotation))
-
-
-def fitted(
-    key: str, node: Mapping[str, Any], types: Mapping[str, Any], required: Iterable[str] = (), is_open: bool = False
-) -> dict[str, Any]:
-    """Return a mapping whose values fit the types; keys without one are refused, unless it is open.
-
-    Raises:
-        UserError: For the first value that does not fit, key that is missing, or key that nothing reads.
-    """
-    check_keys(key, node, node if is_open else types, required)
-    return {name: fit(_below(key, name), value, types.get(name, Any)) for name, value in node.items()}
-
-
-def check_keys(key: str, node: Mapping[str, Any], known: Collection[str], required: Iterable[str]) -> None:
-    """Refuse a mapping without a key that is required, or with one that nothing reads.
-
-    Raises:
-        UserError: For the first such key.
-    """
-    if missing := [name for name in required if name not in node]:
-        raise UserError(f"expected a value for {_below(key, missing[0])}, but the configuration lacks it; put it back")
-    if unknown := [str(name) for name in node if name not in known]:
-        raise UserError(f"the configuration has no key {_below(key, unknown[0])}." + suggest(unknown[0], known))
-
-
-def mapping(key: str, value: Any) -> dict[str, Any]:
-    """Return a value that is a mapping.
-
-    Raises:
-        UserError: If it is none.
-    """
-    if not isinstance(value, dict):
-        raise UserError(
-            f"expected {key} as a mapping of keys to values, but got {_shown(value)}; set its keys, as {key}.a=1"
-        )
-    return value
-
-
-def _below(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
-def fit(key: str, value: Any, annotation: Any) -> Any:
-    """Return a value that fits an annotation: the value itself, or with texts in place of numbers, or a path.
-
-    Args:
-        key: What the value is called in the message.
-        value: Numbers, texts, lists and mappings.
-        annotation: What it is to fit.
-
-    Raises:
-        UserError: If it does not fit.
-
-    Example:
-        >>> fit("dataset.classes", [1, "road"], Sequence[str])
-        ['1', 'road']
-        >>> fit("loader.scale", 2, tuple[float, float])
-        Traceback (most recent call last):
-        ...
-        mlpmatch_pl.utils.errors.UserError: expected loader.scale as a list of two numbers, but got 2
-    """
-    texts = _texts(value)
-    for form in (value, texts, _path(texts)):
-        if annotation is Any or _fits(form, annotation):
-            return form
-    choices = [*map(str, _choices(annotation))]
-    raise UserError(f"expected {key} as {describe(annotation)}, but got {_shown(value)}" + _advice(value, choices))
-
-
-def _shown(value: Any) -> str:
-    shown = {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | NoneType) else repr(value)
-    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} ..."
-
-
-def _advice(value: Any, choices: Sequence[str]) -> str:
-    wrong = [str(item) for item in (value if isinstance(value, list) else [value]) if str(item) not in choices]
-    near = suggest(wrong[0], choices) if wrong else ""
-    return f".{near}" if near else ""
+    kinds, node = get_type_hints(cls), validate(dict[str, Any], values, key)
+    node = {
+        name: read_options(kinds[name], value, _joined(key, name)) if is_dataclass(kinds.get(name))
+        else [value] if get_origin(kinds.get(name)) is tuple and isinstance(value, str | int | float) else value
+        for name, value in node.items()
+    }  # fmt: skip
+    return cls(**validate(arguments_type(cls), node, key))  # type: ignore[arg-type]
 
 
 @cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=_STRICT)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind) if is_typeddict(kind) else TypeAdapter(_strict(kind), config=_CONFIG)
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    for form in (value, _tuples(value)):
-        try:
-            _adapter(annotation).validate_python(form)
-        except ValidationError:
-            continue
-        return True
-    return False
+def validate(kind: Any, value: Any, key: str = "") -> Any:
+    """Return a plain value converted to a type.
 
+    Args:
+        kind: A type annotation, or the result of `mapping_type` or `arguments_type`.
+        value: Numbers, strings, lists and mappings.
+        key: Key of the value in the configuration.
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _texts(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_texts(item) for item in value]
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _path(value: Any) -> Any:
-    is_path = isinstance(value, str) and value and "\0" not in value
-    return Path(os.path.expanduser(value)) if is_path else value
-
-
-def describe(annotation: Any) -> str:
-    """Say in words what fits an annotation.
+    Raises:
+        UserError: For the first value that does not fit.
 
     Example:
-        >>> describe(int | None), describe(Sequence[float]), describe(Literal["raise", "skip"])
-        ('a whole number or null', 'a list of numbers', "'raise' or 'skip'")
+        >>> validate(tuple[float, float], 2, "loader.scale")
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected loader.scale as a list, but got 2
     """
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in _ONE:
-        return _ONE[annotation]
-    if origin in (Union, UnionType):
-        # Classes cannot be written in a configuration.
-        kinds = [kind for kind in arguments if get_origin(kind) or kind in _ONE]
-        return " or ".join(dict.fromkeys(map(describe, kinds)))
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is tuple and Ellipsis not in arguments and len(set(arguments)) == 1 and len(arguments) < len(_COUNTS):
-        return f"a list of {_COUNTS[len(arguments)]} {_many(arguments[0])}"
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return "a mapping of keys to values"
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return f"a list of {_many(arguments[0])}"
-    return f"a {getattr(annotation, '__name__', annotation)}"
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(_sentence(kind, value, key, error.errors(include_url=False))) from None
 
 
-def _many(annotation: Any) -> str:
-    if annotation in _MANY:
-        return _MANY[annotation]
-    inner = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(repr, inner))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_many, inner)))
-    if inspect.isclass(origin := get_origin(annotation)) and issubclass(origin, Sequence):
-        return f"lists of {_many(inner[0])}"
-    return "mappings" if inspect.isclass(origin) and issubclass(origin, Mapping) else "values"
+def _sentence(kind: Any, value: Any, key: str, details: list[Any]) -> str:
+    """Translate pydantic's errors about the first wrong value into one sentence."""
+    located = [(_path(value, detail["loc"]), detail) for detail in details]
+    path = max((path for path, _ in located if path[:1] == located[0][0][:1]), key=len)  # of the members of a union
+    found = [detail for where, detail in located if where == path]
+    name = _joined(key, *path)
+    if any(detail["type"] == "extra_forbidden" for detail in found):
+        return f"the configuration has no key {name}." + suggest(str(path[-1]), _known_keys(kind, path[:-1]))
+    for last in [detail["loc"][-1] for detail in found if detail["type"] == "missing"]:
+        if isinstance(last, str):
+            missing = _joined(name, last)
+            return f"expected a value for {missing}, but the configuration lacks it; set {missing}=..."
+    for part in path:
+        value = value[part]
+    expected = " or ".join(dict.fromkeys(filter(None, map(_describe, found))))
+    advice = suggest(str(value), re.findall("'([^']*)'", expected))
+    return f"expected {name or 'the configuration'} as {expected}, but got {_shown(value)}" + (
+        f".{advice}" if advice else ""
+    )
 
 
-def _choices(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Literal:
-        return [*get_args(annotation)]
-    return [choice for part in get_args(annotation) for choice in _choices(part)] if get_origin(annotation) else []
+def _path(node: Any, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Return the keys and indices in an error's location, without the names of a union's members."""
+    path = []
+    for part in location:
+        is_index = isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
+        if is_index or (isinstance(node, Mapping) and part in node):
+            path.append(part)
+            node = node[part]
+    return tuple(path)
+
+
+def _describe(detail: Any) -> str:
+    if detail["type"] == "is_instance_of":  # a configuration holds no instances
+        return ""
+    text = _EXPECTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
+    return text.format(**detail.get("ctx", {}))
+
+
+def _known_keys(kind: Any, path: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that a type has at a path."""
+    for member in (kind, *get_args(kind)):
+        if is_typeddict(member):
+            hints = get_type_hints(member)
+            return _known_keys(hints[str(path[0])], path[1:]) if path else list(hints)
+    return []
+
+
+def _joined(key: str, *path: str | int) -> str:
+    for part in path:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+    return key
+
+
+def _shown(value: Any) -> str:
+    shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} ..."
