@@ -158,10 +158,10 @@ def test_questions_are_answered_without_heavy_imports(question, tmp_path):
 def test_the_package_prints_its_commands_and_names_the_nearest(tmp_path):
     listed = run_command(cwd=tmp_path, module="mlpmatch_pl")
     assert [line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")] == [*COMMANDS]
-    wrong = run_command("trian", cwd=tmp_path, module="mlpmatch_pl")
+    wrong = run_command("trein", cwd=tmp_path, module="mlpmatch_pl")
     assert wrong.returncode == 1
     assert wrong.stderr.strip() == (
-        f"error: there is no command trian, only {', '.join(COMMANDS)}. Did you mean train?"
+        f"error: there is no command trein, only {', '.join(COMMANDS)}. Did you mean train?"
     )
 
 
