@@ -54,3 +54,32 @@ def test_other_batches_are_refused(method, batch, message):
 def test_a_wrong_batch_is_refused_after_right_ones():
     with pytest.raises(UserError, match=r"expected unlabeled\.strong of shape"):
         validate("unimatch", BATCH, BATCH, make_batch(2, 2, 1, (33, 33)))
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes", "message"),
+    [
+        ("supervised", (2, 0), None),
+        ("supervised", (1, 0), "a batch has 1 labeled and 0 unlabeled images; raise loader.batch_size"),
+        ("supervised", (1, 0, 2), None),  # SyncBatchNorm on two devices
+        ("mlpmatch", (1, 2), None),
+        ("mlpmatch", (1, 1), "expected at least 2 unlabeled images in a batch"),
+        ("mlpmatch_official", (1, 1), None),  # its partner is the same image
+        ("fixmatch", (1, 1), "expected at least 2 images in every pass"),  # one strong view
+    ],
+)
+def test_batch_sizes_suit_batchnorm_and_cutmix(method, sizes, message):
+    if message is None:
+        PRESETS[method].check_batch_sizes(*sizes)
+    else:
+        with pytest.raises(UserError, match=message):
+            PRESETS[method].check_batch_sizes(*sizes)
+
+
+def test_wrong_methods_are_refused():
+    for override, message in [
+        ({"scale": -1}, "expected method mlpmatch to have weights of at least 0 and lambda_max from 0 to 1"),
+        ({"strong_weights": []}, "expected at least one strong view beside feature or network perturbation"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            resolve_method({"name": "mlpmatch", **override})

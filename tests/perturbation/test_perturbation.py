@@ -216,7 +216,7 @@ def test_narrow_images_get_a_box_too(size):
 
 
 @given(sizes, seeds)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_boxes_lie_inside_with_area_and_ratio_in_range(size, seed):
     cutmix, (height, width) = CutMix(p=1.0), size
     y0, x0, y1, x1 = cutmix.box(random.Random(seed), height, width)
@@ -285,7 +285,7 @@ def test_inside_boxes_equals_a_plain_loop(boxes, height, width):
 
 
 @given(st.integers(2, 64), seeds, st.integers(0, 10**6))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_no_image_is_its_own_partner(batch_size, seed, step):
     shift = partner_shift(batch_size, seed, step)
     assert 0 < shift < batch_size
