@@ -254,7 +254,7 @@ class FileSource:
 
     def __init__(self, root: Path, pairs: Sequence[Pair], read_image: ImageReader, read_mask: MaskReader) -> None:
         self.root, self.read_image, self.read_mask = str(root), read_image, read_mask
-        # Byte strings in one array: workers share its memory, while strings are copied as Python counts references.
+        # Forked workers share an array's memory; a list of strings is copied, as Python counts references.
         self._images = np.array([os.fsencode(pair.image) for pair in pairs], np.bytes_)
         self._masks = np.array([os.fsencode(pair.mask or "") for pair in pairs], np.bytes_)
 
