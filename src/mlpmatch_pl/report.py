@@ -40,11 +40,10 @@ def report(cfg: DictConfig) -> bool:
     from mlpmatch_pl.commands.report.run import Options, write_report
     from mlpmatch_pl.utils.validation import read_options
 
-    result = write_report(read_options(Options, plain(cfg)))
-    result.show()
-    if result.broken:
+    complete = write_report(read_options(Options, plain(cfg)))
+    if not complete:
         print("error: some files are broken, see the table of problems", file=sys.stderr)
-    return not result.broken
+    return complete
 
 
 def _report_job(cfg: DictConfig) -> None:

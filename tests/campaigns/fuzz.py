@@ -39,7 +39,7 @@ from PIL import Image
 
 from mlpmatch_pl.commands.cli import _message
 from mlpmatch_pl.commands.predict.outputs import KINDS
-from mlpmatch_pl.commands.report.runs import Unreadable, read_run
+from mlpmatch_pl.commands.report.runs import Problem, read_run
 from mlpmatch_pl.commands.train import _build
 from mlpmatch_pl.data.cache import fill_cache, with_cache
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
@@ -523,9 +523,9 @@ def try_run_folder(drawn: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as place:
         for name, content in drawn.items():
             (Path(place) / name).write_bytes(content)
-        read = read_run(Path(place))
-        if isinstance(read, Unreadable):
-            raise UserError(read.problem)
+        problems: list[Problem] = []
+        if read_run(Path(place), problems) is None:
+            raise UserError(problems[0].reason)
 
 
 GOOD = {

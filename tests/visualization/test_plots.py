@@ -25,6 +25,6 @@ def test_a_confusion_matrix_is_normalized_by_row():
 @pytest.mark.parametrize("classes", [1, 40])
 def test_names_are_shown_literally_and_cut_when_long(classes):
     picture = confusion_matrix_plot(np.eye(classes, dtype=np.int64), [f"$x^ {'long ' * 9}{i}" for i in range(classes)])
-    assert picture.width < 14 * classes + 330
+    assert picture.width < 14 * classes + 400
     corner = np.array(picture)[-20:, :20]
     assert (corner == 255).all()
