@@ -286,35 +286,38 @@ def test_unfinished_and_refused_runs_are_listed_and_not_averaged(runs, capsys):
     assert re.search(rf"{runs / 'c'} .* 2 \|  \| 12 of 8 \| - \|", markdown)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "sentence", "averaged"),
-    [
-        ("config.yaml", "seed: [", "config.yaml is broken", 1),
-        ("config.yaml", "just words", "config.yaml is broken: expected keys and values", 1),
-        ("config.yaml", "seed: 1", "config.yaml is broken: lacks 'dataset._target_'", 1),
-        ("splits.json", "{}", "splits.json is broken: lacks 'labeled'", 1),
-        ("splits.json", "[" * 10**5, "splits.json is broken", 1),
-        ("metrics.json", '{"test": {"test/miou"', "metrics.json is broken", 1),
-        ("metrics.json", "[]", "metrics.json is broken", 1),
-        ("metrics.csv", "step,val/miou\n4,0.5\n9,1,1\n14,0.5\n", "metrics.csv is broken", 2),
-        ("metrics.csv", "step,val/miou\n4,0.5,1\n", "metrics.csv is broken: expected lines as long as the header", 2),
-        ("metrics.csv", "step,val/miou\n4,half\n", "metrics.csv is broken", 2),
-        ("metrics.csv", "epoch,val/miou\n4,1\n", "metrics.csv is broken: line 1 has no column step", 2),
-        ("overrides.yaml", "3", "overrides.yaml is broken", 2),
-        ("predictions/x.png", "no picture", "predictions/x.png is broken", 2),
-        ("confusion_test.png", "no picture", "confusion_test.png is broken", 2),
-    ],
-)
-def test_broken_files_are_named_and_everything_else_is_reported(runs, name, content, sentence, averaged):
-    broken = make_run(runs / "a", 0, 0.4)
-    make_run(runs / "b", 1, 0.6)
-    (broken / "predictions").mkdir()
-    (broken / name).write_text(content)
+def test_broken_files_are_named_and_everything_else_is_reported(runs):
+    cases = [  # the last column: whether the run keeps its result; the confusion matrix is that of the first run
+        ("confusion_test.png", "no picture", "confusion_test.png is broken", True),
+        ("config.yaml", "seed: [", "config.yaml is broken", False),
+        ("config.yaml", "just words", "config.yaml is broken: expected keys and values", False),
+        ("config.yaml", "seed: 1", "config.yaml is broken: lacks 'dataset._target_'", False),
+        ("splits.json", "{}", "splits.json is broken: lacks 'labeled'", False),
+        ("splits.json", "[" * 10**5, "splits.json is broken", False),
+        ("metrics.json", '{"test": {"test/miou"', "metrics.json is broken", False),
+        ("metrics.json", "[]", "metrics.json is broken", False),
+        ("metrics.csv", "step,val/miou\n4,0.5\n9,1,1\n14,0.5\n", "metrics.csv is broken", True),
+        (
+            "metrics.csv",
+            "step,val/miou\n4,0.5,1\n",
+            "metrics.csv is broken: expected lines as long as the header",
+            True,
+        ),
+        ("metrics.csv", "step,val/miou\n4,half\n", "metrics.csv is broken", True),
+        ("metrics.csv", "epoch,val/miou\n4,1\n", "metrics.csv is broken: line 1 has no column step", True),
+        ("overrides.yaml", "3", "overrides.yaml is broken", True),
+        ("predictions/x.png", "no picture", "predictions/x.png is broken", True),
+    ]
+    for seed, (name, content, _, _) in enumerate(cases):
+        (make_run(runs / f"broken{seed}", seed) / "predictions").mkdir()
+        (runs / f"broken{seed}" / name).write_text(content)
     assert not report_of(runs)
-    problems = (runs.parent / "out" / "summary.md").read_text().partition("### Problems")[2]
-    assert [sentence in line for line in problems.splitlines() if line.startswith(f"| {broken} | ")] == [True]
+    problems = (runs.parent / "out" / "summary.md").read_text().partition("### Problems")[2].splitlines()
+    for seed, (_, _, sentence, _) in enumerate(cases):
+        found = [line for line in problems if line.startswith(f"| {runs / f'broken{seed}'} | ")]
+        assert [sentence in line for line in found] == [True], sentence
     (row,) = read_csv(runs.parent / "out" / "summary.csv")
-    assert row["miou_n"] == str(averaged)
+    assert row["seeds"].split() == [str(seed) for seed, (*_, kept) in enumerate(cases) if kept]
 
 
 def test_a_table_that_is_too_wide_is_not_printed(capsys):
