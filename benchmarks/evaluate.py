@@ -8,7 +8,7 @@ The same untrained network on the same files, in one process, alternating; the f
 the ratio is the median of the ratios of the rounds:
 
     plain           one image at a time: PIL, a forward pass, argmax, a copy to the CPU, numpy.bincount
-    mlpmatch_pl     `Trainer.test` as in mlpmatch_pl.evaluate: loading processes, counting on the device
+    mlpmatch_pl     `Trainer.test` as in mlpmatch_pl.evaluate: channels last, loading processes, counting on the device
     with boundary   the same with boundary IoU and the score of each image
 
 Before they are timed, the confusion matrices of all loops are compared.
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,13 @@ def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
     """Time all loops alternately, print a line for each, and return the rows."""
     torch.manual_seed(0)
     module = MLPMatch(CLASSES, backbone=arguments.backbone, decoder_channels=arguments.decoder_channels).eval()
+    segmentor = deepcopy(module.segmentor).to(arguments.device)
     module.to(arguments.device, memory_format=torch.channels_last)
     files = [file_source.Pair(*map(str, pair)) for pair in pairs]
     images = EvalDataset(file_source.FileSource(Path("/"), files, ImageReader(3, 8), MaskReader()), CLASSES, 255)
     workers = max(usable_cores() - 1, 0) if arguments.num_workers is None else arguments.num_workers
     loops: dict[str, Callable[[], np.ndarray]] = {
-        "plain": lambda: plain(module.segmentor, pairs, torch.device(arguments.device)),
+        "plain": lambda: plain(segmentor, pairs, torch.device(arguments.device)),
         "mlpmatch_pl": lambda: run_test(module, images, arguments.device, workers),
         "with boundary": lambda: run_test(module, images, arguments.device, workers, boundary=True),
     }

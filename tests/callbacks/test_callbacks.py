@@ -4,8 +4,6 @@ import torch
 
 from mlpmatch_pl.callbacks.checkpoints import best_and_last
 from mlpmatch_pl.callbacks.progress import DataWait, Throughput
-from mlpmatch_pl.evaluation import Scores
-from mlpmatch_pl.evaluation.table import metrics_table
 
 
 def test_throughput_counts_images_and_the_time_left(monkeypatch):
@@ -37,16 +35,6 @@ def test_waiting_for_data_is_measured_without_validation(monkeypatch):
     after(30, wait.on_train_epoch_start)
     after(12, wait.on_train_batch_start, None, 0)
     assert wait.share == 15 / 24
-
-
-def test_the_table_names_absent_classes_and_means():
-    counts = torch.tensor([[3, 1, 0], [0, 6, 0], [0, 0, 0]])
-    table = metrics_table(counts, ["road", "sky", "moon"], "exclude", "title")
-    moon = next(line for line in table.splitlines() if "moon" in line)
-    assert "absent" in moon
-    mean = next(line for line in table.splitlines() if "mean" in line)
-    assert f"{100 * Scores.of(counts).miou:.2f}" in mean
-    assert "87.50" in mean  # recall of 3/4 and 1
 
 
 def test_two_checkpoints_with_fixed_names(tmp_path):

@@ -293,10 +293,6 @@ def test_the_command_gives_the_same_result_in_two_processes(run, evaluated, tmp_
         assert read_csv(tmp_path / "out" / name) == read_csv(evaluated / name)
     assert done.stdout.count(f"mIoU {result['metrics']['miou']:.4f} (mean of") == 1
     assert "│ background │" in done.stdout
-    again = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.evaluate")
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: expected to write new files only, but ")
-    assert len(again.stderr.splitlines()) == 1
 
 
 def test_image_scores_are_those_of_a_plain_loop_and_images_without_pixels_have_none():
