@@ -1,4 +1,4 @@
-"""A practitioner's way, by the commands: a folder of gray 16-bit TIFF files with a few masks, and more without any."""
+"""The commands on a practitioner's data: a folder of grayscale 16-bit TIFF files, of which a few have masks."""
 
 import json
 import re
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from helpers import run_command
 from helpers.images import save_mask
 
 from mlpmatch_pl import MLPMatch
@@ -57,31 +56,29 @@ def overrides(tmp_path):
     )  # fmt: skip
 
 
-def test_from_check_over_train_to_masks(overrides, tmp_path):
-    checked = run_command(*overrides, "hydra.run.dir=check", cwd=tmp_path, module="mlpmatch_pl.check")
-    assert checked.returncode == 0, checked.stderr
+def test_from_check_to_masks(overrides, command, tmp_path):
+    code, checked, _ = command("check", *overrides, "hydra.run.dir=check")
+    assert code == 0
     report = json.loads((tmp_path / "check/check.json").read_text())
-    assert {part: held["count"] for part, held in report["sets"].items()} == {
+    assert {part: content["count"] for part, content in report["sets"].items()} == {
         "labeled": 6, "val": 4, "unlabeled": MASKED + UNMASKED - 6 - 4 + EXTRA,
     }  # fmt: skip
     assert report["errors"] == []
 
-    refused = run_command(*overrides, "hydra.run.dir=run", cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "set backbone.mean and backbone.std, which 'python -m mlpmatch_pl.check' prints" in refused.stderr
-    printed = re.search(r"(backbone\.mean=\S+) (backbone\.std=\S+)", checked.stdout)
-    done = run_command(*overrides, *printed.groups(), "schedule.steps=90", "hydra.run.dir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = command("train", *overrides, "hydra.run.dir=run")
+    assert code == 1
+    assert "set backbone.mean and backbone.std, which 'python -m mlpmatch_pl.check' prints" in errors
+    printed = re.search(r"(backbone\.mean=\S+) (backbone\.std=\S+)", checked)
+    code, _, errors = command("train", *overrides, *printed.groups(), "schedule.steps=90", "hydra.run.dir=run")
+    assert code == 0, errors
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["test"]["test/miou"] > 0.6
     assert 0 <= metrics["data_wait"] < 1
     assert len(list((tmp_path / "run/predictions").glob("*.png"))) == 4
 
-    predicted = run_command(
-        "checkpoint=run/checkpoints/best.ckpt", "input=extra", "output=masks", "save=[index]",
-        cwd=tmp_path, module="mlpmatch_pl.predict",
-    )  # fmt: skip
-    assert predicted.returncode == 0, predicted.stderr
+    best = "checkpoint=run/checkpoints/best.ckpt"
+    code, _, errors = command("predict", best, "input=extra", "output=masks", "save=index")
+    assert code == 0, errors
     module = MLPMatch.load_from_checkpoint(tmp_path / "run/checkpoints/best.ckpt", map_location="cpu").eval()
     read_image, read_mask = ImageReader(in_chans=1, bit_depth=16), MaskReader()
     found = set()
@@ -89,6 +86,6 @@ def test_from_check_over_train_to_masks(overrides, tmp_path):
         back = read_mask(tmp_path / "masks/index" / f"{path.stem}.png")
         with torch.no_grad():
             expected = module(image_tensor(read_image(path))[None]).argmax(1)[0].numpy()
-        assert (back == expected).mean() > 0.999  # threads may sum in another order
+        assert (back == expected).mean() > 0.999  # another batch size may sum in another order
         found |= set(np.unique(back).tolist())
     assert found == {0, 1, 2}

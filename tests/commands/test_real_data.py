@@ -1,7 +1,8 @@
-"""On photos, where MLPMATCH_DATA names them."""
+"""Trainings on photos, in the folder that MLPMATCH_DATA names."""
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,21 +54,26 @@ def test_voc_animals_trains_with_a_published_list(tmp_path):
         "dataset.val=splits/val.txt",
         "loader.crop_size=65",
         "loader.batch_size=4",
-        "schedule.steps=20",
-        "+trainer.limit_train_batches=20",
-        "+trainer.limit_val_batches=20",
-        "+trainer.limit_test_batches=20",
+        "schedule.steps=10",
+        "+trainer.limit_train_batches=10",
+        "+trainer.limit_val_batches=5",
+        "+trainer.limit_test_batches=5",
         output_dir=tmp_path,
     )
     metrics = train(cfg)
     assert metrics["labeled"]["count"] == 31
     assert metrics["unlabeled"] == 1406
-    assert metrics["steps"] == 20
+    assert metrics["steps"] == 10
     assert metrics["last"]["train/loss_x"] < 3.2  # ln(21) = 3.04
 
 
-def run_short(cwd, *overrides):
+@pytest.fixture
+def run_short(command, tmp_path):
     """Check and train by the commands, and return metrics.json."""
+    return partial(_run_short, command, tmp_path)
+
+
+def _run_short(command, tmp_path, *overrides):
     weights = Path(os.environ["MLPMATCH_DATA"]) / "weights" / "timm_mobilenetv2_100.pth"
     network = (
         "backbone=mobilenetv2_100",
@@ -78,13 +84,13 @@ def run_short(cwd, *overrides):
         "schedule.steps=3",
         "logger=csv",
     )
-    checked = run_command(*network, *overrides, "hydra.run.dir=check", cwd=cwd, module="mlpmatch_pl.check", timeout=500)
-    assert checked.returncode == 0, checked.stderr
-    assert (cwd / "check/views.png").is_file()
+    code, _, errors = command("check", *network, *overrides, "hydra.run.dir=check")
+    assert code == 0, errors
+    assert (tmp_path / "check/views.png").is_file()
     short = ("+trainer.limit_train_batches=3", "+trainer.limit_val_batches=4", "+trainer.limit_test_batches=4")
-    trained = run_command(*network, *short, *overrides, "hydra.run.dir=run", cwd=cwd, timeout=500)
-    assert trained.returncode == 0, trained.stderr
-    metrics = json.loads((cwd / "run/metrics.json").read_text())
+    code, _, errors = command("train", *network, *short, *overrides, "hydra.run.dir=run")
+    assert code == 0, errors
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 <= metrics["test"]["test/miou"] <= 1
     return metrics
 
@@ -96,31 +102,29 @@ def run_short(cwd, *overrides):
         ("voc_1-16_r101", "voc/blended/1-16", 8, 172),
     ],
 )
-def test_voc_by_its_recipes_and_published_lists(real_data, tmp_path, recipe, name, labeled, unlabeled):
+def test_voc_by_its_recipes_and_published_lists(real_data, run_short, recipe, name, labeled, unlabeled):
     metrics = run_short(
-        tmp_path,
         f"experiment={recipe}",
         f"dataset.root={real_data / 'voc2012'}",
         "loader.crop_size=65",
     )
-    # The lists are cut to the images at hand, and the name says so.
+    # The lists are cut to the available images, and the name says so.
     assert metrics["labeled"]["split"] == f"{name}, changed: not the published list"
     assert (metrics["labeled"]["count"], metrics["unlabeled"]) == (labeled, unlabeled)
 
 
-def test_cityscapes_by_its_recipe_and_own_split(real_data, tmp_path):
+def test_cityscapes_by_its_recipe_and_seeded_split(real_data, run_short, tmp_path):
     root = make_cityscapes(real_data, tmp_path / "cityscapes")
     metrics = run_short(
-        tmp_path,
         "experiment=cityscapes_1-16_r50",
         f"dataset.root={root}",
-        "dataset.labeled=1/4",
+        "dataset.labeled=1/2",
         "dataset.cover_classes=true",
         "loader.crop_size=129",
         "objective.criterion.min_kept=1000",
     )
-    assert metrics["labeled"]["split"] == "1/4 (seed 0, every class)"
-    assert (metrics["labeled"]["count"], metrics["unlabeled"]) == (2, 6)
+    assert metrics["labeled"]["split"] == "1/2 (seed 0, every class)"
+    assert (metrics["labeled"]["count"], metrics["unlabeled"]) == (2, 2)
 
 
 def make_cityscapes(real_data, root):
@@ -129,7 +133,7 @@ def make_cityscapes(real_data, root):
     image = Image.open(next(scene.rglob("*_leftImg8bit.png")))
     ids = Image.open(next(scene.rglob("*_labelIds.png")))
     rng = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 2)):
+    for part, count in (("train", 4), ("val", 1)):
         for number in range(count):
             left, top = rng.integers(0, 64), rng.integers(0, 32)
             box = (int(left), int(top), int(left) + 192, int(top) + 96)

@@ -1,4 +1,4 @@
-"""Read a whole data set, say what is in it and what is wrong with it, and draw what training will see."""
+"""Read a whole dataset, report its content and its errors, and draw the views that training will see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from rich.progress import track
 from rich.table import Table
 
 from mlpmatch_pl.data.base import SegmentationData
-from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.validation import (
     PARTS,
     Finding,
@@ -38,9 +37,9 @@ from mlpmatch_pl.utils.files import OTHER_FOLDER, refuse_overwrite
 from mlpmatch_pl.visualization.batch_preview import batch_preview
 
 log = logging.getLogger(__name__)
-MOST_PRINTED = 20  # findings; check.json has all
+MAX_PRINTED = 20  # findings; check.json has all
 FILES = ("check.json", "labeled.txt", "val.txt", "views.png")
-OF_A_RUN = ("config.yaml", "splits.json")  # its lists say what it was trained on
+RUN_FILES = ("config.yaml", "splits.json")  # the lists beside them are those of a training
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -48,139 +47,111 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     config = read_config(cfg)
     output_dir = Path(config["output_dir"]).resolve()
-    refuse_overwrite((output_dir / name for name in (*OF_A_RUN, *FILES)), OTHER_FOLDER)
-    config["loader"] |= {"num_workers": 0}  # one batch is drawn
+    refuse_overwrite((output_dir / name for name in (*RUN_FILES, *FILES)), OTHER_FOLDER)
+    config["loader"]["num_workers"] = 0  # only one batch is loaded
     datamodule = build_datamodule(config, resolve_method(config["method"]))
     data = datamodule.data
     require_validation(data)
-    inspected = _read(data)
-    notes = [Finding(False, note) for note in data.notes]
-    findings = find_problems(data, inspected, datamodule.crop_size) + notes
-    report = _report(data, inspected, findings)
+    scanned = _scan(data)
+    findings = find_problems(data, scanned, datamodule.crop_size) + [Finding(False, note) for note in data.notes]
+    report = _report(data, scanned, findings)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     save_lists(output_dir, data)
     _print(report, findings)
-    _draw(datamodule, inspected, output_dir / "views.png", config["seed"])
+    if any(file.problem for file in scanned if file.part in ("labeled", "unlabeled")):
+        log.warning("no picture of the views, because some training files cannot be read")
+    else:
+        batch = next(iter(datamodule.train_dataloader()))[0]
+        batch_preview(batch, data, config["seed"]).save(output_dir / "views.png")
     log.info("report, lists and picture of the views in %s", output_dir)
-    if errors := sum(finding.is_error for finding in findings):
-        raise UserError(f"expected data without errors, but found {errors}; correct what {output_dir}/check.json lists")
+    if report["errors"]:
+        raise UserError(
+            f"expected data without errors, but found {len(report['errors'])}; correct what {output_dir}/check.json "
+            "lists"
+        )
     return report
 
 
-def _read(data: SegmentationData) -> list[ScannedFile]:
-    jobs = all_jobs(data)
-    console = Console(file=sys.stderr)
-    progress = track(
-        scan_files(data, jobs, thorough=True),
-        description="reading",
-        total=len(jobs),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    return list(progress)
+def _scan(data: SegmentationData) -> list[ScannedFile]:
+    jobs, console = all_jobs(data), Console(file=sys.stderr)
+    files = scan_files(data, jobs, thorough=True)
+    hidden = not console.is_terminal
+    return list(track(files, "reading", len(jobs), console=console, disable=hidden, transient=True))
 
 
-def _report(data: SegmentationData, inspected: Sequence[ScannedFile], findings: Sequence[Finding]) -> dict[str, Any]:
-    """Gather what check.json holds."""
-    splits = describe_splits(data)
-    parts = {part: [item for item in inspected if item.part == part] for part in PARTS}
+def _report(data: SegmentationData, scanned: Sequence[ScannedFile], findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return the content of check.json."""
+    splits, sets = describe_splits(data), {}
+    for part in PARTS:
+        if files := [file for file in scanned if file.part == part]:
+            sizes = Counter(file.size for file in files if file.problem is None).most_common()
+            sets[part] = {**splits[part], "sizes": {f"{width}x{height}": count for (height, width), count in sizes}}
+            if part != "unlabeled":
+                sets[part]["classes"] = _class_shares(files, part, data.class_names)
     return {
         "errors": [finding.message for finding in findings if finding.is_error],
         "warnings": [finding.message for finding in findings if not finding.is_error],
-        "sets": {
-            part: {**splits[part], "sizes": _sizes(items), **_class_shares(data, items, part)}
-            for part, items in parts.items()
-            if items
-        },
-        "channels": _channels(item for part in ("labeled", "unlabeled") for item in parts[part]),
+        "sets": sets,
+        "channels": _channels(file for file in scanned if file.part in ("labeled", "unlabeled")),
     }
 
 
-def _sizes(items: Iterable[ScannedFile]) -> dict[str, int]:
-    """Count the images of each size, width x height, the most frequent first."""
-    sizes = Counter(item.size for item in items if item.problem is None)
-    return {f"{width}x{height}": count for (height, width), count in sizes.most_common()}
-
-
-def _class_shares(data: SegmentationData, items: Sequence[ScannedFile], part: str) -> dict[str, Any]:
-    if part == "unlabeled":
-        return {}
-    pixels, images = pixels_by_class(items, part, len(data.class_names))
-    names = (*data.class_names, "ignored")
+def _class_shares(files: Sequence[ScannedFile], part: str, class_names: Sequence[str]) -> dict[str, Any]:
+    pixels, images = pixels_by_class(files, part, len(class_names))
     total = max(int(pixels.sum()), 1)
     return {
-        "classes": {
-            name: {"images": int(count), "pixels": int(number), "share": round(int(number) / total, 6)}
-            for name, number, count in zip(names, pixels, images, strict=True)
-        }
+        name: {"images": int(count), "pixels": int(number), "share": round(int(number) / total, 6)}
+        for name, number, count in zip((*class_names, "ignored"), pixels, images, strict=True)
     }
 
 
-def _channels(items: Iterable[ScannedFile]) -> dict[str, Any]:
+def _channels(files: Iterable[ScannedFile]) -> dict[str, Any]:
     """Return mean and standard deviation of each channel over all pixels of the training images."""
-    good = [item for item in items if item.channel_sums is not None]
-    if not good:
+    readable = [file for file in files if file.channel_sums is not None]
+    if not readable:
         return {}
-    pixels = sum(item.size[0] * item.size[1] for item in good)
-    total, squares = np.sum([np.asarray(item.channel_sums) for item in good], axis=0) / pixels
-    return {
-        "mean": np.round(total, 3).tolist(),
-        "std": np.round(np.sqrt(np.maximum(squares - total**2, 0)), 3).tolist(),
-        "images": len(good),
-    }
+    pixels = sum(file.size[0] * file.size[1] for file in readable)
+    mean, squares = np.sum([np.asarray(file.channel_sums) for file in readable], axis=0) / pixels
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    return {"mean": mean.round(3).tolist(), "std": std.round(3).tolist(), "images": len(readable)}
 
 
 def _print(report: dict[str, Any], findings: Sequence[Finding]) -> None:
-    for part, held in report["sets"].items():
-        sizes = [f"{size} ({count})" for size, count in held["sizes"].items()]
+    for part, content in report["sets"].items():
+        sizes = [f"{size} ({count})" for size, count in content["sizes"].items()]
         more = f" and {len(sizes) - 3} more sizes" if len(sizes) > 3 else ""
-        log.info(
-            "%s: %d images%s, sha256 %s: %s%s",
-            part, held["count"], f" ({held['split']})" if part == "labeled" else "", held["sha256"][:8],
-            ", ".join(sizes[:3]) or "none can be read", more,
-        )  # fmt: skip
-    log.info("%s", _table(report))
+        split = f" ({content['split']})" if part == "labeled" else ""
+        shown = (", ".join(sizes[:3]) or "none can be read") + more
+        log.info("%s: %d images%s, sha256 %s: %s", part, content["count"], split, content["sha256"][:8], shown)
+    log.info("%s", _table(report["sets"]))
     if channels := report["channels"]:
         mean, std = (json.dumps(channels[key]).replace(" ", "") for key in ("mean", "std"))
-        log.info("mean and deviation of the training images: backbone.mean=%s backbone.std=%s", mean, std)
-    for finding in findings[:MOST_PRINTED]:
-        log.log(logging.ERROR if finding.is_error else logging.WARNING, "%s: %s", _word(finding), finding.message)
-    if len(findings) > MOST_PRINTED:
-        log.warning("and %d more in check.json", len(findings) - MOST_PRINTED)
+        log.info("mean and standard deviation of the training images: backbone.mean=%s backbone.std=%s", mean, std)
+    for finding in findings[:MAX_PRINTED]:
+        level = logging.ERROR if finding.is_error else logging.WARNING
+        log.log(level, "%s: %s", logging.getLevelName(level).lower(), finding.message)
+    if len(findings) > MAX_PRINTED:
+        log.warning("and %d more in check.json", len(findings) - MAX_PRINTED)
     if not findings:
-        log.info("nothing is wrong with the data")
+        log.info("no errors or warnings")
 
 
-def _word(finding: Finding) -> str:
-    return "error" if finding.is_error else "warning"
-
-
-def _table(report: dict[str, Any]) -> str:
-    """Write the share of the pixels and the number of images by class and set."""
-    sets = {part: held["classes"] for part, held in report["sets"].items() if "classes" in held}
+def _table(sets: dict[str, Any]) -> str:
+    """Format each class's share of the pixels and number of images, for each set with masks."""
+    classes = {part: content["classes"] for part, content in sets.items() if "classes" in content}
     table = Table(title="classes", title_justify="left")
     table.add_column("class")
-    for part in sets:
+    for part in classes:
         table.add_column(f"{part}: pixels %", justify="right")
         table.add_column("images", justify="right")
-    for name in next(iter(sets.values()), {}):
-        cells = [text for held in sets.values() for text in _cells(held[name])]
-        table.add_row(name, *cells)
+    for name in next(iter(classes.values()), {}):
+        cells = [name]
+        for shares in classes.values():
+            share = shares[name]
+            cells += [f"{100 * share['share']:.2f}" if share["pixels"] else "-", str(share["images"])]
+        table.add_row(*cells)
     console = Console(width=120, file=io.StringIO())
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
-
-
-def _cells(held: dict[str, Any]) -> tuple[str, str]:
-    return f"{100 * held['share']:.2f}" if held["pixels"] else "-", str(held["images"])
-
-
-def _draw(datamodule: SemiSupervisedDataModule, inspected: Sequence[ScannedFile], path: Path, seed: int) -> None:
-    if any(item.problem for item in inspected if item.part in ("labeled", "unlabeled")):
-        log.warning("no picture of the views, because some training files cannot be read")
-        return
-    batch = next(iter(datamodule.train_dataloader()))[0]
-    batch_preview(batch, datamodule.data, seed).save(path)
