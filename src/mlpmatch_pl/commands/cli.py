@@ -45,11 +45,12 @@ def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | Non
         function: Takes the composed configuration.
         doc: Docstring of the command, the main part of ``--help``.
     """
+    package = PACKAGES.get(name, "mlpmatch_pl.conf")
     with guarded(name):
         if {"-h", "--help"} & set(sys.argv[1:]):
             from mlpmatch_pl.commands.help import help_page
 
-            print(help_page(name, doc or ""))
+            print(help_page(name, package, doc or ""))
             return
         check_arguments(sys.argv[1:])
         sys.argv[1:] = literal_paths(sys.argv[1:])
@@ -57,10 +58,8 @@ def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | Non
             os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
         import hydra
 
-        job = update_wrapper(
-            partial(_run_job, name, function), function
-        )  # Hydra names the job after the function's module
-        package = PACKAGES.get(name, "mlpmatch_pl.conf")
+        # Hydra names the job after the function's module.
+        job = update_wrapper(partial(_run_job, name, function), function)
         hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=name)(job)()
 
 

@@ -10,21 +10,20 @@ from typing import Any
 
 import yaml
 
-from mlpmatch_pl.commands.cli import PACKAGES
-
 _HIDDEN = re.compile(r"\A(?:#.*\n)+|^(?:defaults|hydra):\n(?:(?: |-|#|$).*\n?)*", re.M)
 
 
-def help_page(name: str, doc: str) -> str:
+def help_page(name: str, package: str, doc: str) -> str:
     """Return the help of a command.
 
     Args:
         name: Name of the command and of its primary config.
+        package: Package of the primary config.
         doc: Docstring: one line, an explanation, and at the end ``Examples:``.
     """
     about, _, examples = doc.partition("Examples:\n")
     keys, groups = "", []
-    for text in _config_files(PACKAGES.get(name, "mlpmatch_pl.conf"), name):
+    for text in _config_files(package, name):
         keys += _HIDDEN.sub("", text).strip() + "\n"
         groups += [
             f"{key}={default or 'null'}".ljust(22) + fill(", ".join(_choices(key)), 98, subsequent_indent=" " * 24)
