@@ -115,12 +115,12 @@ def test_a_schedule_in_steps_covers_them_and_validates_the_last(steps_per_epoch)
 
 @pytest.mark.slow
 def test_a_sweep_gives_one_folder_per_job_and_continues_after_a_failed_one(tmp_path):
-    result = run_command("-m", *TINY, "dataset.labeled=4,99", "schedule.steps=1", "seed=0,1", cwd=tmp_path)
+    result = run_command("-m", *TINY, "dataset.labeled=99,4", "schedule.steps=1", cwd=tmp_path)
     assert result.returncode == 1
     assert "error: expected dataset.labeled of at most 24" in result.stderr
     (sweep,) = (tmp_path / "multirun").iterdir()
     results = {path.parent.name for path in sweep.rglob("metrics.json")}
-    assert results == {"0_shapes_mlpmatch_4_s0", "1_shapes_mlpmatch_4_s1"}
+    assert results == {"1_shapes_mlpmatch_4_s0"}
 
 
 def test_a_sweep_over_several_processes_is_refused(command):
@@ -191,17 +191,13 @@ def test_wrong_input_is_one_line(override, sentence, command):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["dataset.labeled=0"], "expected dataset.labeled to choose at least 1 image, but 0 chooses none of 24"),
         (["dataset.labeled=25"], "expected dataset.labeled of at most 24, the number of images with a mask"),
         (["dataset.labeled=24"], "expected unlabeled images beside the 24 labeled ones, but there are none"),
         (["backbone=timm", "backbone.name=resnet5O"], "but got 'resnet5O'. Did you mean resnet50"),
-        (["backbone=timm", "backbone.name=vgg11"], "expected a backbone of the ResNet or inverted-residual families"),
-        (["backbone.output_stride=12"], "expected an output stride of 8, 16 or 32, but got 12"),
         (["backbone.pretrained=nowhere.pth"], "expected a file with weights, but nowhere.pth does not exist"),
         (["init_weights=nowhere.pth"], "expected a file with weights, but nowhere.pth does not exist"),
         (["loader.batch_size=1", "method=fixmatch"], "expected at least 2 images in every pass, because BatchNorm"),
         (["loader.unlabeled_batch_size=1"], "so that CutMix has a different image as partner, but got 1"),
-        (["loader.batch_size=0"], "expected batch sizes of at least 1"),
         (["loader.crop_size=20"], "expected loader.crop_size from 33 to 8192 pixels, but got 20"),
         (["schedule.epochs=2"], "but got epochs=2, steps=5"),
         (["+trainer.max_epochs=3"], "expected trainer.max_epochs to be left to this command; set schedule.epochs"),
@@ -209,11 +205,9 @@ def test_wrong_input_is_one_line(override, sentence, command):
         (["trainer.accelerator=cpu", "trainer.devices=4"], "expected at least 4 test images, one "),
         (["resume=nowhere.ckpt"], "expected a checkpoint to resume from, but nowhere.ckpt does not exist"),
         (["method.partner=other"], "expected method.partner of batch, same_image, but got 'other'"),
-        (["method.network_perturbation.sampler=one"], "expected a network perturbation sampler of single_block"),
         (["objective.criterion.name=oem"], "expected a criterion of ce, ohem, dice, but got 'oem'. Did you mean ohem?"),
         (["evaluation.absent=skip"], "expected evaluation.absent as exclude or zero, but got 'skip'"),
         (["trainer.sync_batchnorm=true", "trainer.accelerator=cpu"], "expected a GPU for trainer.sync_batchnorm=true"),
-        (["seed=abc"], "expected seed as an integer, but got 'abc'"),
         (["logger=wandb", "logger.wandb.mode=on"], "expected logger.wandb.mode of online, offline, disabled"),
     ],
 )

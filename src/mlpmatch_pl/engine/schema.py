@@ -7,6 +7,7 @@ constructor's default would silently replace the value that the user removed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pydoc import locate
 from typing import Any, get_type_hints
 
@@ -77,6 +78,11 @@ _TRAINING: dict[str, Any] = {
 }
 
 
+@cache
+def _training_type(*others: str) -> Any:
+    return mapping_type(_TRAINING | dict.fromkeys(others, Any))
+
+
 def checked(config: dict[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
     """Return a training's configuration with its values converted to the types of the schema.
 
@@ -87,7 +93,7 @@ def checked(config: dict[str, Any], others: Iterable[str] = ()) -> dict[str, Any
     Raises:
         UserError: For the first wrong value, missing key or unknown key.
     """
-    result: dict[str, Any] = validate(mapping_type(_TRAINING | dict.fromkeys(others, Any)), config)
+    result: dict[str, Any] = validate(_training_type(*others), config)
     if not 0 <= result["seed"] < 2**32:  # numpy's range
         raise UserError(f"expected seed as an integer from 0 to {2**32 - 1}, but got {result['seed']}")
     callbacks = {name: node and checked_target(f"callbacks.{name}", node) for name, node in result["callbacks"].items()}
