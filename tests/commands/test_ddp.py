@@ -8,96 +8,31 @@ from helpers import ddp_job
 
 from mlpmatch_pl import MLPMatch
 
-LABELED, TRAIN, VAL = 5, 17, 5
-BATCH, EPOCHS = 4, 3  # a global batch; an epoch has three steps
-
-SCRIPT = """
-import hashlib, json, sys
-from pathlib import Path
-
-import torch
-from lightning.pytorch import Callback, Trainer
-
-from mlpmatch_pl import MLPMatch
-from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-from mlpmatch_pl.data.dataset import LabeledDataset, UnlabeledDataset, EvalDataset
-from mlpmatch_pl.data.datasets.shapes import shapes
-from mlpmatch_pl.perturbation import NetworkPerturbation
-
-out, devices, labeled, train, val, batch, epochs = json.loads(sys.argv[1])
-seen = {"LabeledDataset": [], "UnlabeledDataset": [], "EvalDataset": [], "blocks": []}
+LABELED, TRAIN, VAL, EPOCHS = ddp_job.LABELED, ddp_job.TRAIN, ddp_job.VAL, ddp_job.RECORDED_EPOCHS
+BATCH = 4  # a global batch; an epoch has three steps
 
 
-def record(cls):
-    read = cls.__getitem__
-    def spy(self, key):
-        seen[cls.__name__].append(key)
-        return read(self, key)
-    cls.__getitem__ = spy
-
-
-for cls in (LabeledDataset, UnlabeledDataset, EvalDataset):
-    record(cls)
-draw = NetworkPerturbation.draw
-
-
-def spy_draw(self, stages, step):
-    blocks = draw(self, stages, step)
-    seen["blocks"].append([step, sorted(blocks)])
-    return blocks
-
-
-NetworkPerturbation.draw = spy_draw
-
-
-def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    module = MLPMatch(6, backbone="test_resnet", decoder_channels=8, lr=0.01)
-    data = shapes(labeled=labeled, train=train, val=val, test=1, size=48)
-    datamodule = SemiSupervisedDataModule(data, crop_size=33, batch_size=batch // devices, num_workers=0)
-    trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=epochs,
-        logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, log_every_n_steps=1, inference_mode=False,
-    )
-    before = digest(module.parameters())
-    metrics = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
-    validated = list(seen["EvalDataset"])
-    seen["EvalDataset"].clear()
-    trainer.fit(module, datamodule=datamodule)
-    result = {
-        **seen, "validated": validated, "metrics": metrics, "before": before, "after": digest(module.parameters()),
-        "steps": trainer.global_step, "counts": module.last_counts_CC.tolist(),
-        "samplers": [type(loader.sampler).__name__ for loader in trainer.train_dataloader.values()],
-    }
-    Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
-"""
-
-
-def launch(folder, devices):
-    (folder / "script.py").write_text(SCRIPT)
-    arguments = json.dumps([str(folder), devices, LABELED, TRAIN, VAL, BATCH, EPOCHS])
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The trainings and validations of `ddp_job` on two processes."""
+    devices, folder = 2, tmp_path_factory.mktemp("job")
     done = subprocess.run(
-        [sys.executable, "script.py", arguments], cwd=folder, capture_output=True, text=True, timeout=180
-    )
+        [sys.executable, ddp_job.__file__, str(folder), str(devices)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(job):
     """Two processes, with Lightning's default of distributed samplers, which must leave the data module's alone."""
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    return [rank["recorded"] for rank in job[1]]
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("one"), 1)[0]
+def single():
+    return json.loads(json.dumps(ddp_job.record(1)))
 
 
 def test_both_ranks_take_every_step(ranks):
@@ -159,18 +94,6 @@ def test_metrics_equal_those_of_a_single_process(ranks, single):
 
 def test_samplers_are_left_alone(ranks):
     assert [rank["samplers"] for rank in ranks] == [["StreamSampler", "StreamSampler"]] * 2
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """The trainings and validations of `ddp_job` on two processes."""
-    devices, folder = 2, tmp_path_factory.mktemp("job")
-    done = subprocess.run(
-        [sys.executable, ddp_job.__file__, str(folder), str(devices)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
 
 
 def curves(job, run):

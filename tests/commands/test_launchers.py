@@ -80,9 +80,9 @@ def by_torchrun_on_two_machines(folder):
     return apart([lambda node=node: start(folder, node) for node in nodes])
 
 
-def by_srun(folder):
+def by_srun(folder, *options):
     shared = {**SRUN, "MASTER_PORT": str(free_port())}
-    command = ("mlpmatch_pl.train", *RUN, "trainer.devices=2")
+    command = ("mlpmatch_pl.train", *RUN, "trainer.devices=2", *options)
     tasks = ({**shared, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2))
     return apart([lambda task=task: start(folder, command, **task) for task in tasks])
 
@@ -139,17 +139,6 @@ def test_the_best_checkpoint_has_the_metric_it_was_chosen_by(straight):
     assert best["val/miou"] == pytest.approx(one["val/miou"], rel=1e-6)
 
 
-@pytest.mark.slow
-def test_srun_gives_the_same_run(straight, tmp_path):
-    codes, out, err = finished(by_srun(tmp_path))
-    assert codes == [0, 0], err
-    (run,) = (tmp_path / "runs").iterdir()
-    assert run.name == "job4711.0_shapes_mlpmatch_s0"
-    assert written(run) == FILES
-    assert out.count("2 processes; BatchNorm") == out.count("results in ") == 1
-    assert_same_run(run, straight[0])
-
-
 DYING = """
 import os
 import signal
@@ -166,18 +155,18 @@ class Dies(Callback):
 
 @pytest.mark.slow
 def test_if_a_process_is_killed_the_other_ends_with_one_sentence_and_the_run_resumes(straight, tmp_path):
-    """Started by Lightning; after the resume, the run is that of torchrun."""
+    """Started by Lightning, resumed by srun, it is the run of torchrun."""
     (tmp_path / "dying.py").write_text(DYING)
-    command = (*RUN, "trainer.devices=2", "hydra.run.dir=run", "resume=auto", "callbacks.checkpoint.every_n_steps=3")
+    options = ("hydra.run.dir=run", "resume=auto", "callbacks.checkpoint.every_n_steps=3")
     began = time.monotonic()
-    died = run_command(*command, "+callbacks.dies._target_=dying.Dies", cwd=tmp_path)
+    died = run_command(*RUN, "trainer.devices=2", *options, "+callbacks.dies._target_=dying.Dies", cwd=tmp_path)
     assert time.monotonic() - began < 120
     assert died.returncode == 1
     assert "error: expected all 2 processes to keep running, but another one died" in died.stderr
     assert "Traceback" not in died.stderr
-    resumed = run_command(*command, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "continuing from " in resumed.stdout
+    codes, out, err = finished(by_srun(tmp_path, *options))
+    assert codes == [0, 0], err
+    assert out.count("continuing from ") == out.count("2 processes; BatchNorm") == out.count("results in ") == 1
     assert_same_run(tmp_path / "run", straight[0])
 
 

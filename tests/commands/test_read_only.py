@@ -67,8 +67,8 @@ def test_an_output_folder_that_cannot_be_written_is_named_in_one_line(folder_roo
     done = run(output, command, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"error: expected to be allowed to use {output / 'run'}, but the system refuses (Read-only file system); "
-        "change its rights, or choose another folder"
+        f"error: expected access to {output / 'run'}, but the system denies it (Read-only file system); change its "
+        "permissions, or choose another folder"
     )
     assert "Traceback" not in done.stderr
     assert not output.exists()

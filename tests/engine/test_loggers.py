@@ -4,10 +4,12 @@ import os
 import time
 
 import pytest
-from helpers import TINY, compose_train, run_command
+import wandb
+from helpers import TINY, compose_train
+from omegaconf import OmegaConf
 
 from mlpmatch_pl.data.splits import Split
-from mlpmatch_pl.engine.loggers import MetricsCSV, build_loggers, wandb_mode
+from mlpmatch_pl.engine.loggers import MetricsCSV, build_loggers, finish_wandb, wandb_mode
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
 
@@ -33,21 +35,20 @@ def test_wandb_is_online_only_with_credentials(monkeypatch, tmp_path):
         wandb_mode("on")
 
 
-@pytest.mark.slow
-def test_wandb_without_network_falls_back_to_offline(tmp_path):
-    result = run_command(
-        *TINY,
-        "logger=wandb",
-        "hydra.run.dir=run",
-        cwd=tmp_path,
-        WANDB_API_KEY="0" * 40,
-        WANDB_BASE_URL="http://127.0.0.1:9",
-        WANDB_INIT_TIMEOUT="5",
-    )
-    assert result.returncode == 0, result.stderr
-    assert "logging offline instead" in result.stdout + result.stderr
-    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert offline.name.endswith((tmp_path / "run" / "wandb_id.txt").read_text().strip())
+def test_wandb_without_network_falls_back_to_offline(tmp_path, monkeypatch, caplog):
+    for key, value in {"API_KEY": "0" * 40, "BASE_URL": "http://127.0.0.1:9", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    settings = wandb.Settings
+    monkeypatch.setattr(wandb, "Settings", lambda **options: settings(**{**options, "init_timeout": 2}))
+    config = compose_train(*TINY, "logger=wandb", output_dir=tmp_path)
+    try:
+        logger = build_loggers(OmegaConf.to_container(config, resolve=True), tmp_path, Split("list", ("a",)))[1]
+        assert "logging offline instead" in caplog.text
+        assert logger.experiment.settings.mode == "offline"
+    finally:
+        finish_wandb(0)
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert offline.name.endswith((tmp_path / "wandb_id.txt").read_text().strip())
 
 
 def test_metrics_csv_is_appended_to_and_grows_columns(tmp_path):

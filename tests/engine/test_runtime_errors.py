@@ -1,21 +1,18 @@
-"""Errors of the machine: one sentence each, also from the real command."""
+"""Errors of the machine: one sentence each."""
+
+import os
+import signal
 
 import pytest
 import torch
-from helpers import TINY, compose_train, run_command
+from helpers import TINY, compose_train
+from lightning.pytorch import Callback
 
 from mlpmatch_pl import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.engine.runtime_errors import translate_errors
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
-
-SCRIPT = """
-import os
-import signal
-
-import torch
-from lightning.pytorch import Callback
 
 
 class After(Callback):
@@ -33,27 +30,27 @@ class WorkerIsKilled(After):
     def happen(self, trainer):
         loader = trainer.train_dataloader["unlabeled"]
         os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-"""
+
+
 NO_MEMORY = "expected steps of 4 labeled and 4 unlabeled images of 48 x 48 pixels, and whole validation images, to "
 
 
-@pytest.mark.slow
-def test_the_command_ends_with_one_line_when_a_worker_is_killed(tmp_path):
-    (tmp_path / "faulty.py").write_text(SCRIPT)
-    options = ("+callbacks.fault._target_=faulty.WorkerIsKilled", "loader.num_workers=2", "schedule.steps=200")
-    result = run_command(*TINY, "hydra.run.dir=run", *options, cwd=tmp_path)
-    assert result.returncode == 1
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: expected the loading workers to keep running, but process ")
-
-
-def test_a_full_gpu_ends_a_training_with_one_sentence(tmp_path, monkeypatch):
-    (tmp_path / "faulty_gpu.py").write_text(SCRIPT)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    cfg = compose_train(*TINY, "+callbacks.fault._target_=faulty_gpu.DeviceIsFull", output_dir=tmp_path / "run")
+@pytest.mark.parametrize(
+    ("fault", "options", "sentence"),
+    [
+        ("DeviceIsFull", (), NO_MEMORY + "fit into the memory of the GPU, but it ran out; halve loader.batch_size"),
+        (
+            "WorkerIsKilled",
+            ("loader.num_workers=2", "schedule.steps=200"),
+            "expected the loading workers to keep running, but process ",
+        ),
+    ],
+)
+def test_a_training_ends_with_one_sentence(fault, options, sentence, tmp_path):
+    add = f"+callbacks.fault._target_=test_runtime_errors.{fault}"
     with pytest.raises(UserError) as caught:
-        train(cfg)
-    assert str(caught.value).startswith(NO_MEMORY + "fit into the memory of the GPU, but it ran out; halve")
+        train(compose_train(*TINY, add, *options, output_dir=tmp_path / "run"))
+    assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(

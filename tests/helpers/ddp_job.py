@@ -1,9 +1,11 @@
 """Trainings and validations that test_ddp.py compares over processes: ``python ddp_job.py FOLDER DEVICES``."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from mlpmatch_pl import MLPMatch
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset, UnlabeledDataset
 from mlpmatch_pl.data.datasets.shapes import shapes
-from mlpmatch_pl.perturbation import FeaturePerturbation
+from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 
 BATCH, EPOCHS, STEPS = 6, 2, 4  # a global batch; steps in total
 WHOLE, PADDED = (1.0, 1.5), (0.4, 0.8)  # scales of images of 48 pixels in crops of 33
@@ -23,6 +26,7 @@ RUNS = {
     "supervised, padded": ({"name": "supervised"}, PADDED),
 }
 COUNTS = (2, 3, 5, 7)  # validation images
+LABELED, TRAIN, VAL, RECORDED_EPOCHS = 5, 17, 5, 3  # for `record`
 
 
 class InShares(MLPMatch):
@@ -61,9 +65,9 @@ def drop_every_second_channel(self, feature_BDHW, generator):
 
 def trainer_of(devices, **options):
     return Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False,
-        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        num_sanity_val_steps=0, log_every_n_steps=1, **options,
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        log_every_n_steps=1, **{"use_distributed_sampler": False, **options},
     )  # fmt: skip
 
 
@@ -120,9 +124,59 @@ def validate_while_training(folder, devices):
     return {"counts": module.last_counts_CC.tolist(), "buffers": seen.buffers, "seeds": seeds}
 
 
+def recording(seen):
+    """Record which samples are read and which blocks are deactivated."""
+    patch = pytest.MonkeyPatch()
+    for cls in (LabeledDataset, UnlabeledDataset, EvalDataset):
+
+        def spy(self, key, cls=cls, read=cls.__getitem__):
+            seen[cls.__name__].append(key)
+            return read(self, key)
+
+        patch.setattr(cls, "__getitem__", spy)
+
+    def spy_draw(self, stages, step, draw=NetworkPerturbation.draw):
+        blocks = draw(self, stages, step)
+        seen["blocks"].append([step, sorted(blocks)])
+        return blocks
+
+    patch.setattr(NetworkPerturbation, "draw", spy_draw)
+    return patch
+
+
+def record(devices):
+    """Validate and train, and return what was read, drawn and measured."""
+    seen = {"LabeledDataset": [], "UnlabeledDataset": [], "EvalDataset": [], "blocks": []}
+    torch.manual_seed(0)
+    module = MLPMatch(6, backbone="test_resnet", decoder_channels=8, lr=0.01)
+    data = shapes(labeled=LABELED, train=TRAIN, val=VAL, test=1, size=48)
+    datamodule = SemiSupervisedDataModule(data, crop_size=33, batch_size=4 // devices, num_workers=0)
+    options = {"use_distributed_sampler": True, "inference_mode": False, "max_epochs": RECORDED_EPOCHS}
+    trainer = trainer_of(devices, **options)
+    patch = recording(seen)
+    try:
+        before = digest(module.parameters())
+        metrics = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
+        validated = list(seen["EvalDataset"])
+        seen["EvalDataset"].clear()
+        trainer.fit(module, datamodule=datamodule)
+    finally:
+        patch.undo()
+    return {
+        **seen, "validated": validated, "metrics": metrics, "before": before, "after": digest(module.parameters()),
+        "steps": trainer.global_step, "counts": module.last_counts_CC.tolist(),
+        "samplers": [type(loader.sampler).__name__ for loader in trainer.train_dataloader.values()],
+    }  # fmt: skip
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
 def main(folder, devices):
     torch.set_num_threads(1)
     result = {
+        "recorded": record(devices),
         "runs": {run: train(run, devices) for run in RUNS},
         "evaluations": {count: evaluate(count, devices) for count in COUNTS if count >= devices},
         "validated": validate_while_training(folder, devices),

@@ -2,7 +2,6 @@ from types import SimpleNamespace
 
 import torch
 
-from mlpmatch_pl.callbacks.checkpoints import best_and_last
 from mlpmatch_pl.callbacks.progress import DataWait, Throughput
 
 
@@ -35,8 +34,3 @@ def test_waiting_for_data_is_measured_without_validation(monkeypatch):
     after(30, wait.on_train_epoch_start)
     after(12, wait.on_train_batch_start, None, 0)
     assert wait.share == 15 / 24
-
-
-def test_two_checkpoints_with_fixed_names(tmp_path):
-    best, last = best_and_last(str(tmp_path), "val/miou")
-    assert (best.filename, last.path.name, best.monitor, best.mode) == ("best", "last.ckpt", "val/miou", "max")
