@@ -208,7 +208,7 @@ def test_slow_loading_is_measured_in_real_time(tmp_path, monkeypatch, caplog):
     assert result["step_seconds"] > 0
     # 20 unlabeled images in batches of 6: 4 batches, 2 optimizer steps an epoch, so 6 epochs are 12 steps.
     assert (result["total"]["epochs"], result["total"]["batches_per_epoch"]) == (6, 4)
-    assert "waiting for data" not in caplog.text  # train says it, and names this command
+    assert "spent waiting for data" not in caplog.text  # the warning of train, which names this command
 
 
 def test_supervised_batches_hold_labeled_images_alone(tmp_path):
