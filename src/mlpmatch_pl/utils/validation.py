@@ -56,7 +56,7 @@ def _strict(kind: Any) -> Any:
 
 
 def _expanded(value: Any) -> str | None:
-    text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    text = str(value) if isinstance(value, str | int | float | Path) and not isinstance(value, bool) else ""
     return os.path.expanduser(text) if text and "\0" not in text else None
 
 
