@@ -197,6 +197,7 @@ def _similar_keys(wrong: str, config_name: str) -> list[str]:
     """Return the keys at the depth of a wrong key in the configuration that the command's group choices compose."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
 
     def keys(node: Any, prefix: str = "") -> Iterator[str]:
         for key, child in node.items() if isinstance(node, dict) else ():
@@ -206,5 +207,9 @@ def _similar_keys(wrong: str, config_name: str) -> list[str]:
     GlobalHydra.instance().clear()
     groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w-]+", argument)]
     with initialize_config_module(PACKAGES.get(config_name, "mlpmatch_pl.conf"), version_base="1.3"):
-        config = OmegaConf.to_container(compose(config_name, groups), resolve=False)
+        try:
+            composed = compose(config_name, groups)
+        except HydraException:  # the wrong key is one without a dot, and so among the groups
+            composed = compose(config_name)
+    config = OmegaConf.to_container(composed, resolve=False)
     return [key for key in keys(config) if key.count(".") == wrong.count(".")]
