@@ -1,3 +1,4 @@
+import importlib
 import os
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the first import of the package, and for child processes
@@ -78,3 +79,21 @@ def classes() -> tuple[str, ...]:
 def real_data() -> Path:
     """Folder with real data, for tests marked `real_data`."""
     return Path(os.environ["MLPMATCH_DATA"])
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command's main in this process and in `tmp_path`; return its exit code, output and errors."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLPMATCH_STAMP", "stamp")
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        code = 0
+        try:
+            importlib.import_module(f"mlpmatch_pl.{name}").main()
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
