@@ -27,6 +27,7 @@ from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import resolve_method, total_loss
 from mlpmatch_pl.methods.schedules import TrainingLength, build_sgd, poly_decay, volatile_weight
 from mlpmatch_pl.methods.step import step_values
+from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from mlpmatch_pl.utils.checkpoint import check_architecture
@@ -126,16 +127,22 @@ class MLPMatch(LightningModule):
         )  # fmt: skip
         if channels_last:
             self.segmentor.to(memory_format=torch.channels_last)
+        self.teacher = Teacher(self.segmentor, **self.method.teacher) if self.method.teacher else None
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
-        self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed)
-        self.confusion = ConfusionMatrix(num_classes)
+        self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed, self.teacher)
+        self.confusion, self.student_confusion = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
         self.inference = SlidingWindowInference()  # of test_step and predict_step: whole images
         self.last_terms: dict[str, Tensor] = {}  # of the last training step, with the total as "loss"
         self.own_length, self.own_step = TrainingLength(), 0  # without a Trainer, see set_length
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W) for images (B, in_chans, H, W) of any size, with values as stored."""
-        return predict_logits(self.segmentor, image_BCHW)
+        return predict_logits(self.network, image_BCHW)
+
+    @property
+    def network(self) -> Segmentor:
+        """The network that is evaluated: the teacher's if there is one."""
+        return self.segmentor if self.teacher is None else self.teacher.network
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.methods.step`.
@@ -143,8 +150,8 @@ class MLPMatch(LightningModule):
         Raises:
             UserError: If the batch lacks what the method needs, or lambda's schedule needs an unknown length.
         """
-        lambda_np = self.volatile_weight()
         labeled, unlabeled = split_batch(batch)
+        lambda_np = self.volatile_weight() if unlabeled else 0.0
         result = self.step(labeled, unlabeled, self.draw_step(batch_idx))
         self.own_step += self._trainer is None
         loss = total_loss(result.terms, self.method, lambda_np)
@@ -158,16 +165,23 @@ class MLPMatch(LightningModule):
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add whole images to the confusion matrix."""
+        """Add whole images to the confusion matrix, and to that of the student if there is a teacher."""
         self.confusion.update(self(batch["image"]).argmax(dim=1), batch["mask"])
+        if self.teacher is not None:
+            label_BHW = predict_logits(self.segmentor, batch["image"]).argmax(dim=1)
+            self.student_confusion.update(label_BHW, batch["mask"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
+        if self.teacher is not None:
+            counts_CC = self.student_confusion.compute().cpu()
+            self.student_confusion.reset()
+            self.log("val/student_miou", Scores.of(counts_CC, self.absent).miou)
         self._log_scores("val")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Count the pixels by ``self.inference``, and return the class of each pixel, (B, H, W)."""
-        prediction = self.inference.label(self.segmentor, batch["image"])
+        prediction = self.inference.label(self.network, batch["image"])
         self.confusion.update(prediction, batch["mask"])
         return prediction
 
@@ -177,7 +191,7 @@ class MLPMatch(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the class of each pixel by ``self.inference``, (B, H, W)."""
-        return self.inference.label(self.segmentor, batch["image"])
+        return self.inference.label(self.network, batch["image"])
 
     def configure_optimizers(self) -> Any:
         """Build SGD with per-step polynomial decay, with ``lr`` for the encoder and ``lr * lr_multi`` for the decoder.
@@ -186,11 +200,17 @@ class MLPMatch(LightningModule):
             UserError: If the number of steps is unknown, unless ``power`` is 0.
         """
         optimizer = build_sgd(self.segmentor.encoder, self.segmentor.decoder, self.hparams)
+        if self.teacher is not None:
+            optimizer.register_step_post_hook(self._update_teacher)
         power = self.hparams["power"]
         steps = self.length().required_steps() if power else 1
         decay = partial(poly_decay, steps=steps, power=power, late=self.method.late_schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _update_teacher(self, *_: Any) -> None:
+        assert self.teacher is not None
+        self.teacher.update(self.segmentor, self.own_step - 1 if self._trainer is None else self.global_step)
 
     def set_length(self, steps: int, epochs: int) -> None:
         """Set the length of training without a Trainer, with Fabric or your own loop.

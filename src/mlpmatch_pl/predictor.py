@@ -7,8 +7,9 @@ allocated for it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ from mlpmatch_pl.utils.palette import default_palette
 from mlpmatch_pl.utils.validation import validate
 
 AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor
+Weights = Literal["teacher", "student"]
 MAX_CLASSES = 256  # that fit into uint8
 _CLASSIFIER = "segmentor.decoder.classifier.weight"
+_TEACHER = "teacher.network."
 
 
 class Predictor:
@@ -163,7 +166,10 @@ class Predictor:
 
 
 def load(
-    path: str | Path, device: str | torch.device = "auto", inference: SlidingWindowInference | None = None
+    path: str | Path,
+    device: str | torch.device = "auto",
+    inference: SlidingWindowInference | None = None,
+    weights: Weights | None = None,
 ) -> Predictor:
     """Load a checkpoint written by a training run for prediction.
 
@@ -173,12 +179,14 @@ def load(
         path: The checkpoint, for example ``runs/x/checkpoints/best.ckpt``.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` is the first CUDA device, or the CPU if there is none.
         inference: Whole images if omitted.
+        weights: ``teacher`` or ``student``, for a method with a teacher. Default: the teacher if there is one.
 
     Returns:
         The predictor, in eval mode on the device.
 
     Raises:
-        UserError: If the file does not exist or is not a checkpoint of a training run, or there is no such device.
+        UserError: If the file does not exist or is not a checkpoint of a training run, or there is no such device or
+            teacher.
 
     Example:
         >>> load("runs/none/best.ckpt")
@@ -186,15 +194,17 @@ def load(
         ...
         mlpmatch_pl.utils.errors.UserError: expected a checkpoint, but runs/none/best.ckpt does not exist; ...
     """
-    return Predictor(restore(Path(path).expanduser()).to(resolve_device(device)), inference)
+    return Predictor(restore(Path(path).expanduser(), weights).to(resolve_device(device)), inference)
 
 
-def restore(path: Path) -> MLPMatch:
-    """Build the module that a checkpoint describes, with its weights, on the CPU.
+def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
+    """Build the module that a checkpoint describes, with its weights, on the CPU, for prediction.
+
+    It holds one network: the teacher if there is one, unless ``weights`` is ``student``.
 
     Raises:
-        UserError: If the file does not exist, is broken or not a checkpoint of a training run, or its arguments and
-            weights do not match.
+        UserError: If the file does not exist, is broken or not a checkpoint of a training run, its arguments and
+            weights do not match, or it has no teacher and ``weights`` asks for it.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
@@ -210,7 +220,7 @@ def restore(path: Path) -> MLPMatch:
             for key, value in content["hyper_parameters"].items()
             if key in types and key != "pretrained"
         }
-        state = dict(content["state_dict"])
+        state, arguments["method"] = _one_network(content["state_dict"], arguments["method"], weights)
         if len(state[_CLASSIFIER]) != arguments["num_classes"]:
             raise UserError(f"it has weights for {len(state[_CLASSIFIER])} classes")
         with torch.device("meta"):  # shapes without memory
@@ -228,9 +238,23 @@ def restore(path: Path) -> MLPMatch:
             f"expected a checkpoint whose arguments and weights match, but those of {path} do not ({reason}); name a "
             "file written by mlpmatch_pl.train"
         ) from error
+    if weights == "teacher" and not any(name.startswith(_TEACHER) for name in content["state_dict"]):
+        raise UserError(f"expected a checkpoint with a teacher for weights=teacher, but {path} has none; omit weights")
     # 10 % faster on the CPU, where channels last saves conversions between layouts. Folding BatchNorm into the
     # convolutions gave 3 to 4 % more, and is not worth its code.
     return module.to(memory_format=torch.channels_last)
+
+
+def _one_network(
+    state: Mapping[str, Tensor], method: str | Mapping[str, Any], weights: Weights | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of one network as those of the segmentor, and the method without its teacher."""
+    averaged = {name: tensor for name, tensor in state.items() if name.startswith(_TEACHER)}
+    kept = {name: tensor for name, tensor in state.items() if name not in averaged}
+    if weights != "student":
+        kept |= {name.replace(_TEACHER, "segmentor.", 1): tensor for name, tensor in averaged.items()}
+    values = {"name": method} if isinstance(method, str) else dict(method)
+    return kept, {**values, "teacher": None, "pseudo_labels": "student"}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

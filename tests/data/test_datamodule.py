@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import itertools
 import os
@@ -278,6 +279,92 @@ def test_validate_fit_test_and_fit_again_in_one_process():
         trainer.fit(built, datamodule=data)
         assert trainer.global_step == 5
         assert "test/miou" in trainer.test(built, datamodule=data, verbose=False)[0]
+
+
+# Burn-in --------------------------------------------------------------------------------------------------------------
+
+BURN_IN = {"name": "fixmatch", "burn_in": 0.5, "teacher": {"decay": 0.9, "ramp": True}, "pseudo_labels": "teacher"}
+
+
+class Batches(Callback):
+    """Copies of all batches of a training."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(copy.deepcopy(batch))
+
+
+def train_on(method, epochs=2, callbacks=(), **options):
+    """Train, and return the batches and the module."""
+    recorder, built = Batches(), module(method=method)
+    trainer = Trainer(**QUIET, max_epochs=epochs, callbacks=[recorder, *callbacks], enable_checkpointing=False)
+    trainer.fit(built, datamodule=datamodule(method=method, **options))
+    return recorder.batches, built
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_burn_in_trains_on_the_batches_of_supervised_training_and_then_on_pairs(workers):
+    own, _ = train_on(BURN_IN, num_workers=workers)
+    supervised, _ = train_on("supervised")
+    assert len(own) == len(supervised) == 10
+    for batch, expected in zip(own[:5], supervised[:5], strict=True):
+        assert batch["unlabeled"] == {}
+        assert all(torch.equal(value, expected["labeled"][key]) for key, value in batch["labeled"].items())
+    assert [(len(batch["labeled"]["image"]), len(batch["unlabeled"]["weak"])) for batch in own[5:]] == [(2, 2)] * 5
+
+
+def test_after_burn_in_the_labeled_batch_may_stay_that_of_supervised_training():
+    own, _ = train_on({**BURN_IN, "full_labeled_batch": True})
+    supervised, _ = train_on("supervised")
+    for batch, expected in zip(own, supervised, strict=True):
+        assert all(torch.equal(value, expected["labeled"][key]) for key, value in batch["labeled"].items())
+    assert [len(batch["unlabeled"]["weak"]) for batch in own[5:]] == [2] * 5
+
+
+class Weights(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append([weight.detach().clone() for weight in pl_module.segmentor.parameters()])
+
+
+def test_burn_in_equals_supervised_training_step_for_step():
+    own, supervised = Weights(), Weights()
+    train_on(BURN_IN, callbacks=[own])
+    train_on("supervised", callbacks=[supervised])
+    same = [
+        all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for first, second in zip(own.steps, supervised.steps, strict=True)
+    ]
+    assert same == [True] * 5 + [False] * 5
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7])  # inside the burn-in, at its end, after it
+def test_a_run_resumed_inside_or_after_burn_in_ends_like_the_straight_run(tmp_path, stop):
+    every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+    straight, resumed = module(method=BURN_IN), module(method=BURN_IN)
+    Trainer(**QUIET, max_epochs=2, callbacks=[every]).fit(straight, datamodule=datamodule(method=BURN_IN))
+    recorder = Batches()
+    trainer = Trainer(**QUIET, max_epochs=2, callbacks=[recorder], enable_checkpointing=False)
+    path = tmp_path / f"step={stop}.ckpt"
+    trainer.fit(resumed, datamodule=datamodule(method=BURN_IN), ckpt_path=str(path), weights_only=True)
+    assert [bool(batch["unlabeled"]) for batch in recorder.batches] == [step >= 5 for step in range(stop, 10)]
+    expected = straight.state_dict()
+    assert any(name.startswith("teacher.") for name in expected)
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+def test_without_a_trainer_there_is_no_burn_in():
+    assert len(batches(datamodule(method=BURN_IN).train_dataloader())[0]["unlabeled"]["weak"]) == 2
+
+
+def test_burn_in_needs_a_length():
+    trainer = Trainer(**QUIET, max_epochs=-1, enable_checkpointing=False)
+    with pytest.raises(UserError, match=r"known length of training for method.burn_in=0.5"):
+        trainer.fit(module(method={**BURN_IN}, power=0), datamodule=datamodule(method=BURN_IN))
 
 
 # Resume ---------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def test_a_method_file_is_flat_and_complete(name):
 
 
 def test_the_presets_are_those_of_the_method_description():
-    assert set(PRESETS) == {"mlpmatch", "mlpmatch_official", "unimatch", "fixmatch", "supervised"}
+    assert set(PRESETS) == {
+        "mlpmatch", "mlpmatch_official", "unimatch", "unimatch_official", "fixmatch", "supervised"
+    }  # fmt: skip
     assert (PRESETS["mlpmatch"].lambda_max, PRESETS["unimatch"].feature_weight) == (0.25, 0.5)
 
 
@@ -273,7 +275,6 @@ def mlpmatch(tmp_path_factory):
         ("network_weight=0", BY_EPOCH, {"u_np": 0}, set(), set()),
         ("strong_weights=[0.5]", BY_EPOCH, {"s1": 0.5}, {"s2"}, {"s1"}),  # the batch of strong views is smaller
         ("partner=same_image", BY_EPOCH, {}, set(), {"s1", "s2"}),
-        ("network_updates_batchnorm=false", BY_EPOCH, {}, set(), set()),
     ],
 )
 def test_an_ablation_is_one_override(ablation, lambdas, weights, gone, changed, mlpmatch, tmp_path):

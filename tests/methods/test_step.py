@@ -17,6 +17,7 @@ from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import PRESETS, resolve_method, total_loss
 from mlpmatch_pl.methods.partner import SameImagePartner
 from mlpmatch_pl.methods.step import StepResult, step_values
+from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 from mlpmatch_pl.perturbation.input import partner_shift
 from mlpmatch_pl.segmentor import Features, Segmentor
@@ -25,6 +26,7 @@ from mlpmatch_pl.utils.errors import UserError
 CLASSES, SIZE, TAU, SEED = 4, (33, 41), 0.6, 3
 LABELED, UNLABELED = 2, 3  # different, so that a wrong split shows
 LAMBDA = 0.1
+CONFIDENT = 8.0  # factor of the teacher's logits
 STEPS = (3, 5)  # with different draws of stage_bernoulli
 
 
@@ -33,12 +35,11 @@ def trained():
     """A segmentor whose residual branches matter, with its own statistics and fairly confident predictions."""
     torch.manual_seed(0)
     segmentor = Segmentor(CLASSES, backbone="test_resnet", decoder_channels=8).double()
-    for norm in segmentor.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.1)
-            nn.init.normal_(norm.running_mean, std=0.1)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    for norm in batch_norms(segmentor):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.1)
+        nn.init.normal_(norm.running_mean, std=0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
     nn.init.normal_(segmentor.decoder.classifier.weight, std=1.0)
     return segmentor
 
@@ -49,7 +50,17 @@ def segmentor(trained):
 
 
 def make_step(segmentor, spec, criterion="ce"):
-    return build_step(segmentor, build_criterion(criterion, CLASSES), resolve_method(spec), TAU, SEED)
+    method = resolve_method(spec)
+    teacher = Teacher(make_teacher(segmentor), **method.teacher) if method.teacher else None
+    return build_step(segmentor, build_criterion(criterion, CLASSES), method, TAU, SEED, teacher)
+
+
+def make_teacher(segmentor):
+    """A network with other weights, confident in eval mode."""
+    teacher = copy.deepcopy(segmentor)
+    with torch.no_grad():
+        teacher.decoder.classifier.weight.mul_(CONFIDENT)
+    return teacher
 
 
 def run_step(segmentor, spec, batch=None, step=0, criterion="ce"):
@@ -62,6 +73,10 @@ def gradients(loss, segmentor):
     parameters = dict(segmentor.named_parameters())
     grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
     return dict(zip(parameters, grads, strict=True))
+
+
+def batch_norms(segmentor):
+    return [module for module in segmentor.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def running_statistics(segmentor):
@@ -141,7 +156,7 @@ def network_terms(segmentor, images, labeled, targets, perturbation, step):
     return {"x_np": labeled_term(x_np, labeled["mask"]), "u_np": unlabeled_term(u_np, targets)}
 
 
-def authors_terms(segmentor, labeled, unlabeled, step):
+def authors_terms(segmentor, labeled, unlabeled, step, network=True):
     """The authors' step as docs/method.md lists it."""
     segmentor.eval()
     with torch.no_grad():
@@ -156,9 +171,28 @@ def authors_terms(segmentor, labeled, unlabeled, step):
     targets = targets_of(u, unlabeled["valid"])
 
     s1, s2 = strong_terms(segmentor, unlabeled, targets, unlabeled["partner"]["strong"], partner_targets)
+    terms = {"x": labeled_term(x, labeled["mask"]), "s1": s1, "s2": s2, "fp": unlabeled_term(fp, targets)}
+    if not network:
+        return terms
     perturbation = NetworkPerturbation("stage_bernoulli", SEED, p=0.25)
-    network = network_terms(segmentor, images, labeled, targets, perturbation, step)
-    return {"x": labeled_term(x, labeled["mask"]), "s1": s1, "s2": s2, "fp": unlabeled_term(fp, targets), **network}
+    return terms | network_terms(segmentor, images, labeled, targets, perturbation, step)
+
+
+def weak_statistics_terms(segmentor, teacher, labeled, unlabeled, step):
+    """MLPMatch with pseudo-labels of a teacher, and BatchNorm statistics of the weak pass alone."""
+    images = torch.cat([labeled["image"], unlabeled["weak"]])
+    levels = segmentor.encode(images).levels
+    x, _ = predict(segmentor, levels).split([LABELED, UNLABELED])
+    for norm in batch_norms(segmentor):
+        norm.momentum = 0.0
+    teacher.eval()
+    with torch.no_grad():
+        targets = targets_of(teacher(unlabeled["weak"]), unlabeled["valid"])
+    dropped = FeaturePerturbation(0.5, SEED)(tuple(level[LABELED:] for level in levels), step)
+    terms = {"x": labeled_term(x, labeled["mask"]), "fp": unlabeled_term(predict(segmentor, dropped), targets)}
+    strong = strong_terms(segmentor, unlabeled, targets, *rolled_partner(unlabeled, targets, step))
+    terms |= {f"s{view}": term for view, term in enumerate(strong, 1)}
+    return terms | network_terms(segmentor, images, labeled, targets, NetworkPerturbation("single_block", SEED), step)
 
 
 def assert_same_terms_and_gradients(own, other, weights):
@@ -327,6 +361,46 @@ class TestMLPMatchOfficial(MethodTester):
         assert len({perturbation.draw(segmentor.encoder.stages, step) for step in STEPS}) == len(STEPS)
 
 
+class TestUniMatchOfficial(MethodTester):
+    spec, weights = "unimatch_official", TestUniMatch.weights
+
+    def reference(self, segmentor, labeled, unlabeled, step):
+        return authors_terms(segmentor, labeled, unlabeled, step, network=False)
+
+
+WEAK_STATISTICS = {
+    "name": "mlpmatch", "teacher": {"decay": 0.9, "ramp": True}, "pseudo_labels": "teacher", "batchnorm": "weak"
+}  # fmt: skip
+
+
+class TestTeacherAndWeakStatistics(MethodTester):
+    spec = WEAK_STATISTICS
+    weights = MLPMATCH
+
+    def reference(self, segmentor, labeled, unlabeled, step):
+        return weak_statistics_terms(segmentor, make_teacher(segmentor), labeled, unlabeled, step)
+
+
+def test_during_burn_in_a_step_is_that_of_supervised_training(segmentor):
+    batch, plain = make_batch(LABELED, 0, 0, SIZE, CLASSES), copy.deepcopy(segmentor)
+    method = resolve_method({"name": "mlpmatch", "burn_in": 0.3})
+    terms = run_step(segmentor, {"name": "mlpmatch", "burn_in": 0.3}, batch).terms
+    expected = run_step(plain, "supervised", batch).terms
+    own, other = total_loss(terms, method, LAMBDA), total_loss(expected, resolve_method("supervised"), 0.0)
+    assert own.item() == other.item()
+    for name, grad in gradients(own, segmentor).items():
+        assert torch.equal(grad, gradients(other, plain)[name]), name
+    for name, value in running_statistics(segmentor).items():
+        assert torch.equal(value, running_statistics(plain)[name]), name
+
+
+def test_after_burn_in_a_step_is_that_of_the_method(segmentor):
+    batch = make_batch(LABELED, UNLABELED, 2, SIZE, CLASSES)
+    expected = run_step(copy.deepcopy(segmentor), "mlpmatch", batch).terms
+    terms = run_step(segmentor, {"name": "mlpmatch", "burn_in": 0.3}, batch).terms
+    assert {name: term.item() for name, term in terms.items()} == {n: term.item() for n, term in expected.items()}
+
+
 def test_every_preset_has_a_tester():
     testers = {cls.spec for cls in MethodTester.__subclasses__() if isinstance(cls.spec, str)}
     assert testers == set(PRESETS)
@@ -365,23 +439,32 @@ def test_mlpmatch_without_network_perturbation_is_unimatch(trained):
     assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
 
 
-@pytest.mark.parametrize("name", ["mlpmatch", "mlpmatch_official"])
-def test_network_updates_batchnorm_decides_on_the_statistics_alone(trained, name):
-    stage = {"sampler": "single_stage"}
+def test_with_weak_statistics_the_perturbed_passes_leave_no_trace(trained):
+    off = {"network_perturbation": None, "feature_weight": 0.0}
     specs = {
-        "frozen": {"name": name, "network_perturbation": stage, "network_updates_batchnorm": False},
-        "updated": {"name": name, "network_perturbation": stage},
-        "without": {"name": name, "network_perturbation": None},
+        "weak": {"name": "mlpmatch", "batchnorm": "weak"},
+        "weak pass alone": {"name": "mlpmatch", "batchnorm": "weak", **off},
+        "every": {"name": "mlpmatch"},
     }
-    terms, statistics = {}, {}
+    statistics = {}
     for key, spec in specs.items():
         segmentor = copy.deepcopy(trained).train()
-        terms[key] = run_step(segmentor, spec, step=1).terms
+        run_step(segmentor, spec, step=1)
         statistics[key] = running_statistics(segmentor)
-        assert {norm.momentum for norm in segmentor.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
-    assert all(torch.equal(value, statistics["without"][buffer]) for buffer, value in statistics["frozen"].items())
-    assert any(not torch.equal(value, statistics["without"][buffer]) for buffer, value in statistics["updated"].items())
-    assert all(torch.equal(term, terms["updated"][term_name]) for term_name, term in terms["frozen"].items())
+        assert {norm.momentum for norm in batch_norms(segmentor)} == {0.1}
+    same = [all(torch.equal(v, statistics["weak"][n]) for n, v in other.items()) for other in statistics.values()]
+    assert same == [True, True, False]
+
+
+def test_the_authors_passes_cannot_have_weak_statistics():
+    with pytest.raises(UserError, match=r"method.batchnorm=every for method.passes=official, but got weak"):
+        resolve_method({"name": "mlpmatch_official", "batchnorm": "weak"})
+
+
+def test_a_method_of_an_older_checkpoint_is_read_or_refused():
+    assert resolve_method({"name": "mlpmatch", "network_updates_batchnorm": True}) == resolve_method("mlpmatch")
+    with pytest.raises(UserError, match="lets the weak pass alone move"):
+        resolve_method({"name": "mlpmatch", "network_updates_batchnorm": False})
 
 
 def test_the_partner_pass_runs_in_eval_mode_and_changes_nothing(segmentor):

@@ -29,7 +29,7 @@ from mlpmatch_pl.data.dataset import (
     UnlabeledDataset,
     collate,
 )
-from mlpmatch_pl.data.sampler import ShardSampler, StreamSampler, rank_and_world_size
+from mlpmatch_pl.data.sampler import BurnIn, ShardSampler, StreamSampler, rank_and_world_size
 from mlpmatch_pl.data.transforms.strong import UNIMATCH, StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.data.validation import validate_dataset
@@ -53,7 +53,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             ``method``. It determines the number of strong views, the CutMix boxes, and whether each unlabeled image has
             a second view to paste from. A method without strong views gets labeled images only,
             ``unlabeled_batch_size`` more of them, so that a step sees as many images and an epoch has as many steps as
-            with unlabeled images.
+            with unlabeled images. During burn-in (which needs a Trainer of known length) batches are like these.
         crop_size: Height and width of the training views in pixels.
         batch_size: Labeled images in a batch of one device.
         unlabeled_batch_size: Unlabeled images in a batch of one device. Default: ``batch_size``.
@@ -197,24 +197,21 @@ class SemiSupervisedDataModule(LightningDataModule):
     def train_dataloader(self) -> CombinedLoader:
         """Return the paired loader. The first epoch after a resume starts at the batch where the run stopped."""
         (epoch, batch), self._resume = self._resume, (0, 0)
-        streams: dict[str, tuple[TrainDataset, int]] = {"labeled": (self._labeled, self.images_per_step)}
-        if self.method.uses_unlabeled:
-            streams = {
-                "labeled": (self._labeled, self.batch_size),
-                "unlabeled": (self._unlabeled, self.unlabeled_batch_size),
-            }
         rank, world_size = self._rank_and_world_size()
         steps = self.steps_per_epoch(world_size or rank_and_world_size()[1])
-        workers = share_workers(self._workers(), len(streams))
+        streams = self._streams()
+        burn_in, workers = self._burn_in_batches(steps), share_workers(self._workers(), len(streams))
         loaders = {}
-        for name, (dataset, batch_size) in streams.items():
-            seed = 2 * self.seed + (name == "unlabeled")
-            sampler = StreamSampler(len(dataset), steps * batch_size, rank, world_size, seed)
+        for name, (dataset, size) in streams.items():
+            during = self.images_per_step if name == "labeled" else 0
+            drawn = max(size, during) if burn_in else size
+            sampler = StreamSampler(
+                len(dataset), steps * drawn, rank, world_size, 2 * self.seed + (name == "unlabeled"),
+                BurnIn(burn_in, drawn, during, size) if burn_in else None,
+            )  # fmt: skip
             sampler.set_epoch(epoch)
-            sampler.start = batch * batch_size
-            loaders[name] = self._loader(
-                dataset, batch_size, sampler, workers[name], drop_last=True, collate_fn=collate
-            )
+            sampler.start = batch * drawn
+            loaders[name] = self._loader(dataset, drawn, sampler, workers[name], drop_last=True, collate_fn=collate)
         return CombinedLoader(loaders, "min_size")
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -247,6 +244,29 @@ class SemiSupervisedDataModule(LightningDataModule):
             return
         epoch, batch = state_dict["epoch"], state_dict["batch"]
         self._resume = (epoch + 1, 0) if batch >= state_dict["batches"] else (epoch, batch)
+
+    def _streams(self) -> dict[str, tuple[TrainDataset, int]]:
+        """Return the dataset of each stream, and its images in a batch."""
+        if not self.method.uses_unlabeled:
+            return {"labeled": (self._labeled, self.images_per_step)}
+        labeled = self.images_per_step if self.method.full_labeled_batch else self.batch_size
+        return {"labeled": (self._labeled, labeled), "unlabeled": (self._unlabeled, self.unlabeled_batch_size)}
+
+    def _burn_in_batches(self, steps_per_epoch: int) -> int:
+        """Return the number of batches of the burn-in; 0 without a Trainer, which knows the length of the training."""
+        trainer = self.trainer
+        if not self.method.burn_in or trainer is None:
+            return 0
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            total = trainer.max_epochs * steps_per_epoch
+        elif trainer.max_steps > 0:
+            total = trainer.max_steps * trainer.accumulate_grad_batches
+        else:
+            raise UserError(
+                f"expected a known length of training for method.burn_in={self.method.burn_in}, but the Trainer is "
+                "endless; set its max_epochs or max_steps"
+            )
+        return round(self.method.burn_in * total)
 
     def _eval_loader(self, name: str, source: ImageSource) -> DataLoader[Any]:
         rank, world_size = self._rank_and_world_size()

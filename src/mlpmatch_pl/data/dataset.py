@@ -34,7 +34,7 @@ OnBadImage = Literal["raise", "skip"]
 log = logging.getLogger(__name__)
 
 
-class TrainDataset(Dataset[Sample], ABC):
+class TrainDataset(Dataset[Sample | None], ABC):
     """Some images of a source; one sample for each draw.
 
     Files are validated before training, but disks fail and files change during a run. With ``skip``, a sample whose
@@ -59,12 +59,15 @@ class TrainDataset(Dataset[Sample], ABC):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
+    def __getitem__(self, item: tuple[int | None, int]) -> Sample | None:
+        drawn, draw = item
+        if drawn is None:  # not used during burn-in, or after it
+            return None
         skipped: list[tuple[str, str]] = []
-        for position in self._candidates(*item):
+        for position in self._candidates(drawn, draw):
             index = int(self.indices[position])
             try:
-                sample = self.sample(index, draw=item[1])
+                sample = self.sample(index, draw)
             except (UserError, OSError) as error:
                 name = self.source.name(index)
                 # The error of a custom source need not name the image.
@@ -233,10 +236,15 @@ class SkippedImages:
         return {"draws": counts.total(), "images": len(counts)}
 
 
-def collate(samples: list[Sample]) -> Sample:
-    """Collate samples as PyTorch does, and collect the bad images that they replace, if any."""
-    skipped = [entry for sample in samples for entry in sample.pop("skipped", ())]
-    batch: Sample = default_collate(samples)
+def collate(samples: list[Sample | None]) -> Sample:
+    """Collate samples as PyTorch does, and collect the bad images that they replace, if any; draws left out are None.
+
+    Returns:
+        The batch; empty if all draws were left out.
+    """
+    loaded = [sample for sample in samples if sample is not None]
+    skipped = [entry for sample in loaded for entry in sample.pop("skipped", ())]
+    batch: Sample = default_collate(loaded) if loaded else {}
     return {**batch, "skipped": skipped} if skipped else batch
 
 

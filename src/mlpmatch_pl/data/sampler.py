@@ -4,6 +4,7 @@ Both samplers are DistributedSamplers, because Lightning replaces any other samp
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import distributed
@@ -43,6 +44,33 @@ class _ShardedSampler(DistributedSampler[int]):
             )
 
 
+@dataclass(frozen=True)
+class BurnIn:
+    """Which draws of a stream are loaded: other numbers per batch during burn-in than after it.
+
+    Attributes:
+        steps: Number of batches of the burn-in.
+        batch_size: Draws of a batch, loaded or not.
+        during: Images of a batch during burn-in.
+        after: Images of a batch after it.
+
+    Example:
+        >>> burn_in = BurnIn(steps=1, batch_size=2, during=2, after=1)
+        >>> [burn_in.loads(number) for number in range(4)]
+        [True, True, True, False]
+    """
+
+    steps: int
+    batch_size: int
+    during: int
+    after: int
+
+    def loads(self, number: int) -> bool:
+        """Tell whether a draw of this rank is loaded; draws are counted from the start of the training."""
+        step, slot = divmod(number, self.batch_size)
+        return slot < (self.during if step < self.steps else self.after)
+
+
 class StreamSampler(_ShardedSampler):
     """An endless stream of shuffled passes over the images, cut into epochs and divided among the ranks.
 
@@ -55,12 +83,14 @@ class StreamSampler(_ShardedSampler):
         rank: Rank of this process. Default: that of torch.distributed.
         world_size: Number of processes. Default: that of torch.distributed.
         seed: Seed of the permutations. The labeled and the unlabeled stream need different seeds.
+        burn_in: Which draws are loaded. Default: all.
 
     Raises:
         UserError: When iterated, if rank and world size were left out and have changed since.
 
     Yields:
-        ``(index, draw)``: the image, and the number of the draw over all ranks and epochs, which seeds the views.
+        ``(index, draw)``: the image, and the number of the draw over all ranks and epochs, which seeds the views. The
+        index is None for a draw that is not loaded.
 
     Example:
         >>> sampler = StreamSampler(size=3, num_samples=6, seed=1)
@@ -69,23 +99,31 @@ class StreamSampler(_ShardedSampler):
     """
 
     def __init__(
-        self, size: int, num_samples: int, rank: int | None = None, world_size: int | None = None, seed: int = 0
+        self,
+        size: int,
+        num_samples: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+        seed: int = 0,
+        burn_in: BurnIn | None = None,
     ) -> None:
         super().__init__(size, rank, world_size, shuffle=True, seed=seed)
-        self.size, self.num_samples = size, num_samples
+        self.size, self.num_samples, self.burn_in = size, num_samples, burn_in
         self.start = 0
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int | None, int]]:  # type: ignore[override]
         self._check_world_size()
         total = self.num_samples * self.num_replicas
         passes = -(-total // self.size)
         order = torch.cat([self._permutation(self.epoch * passes + number) for number in range(passes)])[:total]
         start, self.start = self.start, 0  # applies to the resumed epoch only
-        for position in range(self.rank + start * self.num_replicas, total, self.num_replicas):
-            yield int(order[position]), self.epoch * total + position
+        for number in range(start, self.num_samples):
+            position = self.rank + number * self.num_replicas
+            loaded = self.burn_in is None or self.burn_in.loads(self.epoch * self.num_samples + number)
+            yield int(order[position]) if loaded else None, self.epoch * total + position
 
     def _permutation(self, number: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "permutation", number))

@@ -54,7 +54,8 @@ def build_module(
     backbone, schedule, data = dict(config["backbone"]), config["schedule"], datamodule.data
     labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
     synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
-    method.check_batch_sizes(labeled if method.uses_unlabeled else labeled + unlabeled, unlabeled, synchronized)
+    shared = method.uses_unlabeled and not method.full_labeled_batch
+    method.check_batch_sizes(labeled if shared else labeled + unlabeled, unlabeled, synchronized)
     if schedule["reference_images"] < 1:
         raise UserError(f"expected schedule.reference_images of at least 1, but got {schedule['reference_images']}")
     lr = schedule["lr"] * images_per_update(datamodule, trainer) / schedule["reference_images"]

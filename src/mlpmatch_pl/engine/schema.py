@@ -32,6 +32,7 @@ _CRITERION = mapping_type(
     optional=("class_weights", "dice_weight", "threshold", "min_kept"),
 )
 _SAMPLER = mapping_type({"sampler": str, "p": float, "k": int}, optional=("p", "k"))
+_TEACHER = mapping_type({"decay": float, "ramp": bool})
 _WANDB = mapping_type(
     dict.fromkeys(("project", "name", "group", "mode", "entity", "notes", "job_type"), str | None)
     | {"tags": Sequence[str] | None},
@@ -67,7 +68,12 @@ _TRAINING: dict[str, Any] = {
     "loader": mapping_type(_LOADER),
     "logger": mapping_type({"wandb": _WANDB | None, "tensorboard": bool}),
     "method": mapping_type(
-        _hints(Method) | {"network_perturbation": _SAMPLER | None, "cutmix": mapping_type(_hints(CutMix))}
+        _hints(Method)
+        | {
+            "network_perturbation": _SAMPLER | None,
+            "teacher": _TEACHER | None,
+            "cutmix": mapping_type(_hints(CutMix)),
+        }
     ),
     "objective": mapping_type({"criterion": str | _CRITERION, "confidence_threshold": float}),
     "schedule": mapping_type(

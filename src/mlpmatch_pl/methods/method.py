@@ -22,6 +22,8 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 
 PARTNERS = ("batch", "same_image")
 PASSES = ("forked", "official")
+BATCHNORM = ("every", "weak")
+PSEUDO_LABELS = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,14 @@ class Method:
         network_weight: Weight of the network-perturbed unlabeled term.
         lambda_max: Largest weight of the volatile term (network perturbation on labeled images).
         lambda_schedule: ``linear_epoch``, ``linear_step``, ``constant`` or ``off``.
-        network_updates_batchnorm: Whether the perturbed pass moves BatchNorm's running statistics.
+        burn_in: Share of the training on labeled images alone, as the supervised baseline trains, from 0 to below 1.
+        full_labeled_batch: Whether a batch has as many labeled images as one of the supervised baseline, and the
+            unlabeled ones on top, instead of sharing this number.
+        teacher: ``{"decay": ..., "ramp": ...}`` of an averaged network, see `mlpmatch_pl.methods.teacher.Teacher`,
+            which is validated, tested and predicted with; None for none.
+        pseudo_labels: Whether they come from the ``student``'s weak pass, or from the ``teacher`` in eval mode.
+        batchnorm: Which passes move BatchNorm's running statistics: ``every``, or the ``weak`` one alone. All passes
+            normalize by their own batch.
         cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
         partner: Source of CutMix's boxes: ``batch`` (another image of the batch) or ``same_image`` (another view).
         passes: ``forked`` shares the encoder's prefix; ``official`` runs the authors' separate passes.
@@ -54,7 +63,11 @@ class Method:
     network_weight: float
     lambda_max: float
     lambda_schedule: str
-    network_updates_batchnorm: bool
+    burn_in: float
+    full_labeled_batch: bool
+    teacher: Mapping[str, Any] | None
+    pseudo_labels: str
+    batchnorm: str
     cutmix: Mapping[str, Any]
     partner: str
     passes: str
@@ -62,7 +75,13 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strong_weights", tuple(self.strong_weights))
-        for key, choices in (("partner", PARTNERS), ("passes", PASSES), ("lambda_schedule", tuple(SCHEDULES))):
+        for key, choices in (
+            ("partner", PARTNERS),
+            ("passes", PASSES),
+            ("lambda_schedule", tuple(SCHEDULES)),
+            ("batchnorm", BATCHNORM),
+            ("pseudo_labels", PSEUDO_LABELS),
+        ):
             value = getattr(self, key)
             if value not in choices:
                 raise UserError(
@@ -71,6 +90,20 @@ class Method:
         weights = (self.scale, *self.strong_weights, self.feature_weight, self.network_weight)
         if min(weights) < 0 or not 0 <= self.lambda_max <= 1:
             raise UserError(f"expected method {self.name} to have weights of at least 0 and lambda_max from 0 to 1")
+        if not 0 <= self.burn_in < 1:
+            raise UserError(
+                f"expected method.burn_in from 0 to below 1, a share of the training, but got {self.burn_in}"
+            )
+        if self.pseudo_labels == "teacher" and not self.teacher:
+            raise UserError(
+                "expected a teacher for method.pseudo_labels=teacher, but got method.teacher=null; "
+                "set method.teacher={decay: 0.99, ramp: true}"
+            )
+        if self.passes == "official" and self.batchnorm != "every":
+            raise UserError(
+                f"expected method.batchnorm=every for method.passes=official, but got {self.batchnorm}; use "
+                "method.passes=forked"
+            )
         if not self.strong_weights and (self.feature_weight or self.network_perturbation):
             raise UserError(
                 "expected at least one strong view beside feature or network perturbation, "
@@ -134,6 +167,11 @@ def resolve_method(spec: str | Mapping[str, Any] | Method) -> Method:
     name = values.get("name", "mlpmatch")
     if name not in PRESETS:
         raise UserError(f"expected a method of {', '.join(PRESETS)}, but got {name!r}." + suggest(str(name), PRESETS))
+    if not values.pop("network_updates_batchnorm", True):  # in checkpoints of version 0.1
+        raise UserError(
+            "expected no method.network_updates_batchnorm, which exists no longer; method.batchnorm=weak lets the weak "
+            "pass alone move BatchNorm's statistics"
+        )
     known = [entry.name for entry in fields(Method)]
     for key in values:
         if key not in known:
@@ -143,6 +181,8 @@ def resolve_method(spec: str | Mapping[str, Any] | Method) -> Method:
 
 def total_loss(terms: Mapping[str, Tensor], method: Method, lambda_np: float) -> Tensor:
     """Return the loss: ``scale * [(1 - lambda) Lx + lambda Lx_np + weighted unlabeled terms]``.
+
+    During burn-in the only term is ``x``, and the loss is that of the supervised baseline.
 
     Args:
         terms: Scalar loss terms by name, see `mlpmatch_pl.methods.step.StepResult`.
@@ -155,6 +195,8 @@ def total_loss(terms: Mapping[str, Tensor], method: Method, lambda_np: float) ->
         >>> total_loss({name: torch.tensor(1.0) for name in names}, method, 0.1).item()
         1.0
     """
+    if method.uses_unlabeled and terms.keys() == {"x"}:  # during burn-in
+        return terms["x"]
     weights = {"x": 1 - lambda_np, "x_np": lambda_np, "fp": method.feature_weight, "u_np": method.network_weight}
     weights |= {f"s{view}": weight for view, weight in enumerate(method.strong_weights, 1)}
     return method.scale * torch.stack([weights[name] * term for name, term in terms.items()]).sum()

@@ -11,7 +11,7 @@ int64 (CutMix y0, x0, y1, x1; all 0 for no box) and ``index`` (B,). With ``partn
 step uses it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from mlpmatch_pl.methods.losses import consistency_loss
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.methods.partner import Batch, BatchPartner, Partner, SameImagePartner
 from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
+from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 from mlpmatch_pl.perturbation.input import inside_boxes
 from mlpmatch_pl.segmentor import Features, Segmentor
@@ -91,13 +92,22 @@ class MultiLevelStep:
         method: Perturbations and their options.
         threshold: Minimum confidence of pseudo-labels (tau).
         seed: Seed of all random draws.
+        teacher: Predicts the pseudo-labels; None if the weak pass of the segmentor does.
 
     Raises:
         UserError: If the network is to be perturbed, but the backbone has no blocks that can be deactivated.
     """
 
-    def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method, threshold: float, seed: int) -> None:
-        self.segmentor, self.criterion, self.threshold = segmentor, criterion, threshold
+    def __init__(
+        self,
+        segmentor: Segmentor,
+        criterion: Criterion,
+        method: Method,
+        threshold: float,
+        seed: int,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.segmentor, self.criterion, self.threshold, self.teacher = segmentor, criterion, threshold, teacher
         self.validate_batch = BatchValidator(method, len(segmentor.mean_C11))
         # Perturbations by name; those that are off are left out, so the step needs no conditions.
         fp = {"fp": FeaturePerturbation(method.feature_dropout, seed)} if method.feature_weight else {}
@@ -111,12 +121,15 @@ class MultiLevelStep:
             )
         partners: dict[str, Callable[[Batch, int], Partner]] = {
             "batch": BatchPartner(seed),
-            "same_image": SameImagePartner(segmentor),
+            "same_image": SameImagePartner(teacher.network if teacher else segmentor),
         }
         self.partner = partners[method.partner]
+        every = method.batchnorm == "every"
+        # Passes of perturbed views, features and networks run in this context.
         self.perturbed_context: Callable[[], AbstractContextManager[None]] = (
-            nullcontext if method.network_updates_batchnorm else partial(frozen_batchnorm_statistics, segmentor)
+            nullcontext if every else partial(frozen_batchnorm_statistics, segmentor)
         )
+        self.decode_features = self._decode_together if every else self._decode_apart
 
     def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
         """Return all terms of one step.
@@ -134,7 +147,7 @@ class MultiLevelStep:
         images, sizes = torch.cat(weak_views), [len(views) for views in weak_views]
         partner = self.partner(unlabeled, step)
         weak = self.weak_pass(images, sizes, step)
-        pseudo = PseudoLabels.from_logits(weak.u, unlabeled["valid"])
+        pseudo = PseudoLabels.from_logits(self.pseudo_logits(weak, unlabeled), unlabeled["valid"])
         strong_logits, targets = self.strong_pass(unlabeled, pseudo, partner)
         network = self.network_pass(images, sizes, weak.perturbed, step)
 
@@ -157,9 +170,25 @@ class MultiLevelStep:
         features, perturbed = self.encode_forked(images_B3HW, step)
         unlabeled = features[sizes[0] :]
         dropped = [Features(drop(unlabeled.levels, step)) for drop in self.feature_perturbations.values()]
-        logits = self.segmentor.decode(Features.cat([features, *dropped]), images_B3HW.shape[2:])
-        x, u, *fp = torch.split(logits, sizes + [sizes[1]] * len(dropped))
+        logits, *fp = self.decode_features([features, *dropped], images_B3HW.shape[2:])
+        x, u = torch.split(logits, sizes)
         return WeakPass(x, u, dict(zip(self.feature_perturbations, fp, strict=True)), perturbed)
+
+    def _decode_together(self, features: list[Features], size: Sequence[int]) -> list[Tensor]:
+        """Decode plain and perturbed features in one pass, which also shares BatchNorm's batch."""
+        logits = self.segmentor.decode(Features.cat(features), size)
+        return list(torch.split(logits, [len(part.levels[0]) for part in features]))
+
+    def _decode_apart(self, features: list[Features], size: Sequence[int]) -> list[Tensor]:
+        """Decode plain features, and the perturbed ones in the context of perturbed passes."""
+        plain, *perturbed = features
+        logits = [self.segmentor.decode(plain, size)]
+        with self.perturbed_context():
+            return logits + [self.segmentor.decode(part, size) for part in perturbed]
+
+    def pseudo_logits(self, weak: WeakPass, unlabeled: Batch) -> Tensor:
+        """Return the logits (B, C, H, W) that become pseudo-labels."""
+        return weak.u if self.teacher is None else self.teacher(unlabeled["weak"])
 
     def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
         """Return plain features, and those of the deactivated network by name if network perturbation is on."""
@@ -191,7 +220,23 @@ class MultiLevelStep:
             inside_BHW = inside_boxes(boxes_BV4[:, view], *strong_BV3HW.shape[3:])
             images.append(torch.where(inside_BHW[:, None], partner.strong_BV3HW[:, view], strong_BV3HW[:, view]))
             targets.append(pseudo.mix(labels, inside_BHW))
-        return list(self.segmentor(torch.cat(images)).chunk(len(images))), targets
+        with self.perturbed_context():
+            return list(self.segmentor(torch.cat(images)).chunk(len(images))), targets
+
+
+class BurnInStep:
+    """The supervised step for batches without unlabeled images, and that of the method for all others.
+
+    The data module leaves the unlabeled images out until burn-in ends.
+    """
+
+    def __init__(self, supervised: SupervisedStep, main: MultiLevelStep) -> None:
+        self.supervised, self.main = supervised, main
+        self.network_perturbations = main.network_perturbations
+
+    def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
+        """Return the term ``x`` during burn-in, and all terms after it."""
+        return (self.main if unlabeled else self.supervised)(labeled, unlabeled, step)
 
 
 def step_values(

@@ -28,7 +28,7 @@ from mlpmatch_pl.evaluation import Scores, SlidingWindowInference
 from mlpmatch_pl.evaluation.boundary import boundary_iou, boundary_width
 from mlpmatch_pl.evaluation.confusion import Absent, class_mean
 from mlpmatch_pl.evaluation.table import metrics_table
-from mlpmatch_pl.predictor import resolve_device, restore
+from mlpmatch_pl.predictor import Weights, resolve_device, restore
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
 from mlpmatch_pl.utils.validation import read_options
@@ -58,6 +58,7 @@ class EvaluateOptions:
 
     Attributes:
         checkpoint: Checkpoint of a training run.
+        weights: ``teacher`` or ``student``; None for the teacher if there is one.
         dataset: See `mlpmatch_pl.commands.evaluate.dataset.open_part`.
         part: Likewise.
         output: Folder for the results.
@@ -75,6 +76,7 @@ class EvaluateOptions:
     """
 
     checkpoint: Path
+    weights: Weights | None
     dataset: Mapping[str, Any] | None
     part: Part | None
     output: Path
@@ -104,7 +106,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output = options.output.resolve()
     if not options.overwrite:
         refuse_overwrite((output / name for name in FILES), OTHER_OUTPUT)
-    module = restore(options.checkpoint)
+    module = restore(options.checkpoint, options.weights)
     module.inference = options.inference
     part = open_part(options.checkpoint, options.dataset, options.part)
     check_compatible(module, part.data, options.checkpoint)

@@ -18,7 +18,7 @@ from torch import Tensor
 import mlpmatch_pl
 from mlpmatch_pl.commands.export.formats import DTYPES, FORMATS, InputDtype, Model, Name, Returns
 from mlpmatch_pl.evaluation.sliding_window import SMALLEST
-from mlpmatch_pl.predictor import Predictor, load
+from mlpmatch_pl.predictor import Predictor, Weights, load
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
@@ -47,6 +47,7 @@ class ExportOptions:
         returns: ``logits`` or ``probabilities``; ``logits`` for safetensors, which contains weights only.
         input_dtype: ``float32`` or ``uint8``: dtype of the images, with values as stored.
         overwrite: Whether existing files are replaced.
+        weights: ``teacher`` or ``student``; None for the teacher if there is one.
 
     Raises:
         UserError: If the options contradict each other.
@@ -66,6 +67,7 @@ class ExportOptions:
     returns: Returns = "logits"
     input_dtype: InputDtype = "float32"
     overwrite: bool = False
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if self.path.suffix != (suffix := FORMATS[self.format].suffixes[0]):
@@ -119,7 +121,7 @@ def export_checkpoint(options: ExportOptions) -> Parity:
         )
     if not options.overwrite:
         refuse_overwrite(map(path.with_suffix, form.suffixes), OTHER_OUTPUT)
-    predictor = load(options.checkpoint, device="cpu")
+    predictor = load(options.checkpoint, device="cpu", weights=options.weights)
     # Channels-last weights would be traced as copies between memory formats.
     segmentor = predictor.module.segmentor.to(memory_format=torch.contiguous_format)
     config = describe(predictor, options)

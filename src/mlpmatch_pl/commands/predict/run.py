@@ -29,7 +29,7 @@ from mlpmatch_pl.data.base import Image
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
 from mlpmatch_pl.evaluation import SlidingWindowInference
-from mlpmatch_pl.predictor import Predictor, load
+from mlpmatch_pl.predictor import Predictor, Weights, load
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
 from mlpmatch_pl.utils.prefetch import ordered_map
@@ -46,6 +46,7 @@ class PredictOptions:
 
     Attributes:
         checkpoint: Checkpoint of a training run.
+        weights: ``teacher`` or ``student``; None for the teacher if there is one.
         input: An image file, a folder or a glob pattern.
         output: Folder to write to.
         save: What to write for each image.
@@ -59,6 +60,7 @@ class PredictOptions:
     """
 
     checkpoint: Path
+    weights: Weights | None
     input: Path
     output: Path
     save: tuple[Kind, ...]
@@ -87,7 +89,7 @@ def run(options: PredictOptions) -> None:
     if not options.overwrite:
         paths = (image.output(options.output, kind) for image in images for kind in options.save)
         refuse_overwrite(paths, OTHER_OUTPUT)
-    predictor = load(options.checkpoint, options.device, options.inference)
+    predictor = load(options.checkpoint, options.device, options.inference, options.weights)
     write_classes(predictor, options.output / "classes.json", options.overwrite)
     started = time.monotonic()
     failures = predict_files(predictor, images, options)
