@@ -216,9 +216,13 @@ def test_a_missing_device_is_refused(checkpoint, device):
 WITHOUT_HYDRA = """
 import sys
 sys.modules.update(dict.fromkeys(BLOCKED := ("hydra", "omegaconf", "wandb", "albumentations")))  # as if not installed
+import socket
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = None  # calling them would fail
 import numpy
 import torch
-from mlpmatch_pl import MLPMatch, load
+from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule, load
+from mlpmatch_pl.methods.method import resolve_method
+assert resolve_method("mlpmatch").lambda_max == 0.25
 checkpoint, image, labels, logits = sys.argv[1:]
 module = MLPMatch.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
 assert (module.method.lambda_max, module.class_names) == (0.1, ["a", "b", "c", "d"])
@@ -230,7 +234,7 @@ assert all(sys.modules[name] is None for name in BLOCKED)
 """
 
 
-def test_the_python_interface_needs_no_hydra(pixels, tmp_path):
+def test_the_python_interface_needs_neither_hydra_nor_albumentations_nor_the_network(pixels, tmp_path):
     """A module is built; a checkpoint gives the same network, with its options, and the same prediction."""
     module = make_module(method={"name": "mlpmatch", "lambda_max": 0.1}, class_names=["a", "b", "c", "d"])
     checkpoint = save_checkpoint(module, tmp_path / "last.ckpt")

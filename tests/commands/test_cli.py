@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 from helpers import TINY, compose_train, run_command
+from helpers.processes import run_forked
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.__main__ import COMMANDS
@@ -19,10 +20,10 @@ def modification_times(run):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run by the real command, with two processes: the run folder and the output."""
+    """A run by the command, with two processes: the run folder and the output."""
     folder = tmp_path_factory.mktemp("run")
     processes = ("trainer.accelerator=cpu", "trainer.devices=2", "loader.batch_size=2")
-    result = run_command("train", *TINY, *processes, "hydra.run.dir=run", cwd=folder, module="mlpmatch_pl")
+    result = run_forked("train", *TINY, *processes, "hydra.run.dir=run", cwd=folder, module="mlpmatch_pl")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in folder.iterdir()] == ["run"]
     return folder / "run", result.stdout
@@ -113,20 +114,19 @@ def test_a_schedule_in_steps_covers_them_and_validates_the_last(steps_per_epoch)
 # Sweeps ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_sweep_gives_one_folder_per_job_and_continues_after_a_failed_one(tmp_path):
-    result = run_command("-m", *TINY, "dataset.labeled=99,4", "schedule.steps=1", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "error: expected dataset.labeled of at most 24" in result.stderr
+def test_a_sweep_gives_one_folder_per_job_and_continues_after_a_failed_one(command, tmp_path):
+    code, _, errors = command("train", "-m", *TINY, "dataset.labeled=99,4", "schedule.steps=1")
+    assert code == 1
+    assert "error: expected dataset.labeled of at most 24" in errors
     (sweep,) = (tmp_path / "multirun").iterdir()
     results = {path.parent.name for path in sweep.rglob("metrics.json")}
     assert results == {"1_shapes_mlpmatch_4_s0"}
 
 
 def test_a_sweep_over_several_processes_is_refused(command):
-    code, _, errors = command("train", "-m", *TINY, "seed=0", "trainer.accelerator=cpu", "trainer.devices=2")
+    code, _, errors = command("train", "-m", *TINY, "seed=0,1", "trainer.accelerator=cpu", "trainer.devices=2")
     assert code == 1
-    assert "expected one device per job in a sweep, but got 2 processes" in errors
+    assert "error: expected one device per job in a sweep, but got 2 processes; set trainer.devices=1" in errors
 
 
 # Help -----------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from helpers import ddp_job
+from helpers.processes import ForkedCommand, free_port
 
 from mlpmatch_pl import MLPMatch
 
@@ -16,11 +15,11 @@ BATCH = 4  # a global batch; an epoch has three steps
 def job(tmp_path_factory):
     """The trainings and validations of `ddp_job` on two processes."""
     devices, folder = 2, tmp_path_factory.mktemp("job")
-    done = subprocess.run(
-        [sys.executable, ddp_job.__file__, str(folder), str(devices)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(devices)}
+    job = {"cwd": Path(ddp_job.__file__).parents[1], "module": "helpers.ddp_job", **shared}
+    processes = [ForkedCommand(str(folder), str(devices), LOCAL_RANK=str(rank), **job) for rank in range(devices)]
+    for done in [process.finish() for process in processes]:
+        assert done.returncode == 0, done.stderr[-3000:]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
 
 

@@ -4,12 +4,10 @@ A second machine is a second torchrun on this one; srun is what it would put int
 """
 
 import csv
-import importlib
 import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, compose_train, run_command
+from helpers import TINY, compose_train
+from helpers.processes import ForkedCommand, free_port, run_forked
 from lightning.pytorch import Trainer
 
 from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule
@@ -44,24 +43,12 @@ SRUN = {
 PAGE = Path(__file__).parents[2] / "docs" / "multi_gpu.md"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(folder, command, **environment):
+def start(folder, command):
     clean = {key: value for key, value in os.environ.items() if key != "MLPMATCH_STAMP"}
     return subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=folder, env={**clean, "OMP_NUM_THREADS": "1", **environment}, text=True,
+        [sys.executable, "-m", *command], cwd=folder, env={**clean, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def finished(processes, seconds=240):
-    """Return exit codes, and what all have printed."""
-    outputs = [process.communicate(timeout=seconds) for process in processes]
-    return [process.returncode for process in processes], *("".join(parts) for parts in zip(*outputs, strict=True))
 
 
 def apart(starts):
@@ -74,24 +61,30 @@ def apart(starts):
 
 
 def by_torchrun_on_two_machines(folder):
+    """Return the exit codes and what all have printed."""
     port, train = free_port(), ("-m", "mlpmatch_pl.train", *RUN, "trainer.num_nodes=2")
     shared = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
     nodes = (("torch.distributed.run", *shared, f"--node_rank={node}", *train) for node in range(2))
-    return apart([lambda node=node: start(folder, node) for node in nodes])
+    processes = apart([lambda node=node: start(folder, node) for node in nodes])
+    outputs = [process.communicate(timeout=240) for process in processes]
+    return [process.returncode for process in processes], *map("".join, zip(*outputs, strict=True))
 
 
 def by_srun(folder, *options):
     shared = {**SRUN, "MASTER_PORT": str(free_port())}
-    command = ("mlpmatch_pl.train", *RUN, "trainer.devices=2", *options)
+    command = (*RUN, "trainer.devices=2", *options)
     tasks = ({**shared, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2))
-    return apart([lambda task=task: start(folder, command, **task) for task in tasks])
+    processes = apart([lambda task=task: ForkedCommand(*command, cwd=folder, **task) for task in tasks])
+    done = [process.finish() for process in processes]
+    outputs = [(task.stdout, task.stderr) for task in done]
+    return [task.returncode for task in done], *map("".join, zip(*outputs, strict=True))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run of two processes by torchrun: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("straight")
-    codes, out, err = finished(by_torchrun_on_two_machines(folder))
+    codes, out, err = by_torchrun_on_two_machines(folder)
     assert codes == [0, 0], err
     (run,) = (folder / "runs").iterdir()
     return run, out
@@ -159,12 +152,12 @@ def test_if_a_process_is_killed_the_other_ends_with_one_sentence_and_the_run_res
     (tmp_path / "dying.py").write_text(DYING)
     options = ("hydra.run.dir=run", "resume=auto", "callbacks.checkpoint.every_n_steps=3")
     began = time.monotonic()
-    died = run_command(*RUN, "trainer.devices=2", *options, "+callbacks.dies._target_=dying.Dies", cwd=tmp_path)
+    died = run_forked(*RUN, "trainer.devices=2", *options, "+callbacks.dies._target_=dying.Dies", cwd=tmp_path)
     assert time.monotonic() - began < 120
     assert died.returncode == 1
     assert "error: expected all 2 processes to keep running, but another one died" in died.stderr
     assert "Traceback" not in died.stderr
-    codes, out, err = finished(by_srun(tmp_path, *options))
+    codes, out, err = by_srun(tmp_path, *options)
     assert codes == [0, 0], err
     assert out.count("continuing from ") == out.count("2 processes; BatchNorm") == out.count("results in ") == 1
     assert_same_run(tmp_path / "run", straight[0])
@@ -215,19 +208,6 @@ def test_a_single_process_is_stamped_with_the_time_and_its_job():
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711"}
     for environment, end in (({}, ""), (job, "_job4711"), ({**job, "SLURM_STEP_ID": "2"}, r"_job4711\.2")):
         assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d" + end, time_stamp(environment))
-
-
-def test_a_sweep_with_several_devices_per_job_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLPMATCH_STAMP", "sweep")
-    monkeypatch.setattr("sys.argv", ["train", "-m", *RUN, "seed=0,1", "trainer.devices=2"])
-    with pytest.raises(SystemExit) as caught:
-        importlib.import_module("mlpmatch_pl.train").main()
-    assert caught.value.code == 1
-    assert (
-        "error: expected one device per job in a sweep, but got 2 processes; set trainer.devices=1"
-        in capsys.readouterr().err
-    )
 
 
 def commands_of_the_page():

@@ -3,34 +3,12 @@
 (Permission bits do not apply to the superuser, as whom tests often run.)
 """
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
+import helpers
 import pytest
+from helpers.processes import run_forked
 
-READ_ONLY = """
-import os, runpy, sys
-
-root = sys.argv[1]
-CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
-
-
-def refuse(event, arguments):
-    if event == "open":
-        path, _, flags = arguments
-        changes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    else:
-        path, changes = (arguments or [None])[0], event in CHANGES
-    if changes and isinstance(path, (str, bytes, os.PathLike)) and os.path.abspath(os.fsdecode(path)).startswith(root):
-        raise OSError(30, "Read-only file system", os.fsdecode(path))
-
-
-sys.addaudithook(refuse)
-for command in " ".join(sys.argv[2:]).split(" -- "):  # several commands in one process
-    module, *sys.argv[1:] = command.split()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-"""
 TRAINING = (
     "dataset=folder", "dataset.classes=[background,road,sky]", "dataset.val=1", "loader.crop_size=40",
     "loader.batch_size=2", "loader.unlabeled_batch_size=3", "schedule.steps=2", "backbone.decoder_channels=8",
@@ -40,10 +18,8 @@ TRAINING = (
 
 def run(read_only, *commands, cwd):
     arguments = " -- ".join(" ".join(["mlpmatch_pl." + command[0], *command[1:]]) for command in commands).split()
-    return subprocess.run(
-        [sys.executable, "-c", READ_ONLY, str(read_only), *arguments], cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    folder = str(Path(helpers.__file__).parents[1])
+    return run_forked(str(read_only), *arguments, cwd=cwd, module="helpers.read_only", PYTHONPATH=folder)
 
 
 @pytest.mark.slow

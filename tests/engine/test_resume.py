@@ -6,15 +6,14 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, compose_train, run_command
+from helpers import TINY, compose_train
+from helpers.processes import ForkedCommand, run_forked
 from lightning.pytorch import Callback
 
 from mlpmatch_pl.callbacks.checkpoints import LastCheckpoint
@@ -172,7 +171,7 @@ def test_a_run_killed_by_sigkill_resumes_bit_for_bit(straight, tmp_path):
     kill = add("SendSignal", hook="on_train_batch_start", epoch=1, batch=4, signum=9)
     options = ("callbacks.checkpoint.every_n_steps=4", "loader.num_workers=1", f"hydra.run.dir={tmp_path}/run")
     here = Path(__file__).parent
-    killed = run_command(*RUN, *options, kill, cwd=tmp_path, PYTHONPATH=f"{here}{os.pathsep}{here.parent}")
+    killed = run_forked(*RUN, *options, kill, cwd=tmp_path, PYTHONPATH=f"{here}{os.pathsep}{here.parent}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint(tmp_path / "run")["global_step"] == 8
     assert max(int(row["step"]) for row in rows(tmp_path / "run")) == 8
@@ -436,25 +435,21 @@ def test_a_signal_to_the_whole_group_saves_and_exits(name, code, options, straig
     folder = copy(straight, tmp_path / "run")
     before = len(rows(folder))
     arguments = [*TINY, "schedule.steps=null", "schedule.epochs=90", "trainer.log_every_n_steps=1", "resume=auto"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlpmatch_pl.train", *arguments, "hydra.run.dir=run", *options], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = ForkedCommand(*arguments, "hydra.run.dir=run", *options, cwd=tmp_path)
     end = time.monotonic() + 200
     while len(rows(folder)) == before:
-        assert process.poll() is None, process.communicate()
+        assert process.is_running, process.finish()
         assert time.monotonic() < end
         time.sleep(0.02)
     os.killpg(process.pid, signal.Signals[name])
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == code, errors
-    assert f"{name}: finishing the step, then saving" in errors
-    assert "Traceback" not in errors
-    assert f"{name}: stopped after step " in output
+    done = process.finish(timeout=100)
+    assert done.returncode == code, done.stderr
+    assert f"{name}: finishing the step, then saving" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"{name}: stopped after step " in done.stdout
     steps = 3 if name == "SIGTERM" else 5  # two processes see twice as many images in a step
     learned = {3: "learning rate 0.05 for 16", 5: "learning rate 0.025 for 8"}[steps]
-    assert f"{learned} images in an optimizer step" in output
+    assert f"{learned} images in an optimizer step" in done.stdout
     start = read_start(folder / "checkpoints" / "last.ckpt")
     trained = [int(row["step"]) for row in rows(folder)[before:] if row["train/loss"]]
     assert trained == list(range(2 * steps, start.step))

@@ -1,4 +1,4 @@
-"""Trainings and validations that test_ddp.py compares over processes: ``python ddp_job.py FOLDER DEVICES``."""
+"""Trainings and validations that test_ddp.py compares over processes: ``python -m helpers.ddp_job FOLDER DEVICES``."""
 
 import hashlib
 import json

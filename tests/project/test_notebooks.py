@@ -3,6 +3,7 @@
 ``python tests/project/test_notebooks.py [NAME ...]`` runs them and stores their outputs; then look at the pictures.
 """
 
+import os
 import re
 import sys
 import tempfile
@@ -12,9 +13,11 @@ from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
+from nbclient.util import run_sync
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
+FOLDER, TESTS = Path(__file__).parents[2] / "notebooks", Path(__file__).parents[1]
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PICTURES = ("image/png", "image/jpeg")
 METADATA = {
@@ -25,11 +28,11 @@ LARGEST = 200_000  # bytes
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def run(path: Path, folder: Path) -> Any:
-    """Run a notebook in a folder; raise the error of a cell with its code and traceback."""
+def client_of(path: Path, folder: Path, kernel: AsyncKernelManager | None = None) -> NotebookClient:
+    """Return what runs a notebook in a folder and raises the error of a cell with its code and traceback."""
     notebook = nbformat.read(path, as_version=4)
     options = {"resources": {"metadata": {"path": str(folder)}}, "record_timing": False, "coalesce_streams": True}
-    return NotebookClient(notebook, timeout=300, kernel_name="python3", **options).execute()
+    return NotebookClient(notebook, kernel, timeout=300, kernel_name="python3", **options)
 
 
 def outputs(notebook: Any) -> Iterator[Any]:
@@ -40,7 +43,7 @@ def outputs(notebook: Any) -> Iterator[Any]:
 def store(path: Path) -> None:
     """Run a notebook and store its outputs, each picture in the smaller of its encodings."""
     with tempfile.TemporaryDirectory() as folder:
-        notebook = run(path, Path(folder))
+        notebook = client_of(path, Path(folder)).execute()
     for output in outputs(notebook):
         encodings = sorted(set(PICTURES) & set(output.get("data", ())), key=lambda kind: len(output["data"][kind]))
         for larger in encodings[1:]:
@@ -49,11 +52,36 @@ def store(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+SHORT = [(r"(steps=)\d\d+", r"\g<1>9"), (r"(max_epochs=)\d", r"\g<1>1")]
+PREPARE = """
+%reset -f
+import os, subprocess
+os.chdir({folder!r})
+from helpers.notebook_commands import run_here
+subprocess.run = run_here
+%reset -f
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One kernel for all notebooks: importing takes longer than their code."""
+    manager, environment = AsyncKernelManager(), {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    run_sync(manager.start_kernel)(env={**os.environ, **environment}, cwd=str(tmp_path_factory.mktemp("kernel")))
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
 @pytest.mark.slow
 @every_notebook
-def test_a_notebook_runs_and_leaves_no_files(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    executed = run(path, tmp_path)
+def test_a_notebook_runs_and_leaves_no_files(path, tmp_path, kernel):
+    """With shorter trainings, and with the commands in the kernel's process."""
+    client = client_of(path, tmp_path, kernel)
+    for cell in client.nb.cells:
+        for long, short in SHORT if cell.cell_type == "code" else ():
+            cell.source = re.sub(long, short, cell.source)
+    client.nb.cells.insert(0, nbformat.v4.new_code_cell(PREPARE.format(folder=str(tmp_path))))
+    executed = client.execute()
     assert list(tmp_path.iterdir()) == []
     errors = [output.text for output in outputs(executed) if output.get("name") == "stderr"]
     assert errors == []
