@@ -52,6 +52,28 @@ def test_predictions_are_those_of_the_saved_module(predictor, pixels):
     np.testing.assert_array_equal(label, expected)
 
 
+@pytest.fixture(scope="module")
+def with_teacher(tmp_path_factory):
+    """A checkpoint whose teacher predicts class 2 everywhere."""
+    module = make_module(method={"name": "fixmatch", "teacher": {"decay": 0.9, "ramp": True}})
+    module.teacher.network.load_state_dict(module.segmentor.state_dict())
+    module.teacher.network.decoder.classifier.bias.data[2] += 999.0
+    return save_checkpoint(module, tmp_path_factory.mktemp("teacher") / "best.ckpt")
+
+
+@pytest.mark.parametrize("weights", [None, "teacher", "student"])
+def test_the_teacher_predicts_if_there_is_one_unless_the_student_is_asked_for(with_teacher, pixels, weights):
+    predictor = load(with_teacher, device="cpu", weights=weights)
+    expected = plain_labels(make_module(), pixels) if weights == "student" else np.full((61, 83), 2)
+    np.testing.assert_array_equal(predictor.predict(pixels), expected)
+    assert predictor.module.teacher is None  # one network in memory
+
+
+def test_a_teacher_that_a_checkpoint_lacks_is_refused(checkpoint):
+    with pytest.raises(UserError, match=r"a teacher for weights=teacher, but .*epoch=1 é.ckpt has none; omit weights"):
+        load(checkpoint, weights="teacher")
+
+
 def test_probabilities_are_float32_and_sum_to_one(predictor, pixels):
     probabilities = predictor.probabilities(pixels)
     assert probabilities.dtype == np.float32

@@ -24,6 +24,7 @@ from mlpmatch_pl.engine.results import train_and_test
 from mlpmatch_pl.engine.resume import Start, check_classes, check_unfinished, find_start, make_last
 from mlpmatch_pl.engine.run_folder import check_splits, run_lock, write_run_folder
 from mlpmatch_pl.engine.runtime_errors import translate_errors
+from mlpmatch_pl.engine.short_training import set_steps
 from mlpmatch_pl.engine.trainer import build_trainer, images_per_update, uses_sync_batchnorm
 from mlpmatch_pl.methods.method import resolve_method
 from mlpmatch_pl.module import MLPMatch
@@ -62,6 +63,8 @@ def _build(config: dict[str, Any], output_dir: Path) -> _Training:
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
+    config = set_steps(config, output_dir, datamodule, start)
+    seed_everything(config["seed"], workers=True, verbose=False)  # again: timed steps have drawn numbers
     callbacks = [*build_callbacks(config["callbacks"]), StopOnSignal()]
     trainer = build_trainer(config, output_dir, datamodule, callbacks, start.length)
     _refuse_sweep_over_processes(trainer)

@@ -157,6 +157,11 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Number of images in a batch of one device, labeled and unlabeled."""
         return self.batch_size + self.unlabeled_batch_size
 
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Number of images of each stream in a batch of one device, after burn-in."""
+        return {name: size for name, (_, size) in self._streams().items()}
+
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Return the number of batches in an epoch."""
         labeled = math.ceil(len(self._labeled) / (self.batch_size * world_size))

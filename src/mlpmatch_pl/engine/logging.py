@@ -30,7 +30,7 @@ def describe_training(
     )  # fmt: skip
     for note in data.notes:
         log.warning("note: %s", note)
-    parameters = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    parameters = sum(parameter.numel() for parameter in module.segmentor.parameters()) / 1e6
     log.info(
         "%s, %.1f million parameters; %d epochs of %d steps; run folder %s",
         module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
@@ -62,6 +62,7 @@ def quiet() -> None:
     for message in (
         r".*does not have many workers.*",  # chosen by measurement or by the user
         r".*The number of training batches .* is smaller than the logging interval.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # the teacher
         r".*LeafSpec.*",  # Lightning 2.6 with torch 2.14
         r".*recommended to use `self.log\(.*sync_dist=True.*",  # metrics come from one matrix, summed over ranks
         r".*your dataloader is not resumable.*",  # it is: the data module restores the position

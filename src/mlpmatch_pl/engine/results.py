@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 import mlpmatch_pl
 from mlpmatch_pl.callbacks.checkpoints import Resume
-from mlpmatch_pl.callbacks.progress import DataWait, duration
+from mlpmatch_pl.callbacks.progress import DataWait, ProcessorTime, duration
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.resume import Start
 from mlpmatch_pl.engine.run_folder import describe_split
@@ -87,6 +87,7 @@ def _identity(module: MLPMatch, datamodule: SemiSupervisedDataModule) -> dict[st
 def _costs(trainer: Trainer, datamodule: SemiSupervisedDataModule, seconds: float, steps: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),  # since this start, validation included
+        "processor_seconds": round(_callback(trainer, ProcessorTime).seconds, 1),  # of all starts, without validation
         "images_per_second": round(steps * images_per_update(datamodule, trainer) / max(seconds, 1e-9), 2),
         "skipped": datamodule.skipped.report(),  # since this start
         "data_wait": round(_callback(trainer, DataWait).share, 4),

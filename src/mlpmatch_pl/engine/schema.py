@@ -77,7 +77,7 @@ _TRAINING: dict[str, Any] = {
     ),
     "objective": mapping_type({"criterion": str | _CRITERION, "confidence_threshold": float}),
     "schedule": mapping_type(
-        {"epochs": int | None, "steps": int | None, "reference_images": int}
+        {"epochs": int | None, "steps": int | None, "minutes": float | None, "reference_images": int}
         | _hints(MLPMatch.__init__, "lr", "lr_multi", "momentum", "weight_decay", "power")
     ),
     "trainer": mapping_type(_TRAINER, optional=_TRAINER.keys() - {*_TRAINER_REQUIRED}),

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from mlpmatch_pl.callbacks.checkpoints import AtomicCheckpointIO, Resume
-from mlpmatch_pl.callbacks.progress import DataWait, ProgressBar, ProgressLines, Throughput
+from mlpmatch_pl.callbacks.progress import DataWait, ProcessorTime, ProgressBar, ProgressLines, Throughput
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.utils.distributed import cluster_environment
 from mlpmatch_pl.utils.errors import UserError
@@ -54,7 +54,7 @@ def build_trainer(
         )
     if options.get("max_time") is not None:  # Lightning would stop within an epoch as if the run were finished
         raise UserError(
-            "expected the length in schedule.epochs or schedule.steps, but got trainer.max_time; let a signal end a "
+            "expected the length in schedule.epochs, steps or minutes, but got trainer.max_time; let a signal end a "
             "run whose time is limited (timeout -s TERM 55m python ..., SLURM's --signal), then use resume=auto"
         )
     for option in MODULE_OPTIONS:
@@ -65,13 +65,13 @@ def build_trainer(
         )
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
     data_wait = DataWait()
-    trainer = _trainer(options, str(output_dir), [data_wait, *callbacks])
+    trainer = _trainer(options, str(output_dir), [data_wait, ProcessorTime(), *callbacks])
     datamodule.check_world_size(trainer.world_size)
     batches = datamodule.steps_per_epoch(trainer.world_size)
     steps = math.ceil(batches / trainer.accumulate_grad_batches)
     epochs, every = length_of_training(config["schedule"], steps, before)
     trainer.fit_loop.max_epochs = epochs
-    length = {"steps": config["schedule"]["steps"], "epochs": epochs, "every": every}
+    length = {**{key: config["schedule"][key] for key in ("minutes", "steps")}, "epochs": epochs, "every": every}
     whole = trainer.limit_train_batches == 1.0
     trainer.callbacks.insert(0, Resume(length, batches if whole else None))  # type: ignore[attr-defined]
     if options["check_val_every_n_epoch"] is None:

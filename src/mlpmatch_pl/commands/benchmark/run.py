@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 
 import mlpmatch_pl
-from mlpmatch_pl.callbacks.progress import DataWait
 from mlpmatch_pl.commands.benchmark.summary import advise, summarize
 from mlpmatch_pl.commands.benchmark.timing import (
-    StepTimer,
-    ValidationTimer,
     largest_batch,
     predicted_wait,
     time_loading,
@@ -31,7 +28,8 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.build import build_datamodule, build_module, read_config
 from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.engine.results import describe_device
-from mlpmatch_pl.engine.trainer import build_trainer
+from mlpmatch_pl.engine.resume import Start
+from mlpmatch_pl.engine.short_training import ShortTraining, set_steps
 from mlpmatch_pl.methods.method import resolve_method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.cpu import usable_cores
@@ -82,7 +80,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)
-    training = ShortTraining(config, target.parent, datamodule)
+    config = set_steps(config, target.parent, datamodule, Start())
+    training = MeasuredTraining(config, target.parent, datamodule)
     trainer = training.trainer()
     device, accumulated = describe_device(trainer), trainer.accumulate_grad_batches
     module = build_module(config, method, datamodule, trainer)
@@ -95,21 +94,26 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     loading = _time_loading(datamodule, options.loading, step)
     # In a short measurement, batches that were loaded ahead hide that workers are too slow.
     wait = max(measured_wait, loading.pop("predicted_wait"))
+    mean = step + wait
+    if method.burn_in:
+        burning_in = training.fit(module, (options.warmup + options.steps) * accumulated, burn_in=True)
+        assert burning_in is not None  # smaller batches
+        mean += method.burn_in * (sum(burning_in.seconds(options.warmup * accumulated)) - mean)
     report = {
         "method": method.name,
         "device": device,
         "precision": str(trainer.precision),
         "batch": {
-            "labeled": datamodule.batch_size if method.uses_unlabeled else datamodule.images_per_step,
-            "unlabeled": datamodule.unlabeled_batch_size if method.uses_unlabeled else 0,
+            "labeled": datamodule.batch_sizes["labeled"],
+            "unlabeled": datamodule.batch_sizes.get("unlabeled", 0),
             "crop_size": datamodule.crop_size,
         },
         "step_seconds": step,
         "data_wait_seconds": wait,
-        "images_per_second": datamodule.images_per_step / (step + wait),
+        "images_per_second": sum(datamodule.batch_sizes.values()) / (step + wait),
         "loading": loading,
         "memory": training.memory(module, timer.peak_bytes, trainer.strategy.root_device),
-        "total": _predict_total(trainer, datamodule, step + wait, training.validate(module, options.validation)),
+        "total": _predict_total(trainer, datamodule, mean, training.validate(module, options.validation)),
         "versions": {"mlpmatch_pl": mlpmatch_pl.__version__, "torch": torch.__version__},
     }
     report["advice"] = advise(report, config["trainer"])
@@ -121,62 +125,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return report
 
 
-class ShortTraining:
-    """A training that stops after some batches.
+class MeasuredTraining(ShortTraining):
+    """A short training whose memory is measured too."""
 
-    Args:
-        config: The whole configuration.
-        output_dir: The folder of the training; nothing is written to it.
-        datamodule: The data.
-    """
-
-    def __init__(self, config: dict[str, Any], output_dir: Path, datamodule: SemiSupervisedDataModule) -> None:
-        # Callbacks, loggers and checkpoints are not timed.
-        silent = {"enable_progress_bar": False, "enable_checkpointing": False, "fast_dev_run": False}
-        self._config, self._output_dir = {**config, "trainer": {**config["trainer"], **silent}}, output_dir
-        self._memory_batches = _MEMORY_STEPS * config["trainer"]["accumulate_grad_batches"]
-        self.datamodule = datamodule
-
-    def trainer(self, *callbacks: Callback) -> Trainer:
-        """Build the trainer of the training.
-
-        Raises:
-            UserError: If the configuration asks for several processes, or for a device that cannot be timed.
-        """
-        trainer = build_trainer(self._config, self._output_dir, self.datamodule, list(callbacks))
-        if trainer.world_size > 1:
-            raise UserError(
-                f"expected one device, but got {trainer.world_size} processes; use trainer.devices=1 and "
-                "trainer.num_nodes=1"
-            )
-        if trainer.strategy.root_device.type not in ("cpu", "cuda"):
-            raise UserError(
-                f"expected a CPU or a CUDA device, but got {trainer.strategy.root_device}; use trainer.accelerator=cpu"
-            )
-        # It would advise to run this very command.
-        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, DataWait)]  # type: ignore[attr-defined]
-        return trainer
-
-    def fit(self, module: MLPMatch, batches: int) -> StepTimer | None:
-        """Train for some batches; returns None if they do not fit into memory."""
-        timer = StepTimer(batches)
-        trainer = self.trainer(timer)
-        trainer.limit_val_batches = 0
-        epochs = math.ceil(batches / self.datamodule.steps_per_epoch())
-        trainer.fit_loop.max_epochs = max(trainer.max_epochs or 1, epochs)
-        try:
-            trainer.fit(module, datamodule=self.datamodule)
-        except torch.OutOfMemoryError:
-            return None
-        return timer
-
-    def validate(self, module: MLPMatch, batches: int) -> float:
-        """Return the seconds per validation batch, measured on some batches after a first one."""
-        timer = ValidationTimer()
-        trainer = self.trainer(timer)
-        trainer.limit_val_batches = batches + 1
-        trainer.validate(module, datamodule=self.datamodule, verbose=False)
-        return timer.seconds_per_batch
+    @property
+    def _memory_batches(self) -> int:
+        return _MEMORY_STEPS * int(self.config["trainer"]["accumulate_grad_batches"])
 
     def memory(self, module: MLPMatch, peak: int, device: torch.device) -> dict[str, int | None]:
         """Return peak memory, memory of the device, and the largest batch size that fits; None where unknown."""

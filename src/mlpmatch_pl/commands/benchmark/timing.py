@@ -2,93 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from mlpmatch_pl.callbacks.progress import MAX_DATA_WAIT
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule, share_workers
-from mlpmatch_pl.utils.timing import Moment, now, seconds_between
 
 MOST_WORKERS = 64
 MEMORY_MARGIN = 0.1  # share of the device that stays free: fragmentation, larger validation images, other processes
-
-
-class StepTimer(Callback):
-    """Times the batches of a training, records its peak memory, and stops it.
-
-    Args:
-        batches: Batches after which the training stops.
-
-    Attributes:
-        peak_bytes: The most memory allocated on a GPU at once; on a CPU, the peak resident memory of the process.
-    """
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-        self.peak_bytes = 0
-        self._marks: list[Moment] = []
-
-    def seconds(self, warmup: int) -> tuple[float, float]:
-        """Return the mean seconds per batch of waiting for data and of computing, after ``warmup`` batches."""
-        marks = self._marks[2 * warmup :]
-        spans = [seconds_between(start, end) for start, end in pairwise(marks)]
-        count = len(spans) // 2
-        return sum(spans[::2]) / count, sum(spans[1::2]) / count
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to wait for the first batch."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._marks = [now(pl_module.device)]
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch is on the device."""
-        self._marks.append(now(pl_module.device))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop the training after the last batch."""
-        self._marks.append(now(pl_module.device))
-        trainer.should_stop = len(self._marks) > 2 * self.batches
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the peak memory."""
-        if pl_module.device.type == "cuda":
-            self.peak_bytes = int(torch.cuda.max_memory_allocated(pl_module.device))
-        elif sys.platform != "win32":
-            import resource  # not on Windows
-
-            unit = 1 if sys.platform == "darwin" else 1024
-            self.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class ValidationTimer(Callback):
-    """Times validation batches, loading included, without the first one if there are several."""
-
-    def __init__(self) -> None:
-        self._marks: list[Moment] = []
-
-    @property
-    def seconds_per_batch(self) -> float:
-        """Return the mean."""
-        marks = self._marks[1:] if len(self._marks) > 2 else self._marks
-        return seconds_between(marks[0], marks[-1]) / (len(marks) - 1)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start."""
-        self._marks = [now(pl_module.device)]
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Mark the end of a batch."""
-        self._marks.append(now(pl_module.device))
 
 
 def time_loading(datamodule: SemiSupervisedDataModule, batches: int) -> dict[str, float]:

@@ -1,0 +1,148 @@
+"""Train every method on every dataset of study.yaml for the same processor time, one thread a run.
+
+    MLPMATCH_DATA=/path/to/data python -m benchmarks.study --out runs/study --datasets aerial
+
+A run that was stopped continues, and a finished one is skipped. ``benchmarks/results/study`` holds the results: the
+number of steps of each method, measured before the first run of a dataset, and for each run its scores, its curve, its
+processor seconds and its overrides. `benchmarks.study.tables` makes the tables and figures of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from PIL import Image
+
+from benchmarks.loader import machine
+from mlpmatch_pl.engine.build import build_datamodule, read_config
+from mlpmatch_pl.methods.method import resolve_method
+from mlpmatch_pl.module import MLPMatch
+
+RESULTS = Path(__file__).parents[1] / "results" / "study"
+STUDY = Path(__file__).with_name("study.yaml")
+WARMUP, TIMED = 2, 8  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the run folders")
+    parser.add_argument("--datasets", nargs="*", help="default: all, in the order of study.yaml")
+    parser.add_argument("--methods", nargs="*", help="default: all, in the order of study.yaml")
+    parser.add_argument("--seeds", nargs="*", type=int, help="default: those of study.yaml")
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "MLPMATCH_STUDY": str(arguments.out.resolve() / "data")}
+    torch.set_num_threads(1)
+    halve_aerial(arguments.out / "data" / "aerial")
+    study = yaml.safe_load(STUDY.read_text())
+    seeds, datasets, methods = (getattr(arguments, key) or list(study[key]) for key in ("seeds", "datasets", "methods"))
+    for dataset, seed, method in product(datasets, seeds, methods):
+        overrides = [*study["shared"], *study["datasets"][dataset]["overrides"], *study["methods"][method]]
+        steps = steps_of(dataset, method, study["datasets"][dataset]["minutes"], overrides)
+        train(f"{dataset}/{method}_s{seed}", [*overrides, f"schedule.steps={steps}", f"seed={seed}"], arguments.out)
+
+
+def halve_aerial(target: Path) -> None:
+    """Write the aerial images in half their size."""
+    source = Path(os.environ["MLPMATCH_DATA"]) / "drone_aerial"
+    if (target / "splits").is_dir():
+        return
+    for kind, resample in (("images", Image.Resampling.BOX), ("masks", Image.Resampling.NEAREST)):
+        (target / kind).mkdir(parents=True, exist_ok=True)
+        for path in (source / kind).iterdir():
+            with Image.open(path) as image:
+                half = image.resize((image.width // 2, image.height // 2), resample)
+            half.save(target / kind / f"{path.stem}.png")
+    (target / "splits").mkdir()
+    for path in (source / "splits").iterdir():
+        (target / "splits" / path.name).write_text(path.read_text().replace(".jpg", ".png"))
+
+
+def steps_of(dataset: str, method: str, minutes: float, overrides: list[str]) -> int:
+    """Return the number of steps that take the minutes, measured once and then read from the results."""
+    path = RESULTS / dataset / "steps.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if method not in known:
+        seconds = step_seconds([*overrides, "schedule.steps=1"])
+        steps = round(60 * minutes / seconds)
+        known[method] = {"minutes": minutes, "step_seconds": round(seconds, 4), "steps": steps}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=2) + "\n")
+    return int(known[method]["steps"])
+
+
+def step_seconds(overrides: list[str]) -> float:
+    """Return the processor seconds of a step, loading included, averaged over burn-in and the time after it."""
+    with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
+        config = read_config(compose("train", [*overrides, "output_dir=."]))
+    method = resolve_method(config["method"])
+    datamodule = build_datamodule(config, method)
+    backbone = dict(config["backbone"])
+    module = MLPMatch(
+        len(datamodule.data.class_names), method=method_without_schedule(config["method"]),
+        backbone=backbone.pop("name"), **backbone, lr=0.001, power=0,
+    )  # fmt: skip
+    optimizer = module.configure_optimizers()["optimizer"]
+
+    def measure() -> float:
+        batches, marks = iter(datamodule.train_dataloader()), []
+        for step in range(WARMUP + TIMED):
+            marks.append(time.process_time())
+            batch = next(batches)[0]
+            optimizer.zero_grad()
+            module.training_step(batch, step).backward()
+            optimizer.step()
+        return (time.process_time() - marks[WARMUP]) / TIMED
+
+    after = measure()  # without a Trainer there is no burn-in
+    if not method.burn_in:
+        return after
+    datamodule.method = resolve_method("supervised")
+    return method.burn_in * measure() + (1 - method.burn_in) * after
+
+
+def method_without_schedule(method: dict[str, Any]) -> dict[str, Any]:
+    """Return a method that needs no length of training; its steps cost the same."""
+    return {**method, "lambda_schedule": "constant"}
+
+
+def train(name: str, overrides: list[str], out: Path) -> None:
+    """Train a run to its end, and add its result to the others."""
+    result, folder = RESULTS / f"{name}.json", out / name
+    if result.is_file():
+        return
+    print(f"{time.strftime('%H:%M')} {name}", flush=True)
+    arguments = [*overrides, f"hydra.run.dir={folder}", "resume=auto", "trainer.enable_progress_bar=false"]
+    command = ["nice", "-n", "10", sys.executable, "-m", "mlpmatch_pl.train", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    kept = ("method", "seed", "labeled", "unlabeled", "steps", "processor_seconds", "best", "last", "test", "tested")
+    metrics["best"].pop("checkpoint")
+    rows = pd.read_csv(folder / "metrics.csv").dropna(subset="val/miou")
+    columns = [column for column in ("step", "val/miou", "val/student_miou") if column in rows]
+    content = {
+        **{key: metrics[key] for key in kept},
+        "curve": rows[columns].round(4).to_dict(orient="list"),
+        "overrides": [override for override in overrides if "=$" not in override],
+        "machine": machine(),
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{time.strftime('%H:%M')} {name} test mIoU {metrics['test']['test/miou']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import TINY, compose_train
+
+from mlpmatch_pl.engine.build import build_datamodule, read_config
+from mlpmatch_pl.engine.resume import Start
+from mlpmatch_pl.engine.short_training import ShortTraining, set_steps
+from mlpmatch_pl.methods.method import resolve_method
+from mlpmatch_pl.utils.errors import UserError
+
+STEP, BURN_IN_STEP, VALIDATION_BATCH = 0.4, 0.1, 0.2  # seconds
+
+
+def configure(tmp_path, *overrides):
+    """A configuration in minutes, and its data module."""
+    minutes = ["schedule.steps=null", "schedule.epochs=null", "schedule.minutes=1"]
+    config = read_config(compose_train(*TINY, *minutes, *overrides, output_dir=tmp_path))
+    return config, build_datamodule(config, resolve_method(config["method"]))
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Steps and validations take the time above."""
+
+    def fit(self, module, batches, burn_in):
+        wait = 0.1 * (BURN_IN_STEP if burn_in else STEP)
+        return SimpleNamespace(seconds=lambda warmup: (wait, 9 * wait))
+
+    monkeypatch.setattr(ShortTraining, "fit", fit)
+    monkeypatch.setattr(ShortTraining, "validate", lambda self, module, batches: VALIDATION_BATCH)
+
+
+@pytest.mark.parametrize("burn_in", [0.0, 0.5])
+def test_steps_and_validations_fill_the_minutes(timed, tmp_path, burn_in):
+    config, datamodule = configure(tmp_path, f"method.burn_in={burn_in}")
+    steps = set_steps(config, tmp_path, datamodule, Start())["schedule"]["steps"]
+    step = burn_in * BURN_IN_STEP + (1 - burn_in) * STEP
+    per_epoch = datamodule.steps_per_epoch()
+    validations = 20  # of many short epochs
+    expected = (60 - validations * len(datamodule.val_dataloader()) * VALIDATION_BATCH) / step
+    assert steps % per_epoch == 0
+    assert steps == pytest.approx(expected, rel=0.15)
+    assert datamodule.method.burn_in == burn_in
+
+
+def test_a_slow_validation_takes_at_most_half_of_the_time(timed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ShortTraining, "validate", lambda self, module, batches: 1000.0)
+    config, datamodule = configure(tmp_path)
+    steps = set_steps(config, tmp_path, datamodule, Start())["schedule"]["steps"]
+    assert 30 / STEP - datamodule.steps_per_epoch() <= steps <= 30 / STEP
+
+
+def test_a_resumed_training_keeps_its_steps_unless_the_minutes_change(timed, tmp_path):
+    config, datamodule = configure(tmp_path)
+    for minutes, kept in ((1, True), (2, False)):
+        start = Start(length={"minutes": minutes, "steps": 7, "epochs": 1, "every": 1})
+        assert (set_steps(config, tmp_path, datamodule, start)["schedule"]["steps"] == 7) == kept
+
+
+@pytest.mark.parametrize("overrides", [["schedule.minutes=0"], ["schedule.steps=5"], ["schedule.epochs=5"]])
+def test_one_length_is_expected(timed, tmp_path, overrides):
+    config, datamodule = configure(tmp_path, *overrides)
+    with pytest.raises(UserError, match=r"expected schedule.minutes above 0 and no other length"):
+        set_steps(config, tmp_path, datamodule, Start())
+
+
+def test_without_minutes_nothing_is_timed(tmp_path):
+    config, datamodule = configure(tmp_path, "schedule.minutes=null", "schedule.steps=3")
+    assert set_steps(config, tmp_path, datamodule, Start()) is config
+
+
+def test_real_steps_are_timed_and_leave_no_trace(tmp_path):
+    config, datamodule = configure(tmp_path, "schedule.minutes=0.02", "method.burn_in=0.5")
+    torch.manual_seed(0)
+    steps = set_steps(config, tmp_path / "run", datamodule, Start())["schedule"]["steps"]
+    assert steps >= datamodule.steps_per_epoch()
+    assert not (tmp_path / "run").exists()
