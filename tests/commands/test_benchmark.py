@@ -12,6 +12,7 @@ from mlpmatch_pl.callbacks import progress
 from mlpmatch_pl.commands.benchmark import run, timing
 from mlpmatch_pl.commands.benchmark.summary import advise, summarize
 from mlpmatch_pl.commands.benchmark.timing import largest_batch, predicted_wait, workers_needed
+from mlpmatch_pl.engine import short_training
 from mlpmatch_pl.data.dataset import UnlabeledDataset
 from mlpmatch_pl.engine.build import build_datamodule, read_config
 from mlpmatch_pl.methods.method import resolve_method
@@ -143,7 +144,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.seconds, self.monkeypatch = 0.0, monkeypatch
-        monkeypatch.setattr(timing, "now", lambda device: self.seconds)
+        monkeypatch.setattr(short_training, "now", lambda device: self.seconds)
         monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
 
     def delay(self, owner, name, seconds):
@@ -255,11 +256,11 @@ def test_memory_is_measured_for_a_second_batch_size_with_momentum(tmp_path, monk
 
     monkeypatch.setattr(MLPMatch, "training_step", noted_step)
     monkeypatch.setattr(torch.optim.SGD, "step", noted_update)
-    monkeypatch.setattr(timing.StepTimer, "on_train_end", read_peak)
+    monkeypatch.setattr(short_training.StepTimer, "on_train_end", read_peak)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     cfg = compose_config("benchmark", *TINY, "trainer.accumulate_grad_batches=3", output_dir=tmp_path)
     config = read_config(cfg, "benchmark")
-    short = run.ShortTraining(config, tmp_path, build_datamodule(config, resolve_method(config["method"])))
+    short = run.MeasuredTraining(config, tmp_path, build_datamodule(config, resolve_method(config["method"])))
     module = MLPMatch(6, backbone="test_resnet", decoder_channels=8, lr=0.01)
     memory = short.memory(module, int(6e9), torch.device("cuda"))
     assert memory == {"peak_bytes": 6e9, "device_bytes": 80e9, "largest_batch": 70}
@@ -290,7 +291,7 @@ def test_command_prints_the_figures_and_writes_only_its_own_files(tmp_path):
 
 def test_existing_figures_are_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "benchmark.json").write_text("{}")
-    monkeypatch.setattr(run.ShortTraining, "fit", None)  # measuring would fail
+    monkeypatch.setattr(run.MeasuredTraining, "fit", None)  # measuring would fail
     with pytest.raises(UserError, match=r"benchmark\.json exists"):
         measure(tmp_path)
     assert (tmp_path / "benchmark.json").read_text() == "{}"
