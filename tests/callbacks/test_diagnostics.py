@@ -243,15 +243,18 @@ def test_wandb_has_truth_prediction_pseudo_label_and_confidence(inspected):
 
 
 def test_a_resumed_run_writes_the_pictures_of_one_that_was_never_stopped(tmp_path):
-    overrides = ("callbacks.predictions.every_n_validations=2", "resume=auto", "callbacks.predictions.num_images=1")
+    overrides = (
+        "callbacks.predictions.every_n_validations=2", "callbacks.predictions.num_images=1", "resume=auto",
+        "dataset.train=12",
+    )  # fmt: skip
 
     def pictures(folder, *stop):
-        train(compose_train(*TINY, "schedule.steps=20", *overrides, *stop, output_dir=folder))
+        train(compose_train(*TINY, "schedule.steps=8", *overrides, *stop, output_dir=folder))
         found = folder.glob("predictions/step_*/*.png")
         return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
     straight = pictures(tmp_path / "straight")
-    assert sorted(name.split("/")[1] for name in straight) == ["step_000010", "step_000020"]
+    assert sorted(name.split("/")[1] for name in straight) == ["step_000004", "step_000008"]
     stop = "+callbacks.stop._target_=helpers.StopAfterFirstEpoch"
     with_stop = tmp_path / "stopped"
     assert pictures(with_stop, stop) == {}

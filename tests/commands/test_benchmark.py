@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, compose_config, run_command
+from helpers import TINY, compose_config
+from helpers.processes import run_forked
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mlpmatch_pl.benchmark import benchmark
@@ -280,7 +281,7 @@ def test_gpu_memory_predicts_the_largest_batch(tmp_path):
 
 
 def test_command_prints_the_figures_and_writes_only_its_own_files(tmp_path):
-    done = run_command(*TINY, *FEW, "hydra.run.dir=out", cwd=tmp_path, module="mlpmatch_pl.benchmark")
+    done = run_forked(*TINY, *FEW, "hydra.run.dir=out", cwd=tmp_path, module="mlpmatch_pl.benchmark")
     assert done.returncode == 0, done.stderr
     for words in ("images/s", "worker", "peak", "epochs of 5 batches", "advice"):
         assert words in done.stdout

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 import tifffile
-from helpers import TINY, compose_config, run_command
+from helpers import TINY, compose_config
 from helpers.images import save_image, save_mask
+from helpers.processes import run_forked
 from PIL import Image
 
 from mlpmatch_pl.check import check
@@ -130,7 +131,7 @@ def test_statistics_of_16_bit_images_with_many_channels(tmp_path, classes):
 
 @pytest.mark.slow
 def test_the_command_ends_with_zero_on_good_data(tmp_path):
-    done = run_command(*TINY, "hydra.run.dir=out", cwd=tmp_path, module="mlpmatch_pl.check")
+    done = run_forked(*TINY, "hydra.run.dir=out", cwd=tmp_path, module="mlpmatch_pl.check")
     assert done.returncode == 0, done.stderr
     assert "mean and standard deviation of the training images: backbone.mean=[" in done.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

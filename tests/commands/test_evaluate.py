@@ -12,7 +12,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, compose_config, compose_train, run_command
+from helpers import TINY, compose_config, compose_train
+from helpers.processes import run_forked
 from PIL import Image
 
 from mlpmatch_pl import MLPMatch, UserError
@@ -283,7 +284,7 @@ def test_a_checkpoint_without_its_run_needs_a_dataset(tmp_path):
 def test_the_command_gives_the_same_result_in_two_processes(run, evaluated, tmp_path):
     checkpoint = f"checkpoint={run / 'checkpoints/best.ckpt'}"
     arguments = (checkpoint, "dataset.test=7", "output=out", "device=cpu", "devices=2", "num_workers=0", "worst=2")
-    done = run_command(*arguments, cwd=tmp_path, module="mlpmatch_pl.evaluate")
+    done = run_forked(*arguments, cwd=tmp_path, module="mlpmatch_pl.evaluate")
     assert done.returncode == 0, done.stderr
     result, alone = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out", evaluated))
     assert (result["devices"], alone["devices"]) == (2, 1)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import compose_train, run_command
+from helpers import compose_train
+from helpers.processes import run_forked
 from PIL import Image
 
 from mlpmatch_pl.train import train
@@ -21,7 +22,7 @@ VOC = (
 
 
 def test_camvid_trains_from_its_recipe_with_local_weights(tmp_path):
-    result = run_command(
+    result = run_forked(
         "experiment=camvid_1-8_mobilenetv2",
         "loader.crop_size=64",
         "schedule.steps=6",
@@ -128,7 +129,7 @@ def test_cityscapes_by_its_recipe_and_seeded_split(real_data, run_short, tmp_pat
 
 
 def make_cityscapes(real_data, root):
-    """Make a set of 2048 x 1024 pixels in the original layout: parts of the one scene at hand, enlarged."""
+    """Make a set of half the original size in the original layout: parts of the one scene at hand, enlarged."""
     scene = real_data / "cityscapes_fixture"
     image = Image.open(next(scene.rglob("*_leftImg8bit.png")))
     ids = Image.open(next(scene.rglob("*_labelIds.png")))
@@ -144,5 +145,5 @@ def make_cityscapes(real_data, root):
             ):
                 path = root / folder / f"{stem}_{suffix}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture.resize((2048, 1024), how, box=box).save(path, compress_level=1)
+                picture.resize((1024, 512), how, box=box).save(path, compress_level=1)
     return root

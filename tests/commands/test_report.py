@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import TINY, compose_config, run_command
+from helpers.processes import run_forked
 from PIL import Image
 
 from mlpmatch_pl.commands.report.plots import COLORS, curve_plots, method_color, score_plot, series_styles
@@ -86,7 +87,7 @@ def sweep(tmp_path_factory) -> Path:
     """Two real runs, and their report in ``out dir`` by the real command, which imports neither torch nor Lightning."""
     folder = tmp_path_factory.mktemp("sweep")
     axes = ("method=supervised,mlpmatch", "trainer.log_every_n_steps=1")
-    done = run_command("-m", *axes, *TINY, f"hydra.sweep.dir={folder / 'all'}", cwd=folder)
+    done = run_forked("-m", *axes, *TINY, f"hydra.sweep.dir={folder / 'all'}", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"compare the runs: python -m mlpmatch_pl.report {folder / 'all'}\n")
     code = (

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import yaml
-from helpers import TINY, run_command
+from helpers import TINY
+from helpers.processes import run_forked
 
 from mlpmatch_pl.train import main
 
@@ -13,7 +14,7 @@ SWEEP = tuple(option for option in TINY if not option.startswith("dataset.labele
 
 
 def sweep(launcher, labeled, cwd):
-    done = run_command(
+    done = run_forked(
         "-m", *launcher, *SWEEP, f"dataset.labeled={labeled}", "method=supervised", "hydra.sweep.dir=sweep", cwd=cwd
     )
     counts = {

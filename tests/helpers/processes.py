@@ -11,6 +11,7 @@ import runpy
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
@@ -60,6 +61,7 @@ def free_port() -> int:
 
 def _run(module: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # the platform's, not that of this process
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(cwd)
@@ -69,5 +71,6 @@ def _run(module: str, arguments: tuple[str, ...], cwd: Path, environment: dict[s
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    finally:
+    finally:  # as at the end of an interpreter
+        threading._shutdown()
         atexit._run_exitfuncs()

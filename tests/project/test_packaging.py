@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,12 @@ def test_a_built_wheel_works_in_a_fresh_environment_and_another_folder(tmp_path)
     run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT))
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     # The heavy dependencies are borrowed from this environment; the package itself comes from the wheel alone.
-    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"))
     python = str(tmp_path / "venv" / "bin" / "python")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    borrowed = Path(run(sys.executable, "-c", "import torch; print(torch.__file__)").strip()).parents[1]
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel))
+    borrowed = Path(find_spec("torch").origin).parents[1]
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel))
     (site / "borrowed.pth").write_text(f"{borrowed}\n")
 
     (tmp_path / "elsewhere").mkdir()
