@@ -25,11 +25,11 @@ def test_camvid_trains_from_its_recipe_with_local_weights(tmp_path):
     result = run_forked(
         "experiment=camvid_1-8_mobilenetv2",
         "loader.crop_size=64",
-        "schedule.steps=6",
+        "schedule.steps=3",
         "loader.batch_size=8",
-        "+trainer.limit_train_batches=6",
-        "+trainer.limit_val_batches=5",
-        "+trainer.limit_test_batches=5",
+        "+trainer.limit_train_batches=3",
+        "+trainer.limit_val_batches=2",
+        "+trainer.limit_test_batches=2",
         "hydra.run.dir=run",
         cwd=tmp_path,
         HOME=str(tmp_path),
@@ -88,7 +88,7 @@ def _run_short(command, tmp_path, *overrides):
     code, _, errors = command("check", *network, *overrides, "hydra.run.dir=check")
     assert code == 0, errors
     assert (tmp_path / "check/views.png").is_file()
-    short = ("+trainer.limit_train_batches=3", "+trainer.limit_val_batches=4", "+trainer.limit_test_batches=4")
+    short = ("+trainer.limit_train_batches=3", "+trainer.limit_val_batches=2", "+trainer.limit_test_batches=2")
     code, _, errors = command("train", *network, *short, *overrides, "hydra.run.dir=run")
     assert code == 0, errors
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())

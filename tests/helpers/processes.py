@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import sys
 import tempfile
@@ -45,6 +46,7 @@ class ForkedCommand:
             self.process.kill()
             raise TimeoutExpired(self.process.name, timeout)
         out, err = ((self.output / name).read_text() for name in ("stdout", "stderr"))
+        shutil.rmtree(self.output)
         return CompletedProcess(self.process.name, self.process.exitcode, out, err)
 
 
