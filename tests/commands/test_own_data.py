@@ -69,7 +69,7 @@ def test_from_check_to_masks(overrides, command, tmp_path):
     assert code == 1
     assert "set backbone.mean and backbone.std, which 'python -m mlpmatch_pl.check' prints" in errors
     printed = re.search(r"(backbone\.mean=\S+) (backbone\.std=\S+)", checked)
-    code, _, errors = command("train", *overrides, *printed.groups(), "schedule.steps=90", "hydra.run.dir=run")
+    code, _, errors = command("train", *overrides, *printed.groups(), "schedule.steps=60", "hydra.run.dir=run")
     assert code == 0, errors
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["test"]["test/miou"] > 0.6
