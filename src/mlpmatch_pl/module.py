@@ -43,8 +43,9 @@ class MLPMatch(LightningModule):
 
     Args:
         num_classes: Number of classes, background included.
-        method: A preset (``mlpmatch``, ``mlpmatch_official``, ``unimatch``, ``fixmatch``, ``supervised``) or a
-            mapping with its ``name`` and the values to change, see `mlpmatch_pl.methods.method.Method`.
+        method: A preset (``mlpmatch``, ``mlpmatch_official``, ``mlpmatch_burn_in``, ``unimatch``,
+            ``unimatch_official``, ``fixmatch``, ``supervised``) or a mapping with its ``name`` and the values to
+            change, see `mlpmatch_pl.methods.method.Method`.
         backbone: Name of a timm model, see `mlpmatch_pl.segmentor.Encoder`.
         pretrained: True for timm's weights, or the path of a local state dict of the encoder.
         in_chans: Number of image channels.
@@ -270,10 +271,7 @@ class MLPMatch(LightningModule):
 
     def deactivated_blocks(self, batch_idx: int) -> frozenset[int]:
         """Return the indices of the encoder's blocks that a training step deactivates."""
-        drawn: frozenset[int] = frozenset()
-        for perturbation in self.step.network_perturbations.values():
-            drawn |= perturbation.draw(self.segmentor.encoder.stages, self.draw_step(batch_idx))
-        return drawn
+        return self.step.deactivated_blocks(self.draw_step(batch_idx))
 
     def draw_step(self, batch_idx: int) -> int:
         """Return the number that seeds the random draws of a training step."""

@@ -43,8 +43,8 @@ def spoil_strong_views(value):
         original = module.step.strong_pass
 
         def strong_pass(*arguments):
-            logits, targets = original(*arguments)
-            return [logits[0] * value, *logits[1:]], targets
+            first, *others = original(*arguments)
+            return [first * value, *others]
 
         module.step.strong_pass = strong_pass
 

@@ -13,8 +13,8 @@ from mlpmatch_pl.callbacks import progress
 from mlpmatch_pl.commands.benchmark import run, timing
 from mlpmatch_pl.commands.benchmark.summary import advise, summarize
 from mlpmatch_pl.commands.benchmark.timing import largest_batch, predicted_wait, workers_needed
-from mlpmatch_pl.engine import short_training
 from mlpmatch_pl.data.dataset import UnlabeledDataset
+from mlpmatch_pl.engine import short_training
 from mlpmatch_pl.engine.build import build_datamodule, read_config
 from mlpmatch_pl.methods.method import resolve_method
 from mlpmatch_pl.module import MLPMatch

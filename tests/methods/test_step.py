@@ -195,6 +195,28 @@ def weak_statistics_terms(segmentor, teacher, labeled, unlabeled, step):
     return terms | network_terms(segmentor, images, labeled, targets, NetworkPerturbation("single_block", SEED), step)
 
 
+def stream_terms(segmentor, teacher, labeled, unlabeled, step, volatile=True):
+    """Blocks are deactivated in the strong views, other ones in each, and for the volatile term."""
+    teacher.eval()
+    with torch.no_grad():
+        targets = targets_of(teacher(unlabeled["weak"]), unlabeled["valid"])
+    terms = {"x": labeled_term(segmentor(labeled["image"]), labeled["mask"])}
+    for norm in batch_norms(segmentor):
+        norm.momentum = 0.0
+    perturbation, stages = NetworkPerturbation("single_block", SEED), segmentor.encoder.stages
+    if volatile:
+        x_np = predict(segmentor, segmentor.encode(labeled["image"], perturbation.draw(stages, step)).levels)
+        terms["x_np"] = labeled_term(x_np, labeled["mask"])
+    partner_strong, partner_targets = rolled_partner(unlabeled, targets, step)
+    for view in range(unlabeled["strong"].shape[1]):
+        boxes = unlabeled["boxes"][:, view]
+        images = paste(unlabeled["strong"][:, view], partner_strong[:, view], boxes)
+        logits = predict(segmentor, segmentor.encode(images, perturbation.draw(stages, step, view)).levels)
+        mixed = [paste(*pair, boxes) for pair in zip(targets, partner_targets, strict=True)]
+        terms[f"s{view + 1}"] = unlabeled_term(logits, mixed)
+    return terms
+
+
 def assert_same_terms_and_gradients(own, other, weights):
     """Compare pairs of a segmentor and its terms."""
     grads = []
@@ -366,6 +388,46 @@ class TestUniMatchOfficial(MethodTester):
 
     def reference(self, segmentor, labeled, unlabeled, step):
         return authors_terms(segmentor, labeled, unlabeled, step, network=False)
+
+
+STREAM = {
+    "name": "mlpmatch", "passes": "stream", "teacher": {"decay": 0.9, "ramp": True}, "pseudo_labels": "teacher",
+    "feature_weight": 0.0, "network_weight": 0.0, "batchnorm": "weak",
+}  # fmt: skip
+
+
+class TestStream(MethodTester):
+    spec, weights = STREAM, {"x": 0.45, "x_np": 0.05, "s1": 0.125, "s2": 0.125}
+
+    def reference(self, segmentor, labeled, unlabeled, step):
+        return stream_terms(segmentor, make_teacher(segmentor), labeled, unlabeled, step)
+
+    def test_views_and_steps_have_draws_of_their_own(self, segmentor):
+        step = make_step(segmentor, self.spec)
+        draws = [step.deactivated_blocks(number) for number in range(20)]
+        assert len(set(draws)) > 5
+        assert {len(blocks) for blocks in draws} == {1, 2}  # one in each view, at times the same
+
+    def test_without_volatile_learning_the_weak_pass_is_plain(self, segmentor):
+        calls = []
+        segmentor.encoder.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+        terms = run_step(segmentor, {**self.spec, "lambda_max": 0.0, "network_perturbation": None}).terms
+        assert terms.keys() == {"x", "s1", "s2"}
+        assert len(calls) == 4  # labeled, teacher (a copy with the same hook), two views
+
+
+class TestMLPMatchBurnIn(MethodTester):
+    spec, weights = "mlpmatch_burn_in", {"x": 1.0, "s1": 0.5}
+    lambda_np = 0.0
+
+    def reference(self, segmentor, labeled, unlabeled, step):
+        return stream_terms(segmentor, make_teacher(segmentor), labeled, unlabeled, step, volatile=False)
+
+
+@pytest.mark.parametrize("change", [{"feature_weight": 0.25}, {"network_weight": 0.25}, {"pseudo_labels": "student"}])
+def test_a_stream_has_no_passes_beside_it(change):
+    with pytest.raises(UserError, match=r"expected method.pseudo_labels=teacher, feature_weight=0 and network_weight"):
+        resolve_method({**STREAM, **change})
 
 
 WEAK_STATISTICS = {

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
 from mlpmatch_pl.utils.errors import UserError, suggest
 
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""A loss of the labeled terms."""
+
 
 def cross_entropy(
     logits_BCHW: Tensor, mask_BHW: Tensor, ignore_index: int = 255, class_weights_C: Tensor | None = None

@@ -21,7 +21,7 @@ from mlpmatch_pl.perturbation.input import require_partner
 from mlpmatch_pl.utils.errors import UserError, suggest
 
 PARTNERS = ("batch", "same_image")
-PASSES = ("forked", "official")
+PASSES = ("forked", "official", "stream")
 BATCHNORM = ("every", "weak")
 PSEUDO_LABELS = ("student", "teacher")
 
@@ -50,7 +50,8 @@ class Method:
             normalize by their own batch.
         cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
         partner: Source of CutMix's boxes: ``batch`` (another image of the batch) or ``same_image`` (another view).
-        passes: ``forked`` shares the encoder's prefix; ``official`` runs the authors' separate passes.
+        passes: ``forked`` shares the encoder's prefix; ``official`` runs the authors' separate passes; ``stream``
+            deactivates blocks in the strong views instead of in a pass of their own.
         late_schedule: Whether the learning rate lags by one step, as in the authors' code.
     """
 
@@ -103,6 +104,11 @@ class Method:
             raise UserError(
                 f"expected method.batchnorm=every for method.passes=official, but got {self.batchnorm}; use "
                 "method.passes=forked"
+            )
+        if self.passes == "stream" and (self.pseudo_labels != "teacher" or self.feature_weight or self.network_weight):
+            raise UserError(
+                "expected method.pseudo_labels=teacher, feature_weight=0 and network_weight=0 for "
+                f"method.passes=stream, but got {self.pseudo_labels}, {self.feature_weight} and {self.network_weight}"
             )
         if not self.strong_weights and (self.feature_weight or self.network_perturbation):
             raise UserError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlpmatch_pl.methods.batch import BatchValidator
-from mlpmatch_pl.methods.losses import consistency_loss
+from mlpmatch_pl.methods.losses import Criterion, consistency_loss
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.methods.partner import Batch, BatchPartner, Partner, SameImagePartner
 from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
@@ -30,8 +30,6 @@ from mlpmatch_pl.perturbation.input import inside_boxes
 from mlpmatch_pl.segmentor import Features, Segmentor
 from mlpmatch_pl.segmentor.blocks import frozen_batchnorm_statistics
 from mlpmatch_pl.utils.errors import UserError
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,6 @@ class WeakPass:
 class SupervisedStep:
     """The supervised baseline, with labeled images only."""
 
-    network_perturbations: Mapping[str, NetworkPerturbation] = {}
-
     def __init__(self, segmentor: Segmentor, criterion: Criterion, method: Method) -> None:
         self.segmentor, self.criterion = segmentor, criterion
         self.validate_batch = BatchValidator(method, len(segmentor.mean_C11))
@@ -81,6 +77,10 @@ class SupervisedStep:
         """
         self.validate_batch(labeled, unlabeled)
         return StepResult({"x": self.criterion(self.segmentor(labeled["image"]), labeled["mask"])}, None)
+
+    def deactivated_blocks(self, step: int) -> frozenset[int]:
+        """Return no blocks."""
+        return frozenset()
 
 
 class MultiLevelStep:
@@ -114,6 +114,8 @@ class MultiLevelStep:
         options = method.network_perturbation
         self.feature_perturbations = fp
         self.network_perturbations = {"np": NetworkPerturbation(**{"seed": seed, **options})} if options else {}
+        self.forks: Mapping[str, NetworkPerturbation] = self.network_perturbations  # passes that fork from the weak one
+        self.views = len(method.strong_weights)
         if options and not segmentor.encoder.stages:
             raise UserError(
                 "expected a backbone with residual blocks that can be deactivated, but the configured one has none; "
@@ -148,16 +150,14 @@ class MultiLevelStep:
         partner = self.partner(unlabeled, step)
         weak = self.weak_pass(images, sizes, step)
         pseudo = PseudoLabels.from_logits(self.pseudo_logits(weak, unlabeled), unlabeled["valid"])
-        strong_logits, targets = self.strong_pass(unlabeled, pseudo, partner)
+        strong_images, targets = mix_views(unlabeled, pseudo, partner)
+        strong_logits = self.strong_pass(strong_images, step)
         network = self.network_pass(images, sizes, weak.perturbed, step)
 
         labeled_logits = {"x": weak.x} | {f"x_{name}": x for name, (x, _) in network.items()}
         unlabeled_logits = weak.fp | {f"u_{name}": u for name, (_, u) in network.items()}
         terms = {name: self.criterion(logits, labeled["mask"]) for name, logits in labeled_logits.items()}
-        terms |= {
-            f"s{view}": consistency_loss(logits, target, self.threshold)
-            for view, (logits, target) in enumerate(zip(strong_logits, targets, strict=True), 1)
-        }
+        terms |= self.strong_terms(strong_logits, targets)
         terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in unlabeled_logits.items()}
         return StepResult(terms, pseudo)
 
@@ -193,7 +193,7 @@ class MultiLevelStep:
     def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
         """Return plain features, and those of the deactivated network by name if network perturbation is on."""
         plain, perturbed = None, {}
-        for name, perturbation in self.network_perturbations.items():
+        for name, perturbation in self.forks.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
             plain, perturbed[name] = self.segmentor.encode_forked(images_B3HW, deactivated, self.perturbed_context())
         return plain or self.segmentor.encode(images_B3HW), perturbed
@@ -209,19 +209,33 @@ class MultiLevelStep:
         x, u = torch.split(self.segmentor.decode(features, images_B3HW.shape[2:]), sizes)
         return x, u
 
-    def strong_pass(
-        self, unlabeled: Batch, pseudo: PseudoLabels, partner: Partner
-    ) -> tuple[list[Tensor], list[PseudoLabels]]:
-        """Mix images and targets of each strong view with their partners (CutMix), and predict all views at once."""
-        strong_BV3HW, boxes_BV4 = unlabeled["strong"], unlabeled["boxes"]
-        labels = partner.labels(pseudo)
-        images, targets = [], []
-        for view in range(strong_BV3HW.shape[1]):
-            inside_BHW = inside_boxes(boxes_BV4[:, view], *strong_BV3HW.shape[3:])
-            images.append(torch.where(inside_BHW[:, None], partner.strong_BV3HW[:, view], strong_BV3HW[:, view]))
-            targets.append(pseudo.mix(labels, inside_BHW))
+    def strong_pass(self, views: list[Tensor], step: int) -> list[Tensor]:
+        """Predict all strong views at once."""
         with self.perturbed_context():
-            return list(self.segmentor(torch.cat(images)).chunk(len(images))), targets
+            return list(self.segmentor(torch.cat(views)).chunk(len(views)))
+
+    def strong_terms(self, logits: list[Tensor], targets: list[PseudoLabels]) -> dict[str, Tensor]:
+        """Return the term of each strong view."""
+        pairs = enumerate(zip(logits, targets, strict=True), 1)
+        return {f"s{view}": consistency_loss(*pair, self.threshold) for view, pair in pairs}
+
+    def deactivated_blocks(self, step: int) -> frozenset[int]:
+        """Return the indices of the encoder's blocks that are deactivated in a step."""
+        stages = self.segmentor.encoder.stages
+        draws = [perturbation.draw(stages, step) for perturbation in self.network_perturbations.values()]
+        return frozenset().union(*draws)
+
+
+def mix_views(unlabeled: Batch, pseudo: PseudoLabels, partner: Partner) -> tuple[list[Tensor], list[PseudoLabels]]:
+    """Mix images (B, 3, H, W) and targets of each strong view with their partners (CutMix)."""
+    strong_BV3HW, boxes_BV4 = unlabeled["strong"], unlabeled["boxes"]
+    labels = partner.labels(pseudo)
+    images, targets = [], []
+    for view in range(strong_BV3HW.shape[1]):
+        inside_BHW = inside_boxes(boxes_BV4[:, view], *strong_BV3HW.shape[3:])
+        images.append(torch.where(inside_BHW[:, None], partner.strong_BV3HW[:, view], strong_BV3HW[:, view]))
+        targets.append(pseudo.mix(labels, inside_BHW))
+    return images, targets
 
 
 class BurnInStep:
@@ -232,11 +246,14 @@ class BurnInStep:
 
     def __init__(self, supervised: SupervisedStep, main: MultiLevelStep) -> None:
         self.supervised, self.main = supervised, main
-        self.network_perturbations = main.network_perturbations
 
     def __call__(self, labeled: Batch, unlabeled: Batch, step: int) -> StepResult:
         """Return the term ``x`` during burn-in, and all terms after it."""
         return (self.main if unlabeled else self.supervised)(labeled, unlabeled, step)
+
+    def deactivated_blocks(self, step: int) -> frozenset[int]:
+        """Return the blocks that are deactivated after burn-in."""
+        return self.main.deactivated_blocks(step)
 
 
 def step_values(

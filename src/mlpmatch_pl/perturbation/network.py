@@ -206,6 +206,12 @@ class NetworkPerturbation:
         self.seed = seed
         self._sample = partial(SAMPLERS[sampler], **options)
 
-    def draw(self, stages: Stages, step: int) -> frozenset[int]:
-        """Return the indices of the blocks to deactivate in a step; Bernoulli samplers may draw none."""
-        return self._sample(stages, random.Random(derive_seed(self.seed, "network", step)))
+    def draw(self, stages: Stages, step: int, *view: int) -> frozenset[int]:
+        """Return the indices of the blocks to deactivate in a step; Bernoulli samplers may draw none.
+
+        Args:
+            stages: Indices of the blocks that can be deactivated, by stage.
+            step: Number of the step.
+            view: Number of the strong view, for draws of its own.
+        """
+        return self._sample(stages, random.Random(derive_seed(self.seed, "network", step, *view)))
