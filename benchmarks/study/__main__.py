@@ -4,7 +4,7 @@
 
 A run that was stopped continues, and a finished one is skipped. ``benchmarks/results/study`` holds the results: the
 number of steps of each method, measured before the first run of a dataset, and for each run its scores, its curve, its
-processor seconds and its overrides. `benchmarks.study.tables` makes the tables and figures of docs/results.md.
+processor seconds and its overrides. `benchmarks.study.tables` puts them into docs/results.md.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from PIL import Image
 
 from benchmarks.loader import machine
 from mlpmatch_pl.engine.build import build_datamodule, read_config
-from mlpmatch_pl.methods.method import resolve_method
+from mlpmatch_pl.engine.short_training import using_method
+from mlpmatch_pl.methods.method import Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 STUDY = Path(__file__).with_name("study.yaml")
-WARMUP, TIMED = 2, 8  # steps
+WARMUP, TIMED, ROUNDS = 1, 4, 5  # steps, steps a round, rounds
 
 
 def main() -> None:
@@ -47,10 +48,15 @@ def main() -> None:
     halve_aerial(arguments.out / "data" / "aerial")
     study = yaml.safe_load(STUDY.read_text())
     seeds, datasets, methods = (getattr(arguments, key) or list(study[key]) for key in ("seeds", "datasets", "methods"))
-    for dataset, seed, method in product(datasets, seeds, methods):
-        overrides = [*study["shared"], *study["datasets"][dataset]["overrides"], *study["methods"][method]]
-        steps = steps_of(dataset, method, study["datasets"][dataset]["minutes"], overrides)
-        train(f"{dataset}/{method}_s{seed}", [*overrides, f"schedule.steps={steps}", f"seed={seed}"], arguments.out)
+    for dataset in datasets:
+        settings = study["datasets"][dataset]
+        overrides = {
+            method: [*study["shared"], *settings["overrides"], *study["methods"][method]] for method in methods
+        }
+        steps = measure_steps(RESULTS / dataset / "steps.json", settings["minutes"], overrides)
+        for seed, method in product(seeds, methods):
+            own = [*overrides[method], f"schedule.steps={steps[method]}", f"seed={seed}"]
+            train(f"{dataset}/{method}_s{seed}", own, arguments.out)
 
 
 def halve_aerial(target: Path) -> None:
@@ -69,52 +75,58 @@ def halve_aerial(target: Path) -> None:
         (target / "splits" / path.name).write_text(path.read_text().replace(".jpg", ".png"))
 
 
-def steps_of(dataset: str, method: str, minutes: float, overrides: list[str]) -> int:
-    """Return the number of steps that take the minutes, measured once and then read from the results."""
-    path = RESULTS / dataset / "steps.json"
+def measure_steps(path: Path, minutes: float, overrides: dict[str, list[str]]) -> dict[str, int]:
+    """Return the number of steps of each method that take the minutes, measured once and then read from a file.
+
+    Methods take turns, and the fastest round counts: other work on the machine makes steps slower, never faster.
+    """
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if method not in known:
-        seconds = step_seconds([*overrides, "schedule.steps=1"])
-        steps = round(60 * minutes / seconds)
-        known[method] = {"minutes": minutes, "step_seconds": round(seconds, 4), "steps": steps}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=2) + "\n")
-    return int(known[method]["steps"])
+    timers = {method: StepTimer(own) for method, own in overrides.items() if method not in known}
+    rounds = [{method: timer.seconds() for method, timer in timers.items()} for _ in range(ROUNDS if timers else 0)]
+    for method in timers:
+        seconds = min(times[method] for times in rounds)
+        known[method] = {
+            "minutes": minutes, "step_seconds": round(seconds, 4), "steps": round(60 * minutes / seconds)
+        }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=2) + "\n")
+    return {method: int(known[method]["steps"]) for method in overrides}
 
 
-def step_seconds(overrides: list[str]) -> float:
-    """Return the processor seconds of a step, loading included, averaged over burn-in and the time after it."""
-    with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
-        config = read_config(compose("train", [*overrides, "output_dir=."]))
-    method = resolve_method(config["method"])
-    datamodule = build_datamodule(config, method)
-    backbone = dict(config["backbone"])
-    module = MLPMatch(
-        len(datamodule.data.class_names), method=method_without_schedule(config["method"]),
-        backbone=backbone.pop("name"), **backbone, lr=0.001, power=0,
-    )  # fmt: skip
-    optimizer = module.configure_optimizers()["optimizer"]
+class StepTimer:
+    """Times the steps of a method, loading included."""
 
-    def measure() -> float:
-        batches, marks = iter(datamodule.train_dataloader()), []
-        for step in range(WARMUP + TIMED):
-            marks.append(time.process_time())
-            batch = next(batches)[0]
-            optimizer.zero_grad()
-            module.training_step(batch, step).backward()
-            optimizer.step()
-        return (time.process_time() - marks[WARMUP]) / TIMED
+    def __init__(self, overrides: list[str]) -> None:
+        with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
+            config = read_config(compose("train", [*overrides, "schedule.steps=1", "output_dir=."]))
+        self.method = resolve_method(config["method"])
+        self.datamodule = build_datamodule(config, self.method)
+        backbone = dict(config["backbone"])
+        self.module = MLPMatch(
+            len(self.datamodule.data.class_names),
+            method={**config["method"], "lambda_schedule": "constant"},  # without a length; its steps cost the same
+            backbone=backbone.pop("name"), **backbone, lr=0.001, power=0,
+        )  # fmt: skip
+        self.optimizer = self.module.configure_optimizers()["optimizer"]
 
-    after = measure()  # without a Trainer there is no burn-in
-    if not method.burn_in:
-        return after
-    datamodule.method = resolve_method("supervised")
-    return method.burn_in * measure() + (1 - method.burn_in) * after
+    def seconds(self) -> float:
+        """Return the mean processor seconds of a step, over burn-in and the time after it."""
+        after = self._measure(self.method)  # without a Trainer there is no burn-in
+        if not self.method.burn_in:
+            return after
+        burning_in = self._measure(resolve_method("supervised"))
+        return self.method.burn_in * burning_in + (1 - self.method.burn_in) * after
 
-
-def method_without_schedule(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method that needs no length of training; its steps cost the same."""
-    return {**method, "lambda_schedule": "constant"}
+    def _measure(self, phase: Method) -> float:
+        with using_method(self.datamodule, phase):
+            batches, marks = iter(self.datamodule.train_dataloader()), []
+            for step in range(WARMUP + TIMED):
+                marks.append(time.process_time())
+                batch = next(batches)[0]
+                self.optimizer.zero_grad()
+                self.module.training_step(batch, step).backward()
+                self.optimizer.step()
+            return (time.process_time() - marks[WARMUP]) / TIMED
 
 
 def train(name: str, overrides: list[str], out: Path) -> None:
