@@ -101,9 +101,9 @@ def curves(job, run):
     return ranks[0]["runs"][run]
 
 
-@pytest.mark.parametrize("run", ["mlpmatch", "supervised"])
+@pytest.mark.parametrize("run", ["mlpmatch", "supervised", "teacher"])
 def test_processes_together_have_the_losses_and_weights_of_one(job, run):
-    """With BatchNorm frozen, as its statistics are of another batch, and no padding."""
+    """With BatchNorm frozen, as its statistics are of another batch, and no padding; with the weights of a teacher."""
     several, one = curves(job, run), ddp_job.train(run, devices=1)
     assert len(one["losses"]) == ddp_job.STEPS
     assert several["losses"] == pytest.approx(one["losses"], rel=1e-12)

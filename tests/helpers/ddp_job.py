@@ -21,6 +21,7 @@ BATCH, EPOCHS, STEPS = 6, 2, 4  # a global batch; steps in total
 WHOLE, PADDED = (1.0, 1.5), (0.4, 0.8)  # scales of images of 48 pixels in crops of 33
 RUNS = {
     "mlpmatch": ({"name": "mlpmatch", "partner": "same_image"}, WHOLE),
+    "teacher": ({"name": "mlpmatch_burn_in", "burn_in": 0.25, "partner": "same_image"}, WHOLE),
     "supervised": ({"name": "supervised"}, WHOLE),
     "mlpmatch, padded": ({"name": "mlpmatch", "partner": "same_image"}, PADDED),
     "supervised, padded": ({"name": "supervised"}, PADDED),

@@ -13,8 +13,11 @@ import socket
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+
+import torch
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["mlpmatch_pl.engine.trainer", "mlpmatch_pl.predictor"])
@@ -63,6 +66,9 @@ def free_port() -> int:
 
 def _run(module: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path) -> None:
     os.setsid()
+    for finalizer in list(weakref.finalize._registry):  # temporary folders that belong to the server
+        finalizer.atexit = False
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # read before the fork
     multiprocessing.set_start_method(None, force=True)  # the platform's, not that of this process
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
