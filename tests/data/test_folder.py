@@ -12,6 +12,8 @@ from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.engine.run_folder import save_lists
 from mlpmatch_pl.utils.errors import UserError
 
+IMAGE_LIST = ".bmp, .gif, .jp2, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+
 IMAGES = [
     "images/img0.jpg",
     "images/day/img1.png",
@@ -311,7 +313,7 @@ def test_empty_images_folder_is_named(load, folder_root):
     (folder_root / "photos").mkdir()
     (folder_root / "photos/notes.txt").write_text("no image")
     assert sentence(load, images="photos") == (
-        f"expected images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {folder_root / 'photos'}, but found none"
+        f"expected images ({IMAGE_LIST}) in {folder_root / 'photos'}, but found none"
     )
 
 
@@ -681,7 +683,7 @@ def test_all_that_is_in_no_other_set_is_unlabeled_though_it_has_a_mask(load):
 def test_a_folder_without_images_is_named(load, tmp_path):
     (tmp_path / "empty").mkdir()
     assert sentence(load, unlabeled=str(tmp_path / "empty"), val=1) == (
-        f"expected images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {tmp_path / 'empty'}, but found none"
+        f"expected images ({IMAGE_LIST}) in {tmp_path / 'empty'}, but found none"
     )
 
 

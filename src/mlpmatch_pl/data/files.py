@@ -7,14 +7,14 @@ import os
 import posixpath
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mlpmatch_pl.data.base import Image, Mask
-from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, ImageReader
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.utils.errors import UserError
 
@@ -127,7 +127,7 @@ class FileIndex:
 
     def _paired(self, images: Path, masks: Path | None) -> list[Pair]:
         found = self._by_stem(images)
-        labels = {} if masks is None else self._by_stem(masks)
+        labels = {} if masks is None else self._by_stem(masks, MASK_SUFFIXES)
         if not found:
             raise UserError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {images}, but found none")
         if lonely := sorted(set(labels) - set(found)):
@@ -137,10 +137,10 @@ class FileIndex:
             )
         return [Pair(image, labels.get(stem)) for stem, image in found.items()]
 
-    def _by_stem(self, folder: Path) -> dict[str, str]:
+    def _by_stem(self, folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> dict[str, str]:
         """Return the image files below a folder by their path in it without suffix, sorted."""
         found: dict[str, str] = {}
-        for path in sorted(image_files(str(folder))):
+        for path in sorted(image_files(str(folder), suffixes)):
             stem = posixpath.splitext(os.path.relpath(path, folder).replace(os.sep, "/"))[0]
             if stem in found:
                 raise UserError(
@@ -203,8 +203,8 @@ class FileIndex:
         return self._named(name) if name.startswith("/") else posixpath.normpath(name)
 
 
-def image_files(folder: str) -> Iterator[str]:
-    """Yield the image files below a folder, without hidden files and pipes; links are followed once."""
+def image_files(folder: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[str]:
+    """Yield the files with these suffixes below a folder, without hidden files and pipes; links are followed once."""
     visited = set()  # links may lead back to a parent folder
     for directory, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
@@ -215,7 +215,7 @@ def image_files(folder: str) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
             path = os.path.join(directory, name)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") and _is_readable(path):
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".") and _is_readable(path):
                 yield path
 
 

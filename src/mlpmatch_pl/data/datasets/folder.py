@@ -36,6 +36,8 @@ def folder(
     palette: Sequence[Sequence[int]] | None = None,
     ignore_colors: Sequence[Sequence[int]] = (),
     ignore_index: int = 255,
+    orientation: str = "apply",
+    class_channels: bool = False,
     split_seed: int = 0,
     cover_classes: bool = False,
 ) -> SegmentationData:
@@ -58,11 +60,15 @@ def folder(
         test: Images for the final evaluation.
         in_chans: Channels of an image. 3 also reads gray files, as RGB.
         bit_depth: Bits per channel of the files, 8 or 16.
-        mask_values: Class of each value in the mask files, such as ``{0: 0, 255: 1}``. The key ``other`` matches all
-            other values. Default: the values are the classes.
-        palette: An RGB color for each class, for visualization and for reading masks saved as colors.
+        mask_values: Class of each value in the mask files, such as ``{0: 0, 255: 1}`` or ``{-9999: 255, 0: 0, 1: 1}``.
+            The key ``other`` matches all other values. Default: the values are the classes.
+        palette: An RGB color for each class, for visualization and for reading masks saved as colors. Masks saved with
+            a palette are read by their colors too, unless ``mask_values`` is given.
         ignore_colors: RGB colors of pixels to ignore in such masks.
         ignore_index: Mask value of pixels to ignore.
+        orientation: Whether to ``apply`` or ``ignore`` the orientation tag of images and masks.
+        class_channels: Whether a mask file has a page or channel for each class, see
+            `mlpmatch_pl.data.readers.mask.MaskReader`.
         split_seed: Seed of choices by fraction or count.
         cover_classes: Whether a choice of labeled images starts with images that together contain every class.
 
@@ -71,8 +77,10 @@ def folder(
             `mlpmatch_pl.data.validation`.
     """
     form = make_format(
-        classes, palette, ImageReader(in_chans, bit_depth),
-        MaskReader(mask_values, palette or (), ignore_colors, ignore_index),
+        classes, palette, ImageReader(in_chans, bit_depth, orientation),
+        MaskReader(
+            mask_values, palette or (), ignore_colors, ignore_index, orientation, class_channels, len(classes)
+        ),
     )  # fmt: skip
     files = FileIndex([Path(name).expanduser() for name in _names(root)], images, masks)
     wanted = LabelSelection(labeled, _names(unlabeled), split_seed, cover_classes)

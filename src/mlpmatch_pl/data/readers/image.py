@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from mlpmatch_pl.data.base import Image
 from mlpmatch_pl.utils.errors import UserError
@@ -20,7 +22,8 @@ try:
 except ImportError:  # it has no wheels for some platforms
     pyspng = None
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MASK_SUFFIXES = IMAGE_SUFFIXES | {".npy"}
 DTYPES = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
 # Pillow's own limit, about 13,000 x 13,000: a file of a few kilobytes can unpack to any size.
 MAX_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**26)
@@ -31,8 +34,8 @@ _RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)
 # Values of TIFF tags
 _MIN_IS_WHITE, _CONVERTED = 0, (3, 5, 6, 8)  # photometric; _CONVERTED: palette, CMYK, YCbCr, CIE L*a*b*
-_ALPHA = {1, 2}  # extra samples
-_TURNS: dict[int, Callable[[Array], Array]] = {  # orientation
+ALPHA = {1, 2}  # extra samples
+TURNS: dict[int, Callable[[Array], Array]] = {  # orientation
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -50,45 +53,54 @@ class ImageReader:
         in_chans: Channels of an image. With 3, gray files are read as RGB and an alpha channel is dropped. Any other
             number must be that of the files, and more than 4 channels are read from TIFF files only.
         bit_depth: Bits per channel of the files, 8 or 16.
+        orientation: Whether to ``apply`` or ``ignore`` the orientation tag of a file.
 
     Raises:
         UserError: If an argument is out of range.
 
     Example:
         >>> ImageReader().describe()
-        'in_chans=3 bit_depth=8'
+        "in_chans=3 bit_depth=8 orientation='apply'"
     """
 
-    def __init__(self, in_chans: int = 3, bit_depth: int = 8) -> None:
+    def __init__(self, in_chans: int = 3, bit_depth: int = 8, orientation: str = "apply") -> None:
         if in_chans < 1 or bit_depth not in DTYPES:
             raise UserError(
                 "expected dataset.in_chans of at least 1 and dataset.bit_depth of 8 or 16, but got "
                 f"{in_chans} and {bit_depth}"
             )
-        self.in_chans, self.bit_depth = in_chans, bit_depth
+        self.in_chans, self.bit_depth, self.orientation = in_chans, bit_depth, require_orientation(orientation)
 
     def __call__(self, path: str | Path) -> Image:
         """Read an image: (H, W, in_chans), uint8 or uint16, RGB if there are three channels.
 
-        The orientation tag is applied to files with one or three channels and to TIFF files.
-
         Raises:
             UserError: If the file cannot be read, or has another number of channels or bit depth.
         """
-        if str(path).lower().endswith((".tif", ".tiff")):
-            pixels = _read_tiff(path, as_rgb=self.in_chans == 3)
+        turned = self.orientation == "apply"
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in (".tif", ".tiff"):
+            pixels = _read_tiff(path, self.in_chans == 3, turned)
+        elif suffix == ".gif":
+            pixels = _read_pillow(path, turned, as_rgb=True)
         elif self.in_chans == 2:  # OpenCV reads gray with alpha as four channels
-            pixels = _read_pillow(path)
-        else:
-            gray = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-            pixels = _read_opencv(path, {1: gray, 3: _RGB}.get(self.in_chans, cv2.IMREAD_UNCHANGED))
+            pixels = _read_pillow(path, turned)
+        elif self.in_chans in (1, 3):
+            flags = _RGB if self.in_chans == 3 else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+            pixels = _read_opencv(path, flags if turned else flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        else:  # OpenCV does not turn such images
+            pixels = _read_opencv(path, cv2.IMREAD_UNCHANGED)
+            if turned and (turn := TURNS.get(read_orientation(path))):
+                pixels = np.ascontiguousarray(turn(pixels))
+        if self.in_chans == 1 and pixels.ndim == 3 and _is_gray_palette(pixels, path):
+            pixels = np.ascontiguousarray(pixels[..., 0])
         image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
         self._require_format(image, path)
         return image
 
     def describe(self) -> str:
         """Return the options as a string: what decoded images depend on beside the file."""
-        return f"in_chans={self.in_chans} bit_depth={self.bit_depth}"
+        return f"in_chans={self.in_chans} bit_depth={self.bit_depth} orientation={self.orientation!r}"
 
     def _require_format(self, image: Image, path: str | Path) -> None:
         if image.dtype != DTYPES[self.bit_depth]:
@@ -113,7 +125,7 @@ def _read_opencv(path: str | Path, flags: int) -> Array:
     except OSError as error:
         raise UserError(f"cannot read the image {path} ({error.strerror}); replace or remove it") from error
     _require_max_pixels_of(content, path)
-    if flags == _RGB and (fast := _read_rgb_png(content)) is not None:
+    if flags & ~cv2.IMREAD_IGNORE_ORIENTATION == _RGB and (fast := _read_rgb_png(content)) is not None:
         return fast
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below says it
     try:
@@ -132,14 +144,15 @@ def _read_opencv(path: str | Path, flags: int) -> Array:
 def _require_max_pixels_of(content: NDArray[np.uint8], path: str | Path) -> None:
     try:
         with PILImage.open(io.BytesIO(content.data)) as file:  # reads the header only, 0.03 ms
-            _require_max_pixels(file.width * file.height, path)
+            require_max_pixels(file.width * file.height, path)
     except PILImage.DecompressionBombError:
-        _require_max_pixels(MAX_PIXELS + 1, path)
+        require_max_pixels(MAX_PIXELS + 1, path)
     except _PIL_ERRORS:  # not an image, or of a format that Pillow does not know
         return
 
 
-def _require_max_pixels(pixels: int, path: str | Path) -> None:
+def require_max_pixels(pixels: int, path: str | Path) -> None:
+    """Raise a `UserError` for a file with more than `MAX_PIXELS` pixels."""
     if pixels > MAX_PIXELS:
         raise UserError(f"expected an image of at most {MAX_PIXELS:,} pixels, but {path} has more; cut it into tiles")
 
@@ -157,24 +170,53 @@ def _read_rgb_png(content: NDArray[np.uint8]) -> Array | None:
     return pixels if pixels.ndim == 3 and pixels.shape[2] == 3 else None
 
 
-def _read_pillow(path: str | Path) -> Array:
+def read_orientation(path: str | Path) -> int:
+    """Return the orientation tag of a file, 1 to 8; 1 (upright) if it has none or cannot be read."""
     try:
         with PILImage.open(path) as file:
-            return np.array(file)
+            if file.format == "PNG" and b"eXIf" not in Path(path).read_bytes():
+                return 1  # otherwise Pillow decodes the whole file to look for the tag behind the pixels
+            return int(file.getexif().get(274, 1))
+    except (*_PIL_ERRORS, TypeError):
+        return 1
+
+
+def pillow_pixels(file: PILImage.Image, turned: bool, as_rgb: bool = False) -> Array:
+    """Return the pixels of a file that Pillow has opened, with the orientation tag applied or not."""
+    stored = int(file.getexif().get(274, 1)) if file.format == "TIFF" else 1
+    if turned:
+        ImageOps.exif_transpose(file, in_place=True)
+    pixels = np.array(file.convert("RGB") if as_rgb else file)  # a copy: Pillow's memory is read-only
+    if not turned and stored != 1 and 274 not in file.getexif():  # Pillow turns TIFF files when it loads them
+        pixels = TURNS[{6: 8, 8: 6}.get(stored, stored)](pixels)
+    return pixels
+
+
+def _read_pillow(path: str | Path, turned: bool, as_rgb: bool = False) -> Array:
+    try:
+        with PILImage.open(path) as file:
+            return pillow_pixels(file, turned, as_rgb)
     except _PIL_ERRORS as error:
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
+
+
+def _is_gray_palette(pixels: Array, path: str | Path) -> bool:
+    """Tell whether colors from a palette are levels of gray."""
+    if pixels.shape[2] != 3 or _count_channels(path):
+        return False
+    return bool((pixels == pixels[..., :1]).all())
 
 
 def _count_channels(path: str | Path) -> int:
     """Return the number of channels in a file, which OpenCV may change; 0 for palette, TIFF and unknown files."""
     try:
         with PILImage.open(path) as file:
-            return 0 if file.format == "TIFF" or file.mode == "P" else len(file.getbands())
+            return 0 if file.format in ("TIFF", "GIF") or file.mode == "P" else len(file.getbands())
     except _PIL_ERRORS:
         return 0
 
 
-def _read_tiff(path: str | Path, as_rgb: bool) -> Array:
+def _read_tiff(path: str | Path, as_rgb: bool, turned: bool) -> Array:
     """Read a TIFF file whose channels are interleaved, planar, or a page each."""
     import tifffile
 
@@ -183,26 +225,39 @@ def _read_tiff(path: str | Path, as_rgb: bool) -> Array:
             series = file.series[0]
             page: Any = series.keyframe
             if page.photometric in _CONVERTED:
-                return _read_opencv(path, cv2.IMREAD_COLOR_RGB)
-            _require_max_pixels(max(page.imagewidth * page.imagelength, series.size // MAX_LARGE_CHANNELS), path)
-            pixels = _channels_last(series.asarray(), series.axes, path)
+                return _read_pillow(path, turned, as_rgb=True)
+            require_max_pixels(max(page.imagewidth * page.imagelength, series.size // MAX_LARGE_CHANNELS), path)
+            pixels = channels_last(series.asarray(), series.axes, path)
             tags = page.tags
     except UserError:
         raise
     except Exception as error:  # a damaged file makes tifffile raise nearly anything
-        if "imagecodecs" in str(error):
-            return _read_tiff_without_codec(path, as_rgb, error)
+        if lacks_codec(error):
+            return _read_tiff_without_codec(path, page, as_rgb, turned, error)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
     if page.photometric == _MIN_IS_WHITE and pixels.dtype.kind == "u":
         pixels = np.iinfo(pixels.dtype).max - pixels
     if as_rgb:
-        pixels = _as_rgb(pixels, has_alpha=bool(_ALPHA & set(page.extrasamples)))
-    turn = _TURNS.get(tags[274].value if 274 in tags else 1)
+        pixels = _as_rgb(pixels, has_alpha=bool(ALPHA & set(page.extrasamples)))
+    turn = TURNS.get(tags[274].value if 274 in tags else 1) if turned else None
     return np.ascontiguousarray(turn(pixels) if turn else pixels)
 
 
-def _channels_last(pixels: Array, axes: str, path: str | Path) -> Array:
+def require_orientation(orientation: str) -> str:
+    """Return the option ``dataset.orientation``, or raise a `UserError` if it is neither ``apply`` nor ``ignore``."""
+    if orientation not in ("apply", "ignore"):
+        raise UserError(f"expected dataset.orientation as apply or ignore, but got {orientation!r}")
+    return orientation
+
+
+def lacks_codec(error: Exception) -> bool:
+    """Tell whether tifffile cannot read a file because a package for its compression is missing."""
+    return "imagecodecs" in str(error) or isinstance(error, ModuleNotFoundError)
+
+
+def channels_last(pixels: Array, axes: str, path: str | Path) -> Array:
+    """Move the channels or pages of a TIFF series to the end, as tifffile names the axes."""
     if pixels.ndim == 3 and "Y" in axes and "X" in axes:
         channel = next(axis for axis, name in enumerate(axes) if name not in "YX")
         pixels = np.moveaxis(pixels, channel, -1)
@@ -220,13 +275,15 @@ def _as_rgb(pixels: Array, has_alpha: bool) -> Array:
     return pixels[..., :3] if channels == 4 and has_alpha else pixels
 
 
-def _read_tiff_without_codec(path: str | Path, as_rgb: bool, error: Exception) -> Array:
-    """Read gray and RGB files with OpenCV if tifffile lacks the codec, as for LZW compression."""
-    try:
+def _read_tiff_without_codec(path: str | Path, page: Any, as_rgb: bool, turned: bool, error: Exception) -> Array:
+    """Read gray and RGB files with Pillow or OpenCV if tifffile lacks the codec, as for LZW compression."""
+    channels, bits = page.samplesperpixel, page.bitspersample
+    pixels = None
+    if (channels, bits) in ((1, 8), (1, 16), (3, 8)) and not (page.photometric == _MIN_IS_WHITE and bits == 16):
+        pixels = _read_pillow(path, turned)
+    elif channels == 3 and read_orientation(path) == 1:  # Pillow has no 16-bit RGB; OpenCV multiplies colors by alpha
         pixels = _read_opencv(path, cv2.IMREAD_UNCHANGED)
-    except UserError:
-        pixels = None
-    if pixels is None or (pixels.ndim == 3 and pixels.shape[2] != 3):  # OpenCV multiplies colors by alpha
+    if pixels is None:
         raise UserError(
             f"cannot read the image {path}, because its compression needs another package; pip install imagecodecs, or "
             "save it with deflate or without compression"

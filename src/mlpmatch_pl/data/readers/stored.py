@@ -1,0 +1,188 @@
+"""Read the numbers that a mask file stores, not what a viewer shows."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from mlpmatch_pl.data.readers.image import ALPHA, TURNS, channels_last, lacks_codec, pillow_pixels, require_max_pixels
+from mlpmatch_pl.utils.errors import UserError
+
+Array = NDArray[Any]
+
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, PILImage.DecompressionBombError)
+_MIN_IS_WHITE, _RGB, _PALETTE = 0, 2, 3  # photometric interpretations of TIFF
+_LOSSY_TIFF = {6, 7, 33003, 33004, 33005, 34712, 34892, 50001, 50002}  # JPEG, JPEG 2000, WebP and JPEG XL in TIFF
+
+
+@dataclass(frozen=True)
+class StoredMask:
+    """The content of a mask file.
+
+    Attributes:
+        pixels: (H, W), or (H, W, channels) without alpha.
+        is_color: Whether the channels are red, green and blue.
+        palette: Color of each id as (colors, 3) uint8, if the file has a palette.
+        transparent: (H, W) bool, if the file has transparent pixels.
+        lossy: Name of the compression if it changes values.
+    """
+
+    pixels: Array
+    is_color: bool = False
+    palette: Array | None = None
+    transparent: Array | None = None
+    lossy: str = ""
+
+
+def read_stored(path: str | Path, apply_orientation: bool = True) -> StoredMask:
+    """Read a mask file.
+
+    Args:
+        path: The file: TIFF, NPY, or a format that Pillow reads.
+        apply_orientation: Whether the orientation tag is applied.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    suffix = str(path).lower().rpartition(".")[2]
+    try:
+        if suffix == "npy":
+            pixels = np.load(path, allow_pickle=False, mmap_mode="r")
+            require_max_pixels(pixels.size, path)
+            return StoredMask(np.array(pixels))
+        if suffix in ("tif", "tiff"):
+            return _read_tiff(path, apply_orientation)
+        return _read_pillow(path, apply_orientation)
+    except UserError:
+        raise
+    except _PIL_ERRORS as error:
+        raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
+
+
+def _read_pillow(path: str | Path, apply_orientation: bool) -> StoredMask:
+    with PILImage.open(path) as file:
+        lossy = _lossy(file, path)
+        if (frames := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
+            raise UserError(f"expected a mask with one frame, but {path} has {frames}; save each frame as a file")
+        rawmode = str(file.tile[0][3]) if file.tile else ""  # such as L;4 for 4 bits; it is gone after loading
+        pixels = pillow_pixels(file, apply_orientation)
+        if file.mode.startswith("RGB") and ";16" in rawmode:
+            raise UserError(
+                f"expected a mask with 8-bit colors, but {path} has 16 bits per channel; save class ids as a gray PNG"
+            )
+        return _from_pillow(file, pixels, rawmode, lossy)
+
+
+def _from_pillow(file: PILImage.Image, pixels: Array, rawmode: str, lossy: str) -> StoredMask:
+    transparency = file.info.get("transparency")
+    if file.mode == "P":
+        assert file.palette is not None  # its bytes are faster than getpalette(), which makes a list
+        palette = np.frombuffer(bytes(file.palette.palette), np.uint8).reshape(-1, len(file.palette.mode))[:, :3]
+        return StoredMask(pixels, False, palette, _transparent_ids(pixels, transparency), lossy)
+    if pixels.ndim == 2:
+        if ";" in rawmode and file.mode == "L" and file.format == "PNG":  # Pillow spreads 2 and 4 bits over 0..255
+            pixels = pixels // np.uint8(255 // (2 ** int(rawmode[-1]) - 1))
+        hidden = pixels == transparency if isinstance(transparency, int) else None
+        return StoredMask(pixels, transparent=hidden, lossy=lossy)
+    transparent = None
+    if file.mode in ("LA", "RGBA"):
+        pixels, transparent = pixels[..., :-1], pixels[..., -1] == 0
+    elif isinstance(transparency, tuple):
+        transparent = (pixels == transparency).all(axis=2)
+    pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    return StoredMask(pixels, file.mode in ("RGB", "RGBA"), None, transparent, lossy)
+
+
+def _transparent_ids(pixels: Array, transparency: int | bytes | None) -> Array | None:
+    if transparency is None:
+        return None
+    if isinstance(transparency, int):
+        return np.equal(pixels, transparency)
+    clear = np.zeros(256, np.bool_)
+    clear[: len(transparency)] = np.frombuffer(transparency, np.uint8) == 0
+    return clear[pixels] if clear.any() else None
+
+
+def _lossy(file: PILImage.Image, path: str | Path) -> str:
+    """Return the name of the file's compression if it changes values."""
+    if file.format in ("JPEG", "MPO"):
+        return "JPEG"
+    if file.format in ("AVIF", "HEIF"):
+        return file.format
+    if file.format == "WEBP":
+        return "" if b"VP8L" in Path(path).read_bytes()[:256] else "lossy WebP"
+    if file.format == "JPEG2000":
+        return "" if _is_reversible(Path(path).read_bytes()) else "lossy JPEG 2000"
+    return ""
+
+
+def _is_reversible(content: bytes) -> bool:
+    """Tell whether a JPEG 2000 file uses the reversible wavelet transform (ISO/IEC 15444-1, A.6.1)."""
+    start = content.find(b"\xff\x52", content.find(b"\xff\x4f\xff\x51"))  # the coding style, after the image size
+    return start > 0 and content[start + 13 : start + 14] == b"\x01"
+
+
+def _read_tiff(path: str | Path, apply_orientation: bool) -> StoredMask:
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            page: Any = series.keyframe
+            require_max_pixels(series.size, path)
+            if page.compression in _LOSSY_TIFF:
+                return StoredMask(_load_pillow(path, page, apply_orientation), lossy="JPEG or another lossy TIFF")
+            turn = TURNS.get(page.tags[274].value if 274 in page.tags else 1) if apply_orientation else None
+            try:
+                pixels = channels_last(series.asarray(), series.axes, path)
+            except Exception as error:
+                if not lacks_codec(error):
+                    raise
+                pixels, turn = _load_pillow(path, page, apply_orientation), None
+            colormap = page.colormap
+            extra = set(page.extrasamples)
+    except (UserError, *_PIL_ERRORS):
+        raise
+    except Exception as error:  # a damaged file makes tifffile raise nearly anything
+        raise UserError(
+            f"cannot read the mask {path} ({' '.join(str(error).split())}); replace or remove it"
+        ) from error
+    if turn:
+        pixels = turn(pixels)
+    transparent = None
+    if ALPHA & extra and pixels.ndim == 3:
+        pixels, transparent = pixels[..., :-1], pixels[..., -1] == 0
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    palette = None
+    if page.photometric == _PALETTE and colormap is not None:
+        palette = (np.asarray(colormap).T >> 8).astype(np.uint8)
+    is_color = page.photometric == _RGB and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    return StoredMask(np.ascontiguousarray(pixels), is_color, palette, transparent)
+
+
+def _load_pillow(path: str | Path, page: Any, apply_orientation: bool) -> Array:
+    """Read a file whose compression tifffile lacks, and undo the changes that Pillow makes for display."""
+    try:
+        with PILImage.open(path) as file:
+            if (pages := getattr(file, "n_frames", 1)) > 1:
+                raise UserError(f"expected a mask with one page, but {path} has {pages}; save one page")
+            pixels, mode = pillow_pixels(file, apply_orientation), file.mode
+    except UserError:
+        raise
+    except _PIL_ERRORS as error:
+        raise UserError(
+            f"cannot read the mask {path}, because its compression needs another package; pip install imagecodecs, or "
+            "save it with deflate or without compression"
+        ) from error
+    if page.photometric == _MIN_IS_WHITE and pixels.dtype in (np.bool_, np.uint8):
+        pixels = ~pixels
+    if mode == "L" and page.bitspersample in (2, 4):
+        pixels = pixels // np.uint8(255 // (2**page.bitspersample - 1))
+    return pixels
