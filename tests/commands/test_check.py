@@ -181,3 +181,33 @@ def test_a_file_that_breaks_during_training_is_named_in_one_line(folder_root, co
         "dataset.classes or dataset.ignore_index, or map the values by dataset.mask_values, or set "
         "loader.on_bad_image=skip to train without it"
     )
+
+
+def test_fully_labeled_data_are_read_although_the_method_needs_unlabeled_images(make_folder, tmp_path):
+    root = make_folder(count=5)
+    report = run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={root}")
+    assert report["errors"] == []
+    assert any("use method=supervised; train refuses method=mlpmatch" in warning for warning in report["warnings"])
+
+
+def test_masks_with_errors_are_not_said_to_lack_classes(make_folder, tmp_path):
+    root = make_folder()
+    for path in (root / "masks").rglob("*.png"):
+        save_mask(path, np.full((3, 3), 99, np.uint8), palette=False)
+    with pytest.raises(UserError):
+        run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={root}")
+    errors = json.loads((tmp_path / "out/check.json").read_text())["errors"]
+    assert len(errors) == 5
+    assert not any("two classes" in error for error in errors)
+
+
+def test_missing_classes_name_the_option_that_covers_them(make_folder, tmp_path):
+    root = make_folder(count=12, masked=11)
+    for number, path in enumerate(sorted((root / "masks").rglob("*.png"))):
+        mask = np.zeros(np.asarray(Image.open(path)).shape, np.uint8)
+        mask[9:] = 1 if number else 2
+        save_mask(path, mask, palette=False)
+    report = run_check(
+        tmp_path / "out", *FOLDER, *FEW, f"dataset.root={root}", "dataset.labeled=2", "loader.crop_size=33"
+    )
+    assert any("dataset.cover_classes=true" in warning for warning in report["warnings"])

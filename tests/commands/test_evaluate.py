@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, compose_config, compose_train
+from helpers.images import save_image, save_mask
 from helpers.processes import run_forked
 from PIL import Image
 
@@ -318,3 +319,34 @@ def test_image_scores_are_those_of_a_plain_loop_and_images_without_pixels_have_n
     assert torch.equal(boundary_3C, boundary_counts(label, mask, 4, 0.1))
     assert sorted(lowest(miou_N, 5)) == [0, 1, 2, 4]
     assert lowest(torch.tensor([0.5, 0.2, 0.5, 0.2]), 3) == [1, 3, 0]
+
+
+SHAPES = f"dataset.classes=[{','.join(CLASS_NAMES)}]"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with 9 images and masks, and one image without mask."""
+    root = tmp_path_factory.mktemp("photos")
+    for index in range(10):
+        save_image(root / f"images/p{index}.png", SCENES.image(index % 7))
+        if index < 9:
+            save_mask(root / f"masks/p{index}.png", SCENES.mask(index % 7), palette=False)
+    (root / "val.txt").write_text("images/p0.png masks/p0.png\nimages/p1.png masks/p1.png\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ((), 9),
+        (("dataset.val=.",), 9),
+        (("dataset.test=.",), 9),
+        (("dataset.val=val.txt",), 2),
+        (("part=val",), 2),
+        (("dataset.val=3",), 3),
+    ],
+)
+def test_a_folder_is_scored_whole_unless_the_options_say_which_images(run, photos, tmp_path, options, count):
+    result = run_evaluate(run, tmp_path, "dataset=folder", f"dataset.root={photos}", SHAPES, *options)
+    assert result["count"] == count

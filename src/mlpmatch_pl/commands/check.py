@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule, require_unlabeled
 from mlpmatch_pl.data.validation import (
     PARTS,
     Finding,
@@ -25,10 +26,10 @@ from mlpmatch_pl.data.validation import (
     all_jobs,
     find_problems,
     pixels_by_class,
-    require_validation,
+    require_images,
     scan_files,
 )
-from mlpmatch_pl.engine.build import build_datamodule, read_config
+from mlpmatch_pl.engine.build import build_data, read_config
 from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.engine.run_folder import describe_splits, save_lists
 from mlpmatch_pl.methods.method import resolve_method
@@ -49,11 +50,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     output_dir = Path(config["output_dir"]).resolve()
     refuse_overwrite((output_dir / name for name in (*RUN_FILES, *FILES)), OTHER_FOLDER)
     config["loader"]["num_workers"] = 0  # only one batch is loaded
-    datamodule = build_datamodule(config, resolve_method(config["method"]))
-    data = datamodule.data
-    require_validation(data)
+    method, data = resolve_method(config["method"]), build_data(config["dataset"])
+    require_images(data)
+    notes = [Finding(False, note) for note in data.notes]
+    try:
+        require_unlabeled(data, method)
+    except UserError as error:  # a property of the configuration: the data are worth reading nevertheless
+        notes.append(Finding(False, f"{error}; train refuses method={method.name}"))
+        method = resolve_method("supervised")
+    datamodule = SemiSupervisedDataModule(data, **config["loader"], method=method, seed=config["seed"])
     scanned = _scan(data)
-    findings = find_problems(data, scanned, datamodule.crop_size) + [Finding(False, note) for note in data.notes]
+    findings = find_problems(data, scanned, datamodule.crop_size) + notes
     report = _report(data, scanned, findings)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

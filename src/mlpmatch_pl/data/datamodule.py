@@ -117,11 +117,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"expected batch sizes of at least 1 and workers of at least 0, but got {batch_size} labeled, "
                 f"{self.unlabeled_batch_size} unlabeled, {eval_batch_size} for evaluation, {num_workers} workers"
             )
-        if self.method.uses_unlabeled and not data.unlabeled:
-            raise UserError(
-                f"expected unlabeled images beside the {len(data.labeled.names)} labeled ones, but there are none; "
-                "label fewer (dataset.labeled), add images without mask, or use method=supervised"
-            )
+        require_unlabeled(data, self.method)
         weak = WeakView(crop_size, (scale[0], scale[1]), ignore_index=data.ignore_index)
         num_classes = len(data.class_names)
         self._labeled = LabeledDataset(data.train, data.labeled_indices, num_classes, weak, seed, bad)
@@ -304,6 +300,15 @@ class SemiSupervisedDataModule(LightningDataModule):
             return self.num_workers
         processes = 1 if self.trainer is None else self.trainer.num_devices  # on this machine
         return min(max(usable_cores() // processes - 1, 0), MAX_WORKERS)
+
+
+def require_unlabeled(data: SegmentationData, method: Method) -> None:
+    """Raise a `UserError` for a dataset without the unlabeled images that a method trains on."""
+    if method.uses_unlabeled and not data.unlabeled:
+        raise UserError(
+            f"expected unlabeled images beside the {len(data.labeled.names)} labeled ones, but there are none; "
+            "label fewer (dataset.labeled), add images without mask, or use method=supervised"
+        )
 
 
 def share_workers(total: int, loaders: int) -> dict[str, int]:

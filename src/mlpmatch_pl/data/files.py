@@ -14,9 +14,21 @@ from typing import NamedTuple
 import numpy as np
 
 from mlpmatch_pl.data.base import Image, Mask
+from mlpmatch_pl.data.pairing import (
+    NameRule,
+    find_rule,
+    mask_pattern,
+    nearest,
+    normalized,
+    pair_names,
+    require_pattern,
+    suggested_rule,
+)
 from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.utils.errors import UserError
+
+_TWIN = "\0mask"  # marks the mask's name in a folder where it is also the image's
 
 
 class Pair(NamedTuple):
@@ -35,9 +47,15 @@ class FileIndex:
         masks: Folder with the masks, below each root.
         known: All pairs, if the dataset's own layout determines them; they are not searched for.
         find_mask: Maps a mask's path in a list to that of the file to read, if they differ.
+        image_name: Pattern of the images' names, such as ``*_sat``; None for any.
+        mask_name: Pattern of the masks' names, such as ``*_mask``; None for the names of the images, or, if no mask
+            has one, the only word that makes all masks' names of images' names.
+
+    Attributes:
+        notes: What was found without being configured, one sentence each.
 
     Raises:
-        UserError: If a root is not a folder.
+        UserError: If a root is not a folder, or a pattern has no ``*``.
     """
 
     def __init__(
@@ -47,7 +65,11 @@ class FileIndex:
         masks: str,
         known: Iterable[Pair] = (),
         find_mask: Callable[[str], str] | None = None,
+        image_name: str | None = None,
+        mask_name: str | None = None,
     ) -> None:
+        require_pattern("dataset.image_name", image_name)
+        require_pattern("dataset.mask_name", mask_name)
         if not roots:
             raise UserError("expected dataset.root to be a folder or a list of folders, but the list is empty")
         for root in roots:
@@ -61,9 +83,12 @@ class FileIndex:
         self._real_base = os.path.realpath(self.base)
         self.images, self.masks, self._find_mask = images, masks, find_mask
         self.known = {pair.image: pair for pair in known}
+        self._rule = NameRule(image_name or "*", mask_name or "*") if image_name or mask_name else None
+        self.notes: list[str] = []
+        self._by_name: dict[str, dict[str, str]] = {}
 
     def discover(self) -> list[Pair]:
-        """Pair all images with the masks that have the same relative path without suffix."""
+        """Pair all images with their masks: with the same relative path without suffix, or named by a rule."""
         found = list(self.known.values())
         for root in self.roots if not found else ():
             if not (root / self.images).is_dir():
@@ -90,6 +115,19 @@ class FileIndex:
             return self._read_list(path, with_masks)
         pairs = self._folder(path.absolute())
         return pairs if with_masks else [Pair(pair.image, None) for pair in pairs]
+
+    def held_out(self, name: str) -> list[Pair]:
+        """Return the pairs of a validation or test part; if it is the whole root, only those with a mask."""
+        pairs = self.with_masks(self.part(name), {})
+        masked = [pair for pair in pairs if pair.mask]
+        whole = os.path.realpath(self._find(name)) in map(os.path.realpath, self.roots)
+        if not masked or len(masked) == len(pairs) or not whole:
+            return pairs
+        bare = next(pair.image for pair in pairs if not pair.mask)
+        self.notes.append(
+            f"{bare} has no mask ({len(pairs) - len(masked)} such images of {len(pairs)}); it is not scored"
+        )
+        return masked
 
     def is_folder(self, name: str) -> bool:
         """Tell whether a part is a folder rather than a list."""
@@ -126,22 +164,84 @@ class FileIndex:
         return self._paired(path, None)
 
     def _paired(self, images: Path, masks: Path | None) -> list[Pair]:
-        found = self._by_stem(images)
-        labels = {} if masks is None else self._by_stem(masks, MASK_SUFFIXES)
+        """Pair the images of a folder with the masks of another one, or of the same one; None for no masks."""
+        together = masks is None or os.path.realpath(masks) == os.path.realpath(images)
+        found = self._by_stem(images, None if together else masks, twins=masks is not None and together)
+        if together:
+            pattern = self._rule.mask if self._rule else mask_pattern(found, str(images))
+            both = {name: file for name, file in found.items() if name.endswith(_TWIN)}
+            if pattern and pattern != "*":
+                rule = NameRule(mask=pattern)
+                both |= {name: file for name, file in found.items() if rule.key(name, "mask") is not None}
+            elif self._rule:
+                both |= {name: file for name, file in found.items() if self._rule.key(name, "image") is None}
+            labels = {name.removesuffix(_TWIN): file for name, file in both.items()}
+            found = {name: file for name, file in found.items() if name not in both}
+            if masks is not None and not labels:
+                raise UserError(
+                    f"expected names that tell masks from images, which are both in {images}, but found none; set the "
+                    "pattern of the masks, as in 'dataset.mask_name=*_mask'"
+                )
+        else:
+            labels = self._by_stem(masks, images, suffixes=MASK_SUFFIXES) if masks else {}
         if not found:
             raise UserError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {images}, but found none")
-        if lonely := sorted(set(labels) - set(found)):
+        rule = self._rule or find_rule(found, labels) or NameRule()
+        pairs, lonely = pair_names(found, labels, rule)
+        if not pairs:
+            raise UserError(f"expected images named {rule.image} in {images}, but found none; set dataset.image_name")
+        if lonely and not (together and masks is None):
             raise UserError(
-                f"expected an image for every mask, but {labels[lonely[0]]} has none ({len(lonely)} in total); "
-                "an image and its mask have the same path below their folders, without suffix"
+                f"expected an image for every mask, but {labels[min(lonely)]} has none ({len(lonely)} in total); "
+                f"{self._explain(rule)}{self._near(min(lonely), found)}"
             )
-        return [Pair(image, labels.get(stem)) for stem, image in found.items()]
+        if rule != (self._rule or NameRule()) and labels:
+            note = f"the masks in {masks or images} are paired by the names {rule.mask}, as {rule.options()} would do"
+            self.notes += [note] if note not in self.notes else []
+        return [Pair(image, mask) for image, mask in pairs.items()]
 
-    def _by_stem(self, folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> dict[str, str]:
-        """Return the image files below a folder by their path in it without suffix, sorted."""
+    def _explain(self, rule: NameRule) -> str:
+        if rule == NameRule():
+            return "an image and its mask have the same path below their folders, without suffix"
+        return f"images are named {rule.image} and masks {rule.mask}, with the same path and * below their folders"
+
+    def _near(self, mask: str, images: Mapping[str, str]) -> str:
+        """Return a clause with the image whose name is nearest to a mask's, and the options that would pair them."""
+        near = nearest(mask, images)
+        if near is None:
+            return ""
+        rule = suggested_rule(near, mask)
+        return f"; the nearest image is {images[near]}" + (f", paired by {rule.options()}" if rule else "")
+
+    def _by_stem(
+        self,
+        folder: Path,
+        other: Path | None = None,
+        twins: bool = False,
+        suffixes: Collection[str] = IMAGE_SUFFIXES,
+    ) -> dict[str, str]:
+        """Return the image files below a folder by their normalized path in it without suffix, sorted.
+
+        Args:
+            folder: The folder.
+            other: A folder whose files don't count, if it is inside.
+            twins: Whether a photo and a PNG or TIFF file may have the same name, because the latter is its mask.
+            suffixes: Suffixes of the files.
+        """
         found: dict[str, str] = {}
+        inside = os.path.join(os.path.realpath(other), "") if other else None
+        if inside and not inside.startswith(os.path.join(os.path.realpath(folder), "")):
+            inside = None
         for path in sorted(image_files(str(folder), suffixes)):
-            stem = posixpath.splitext(os.path.relpath(path, folder).replace(os.sep, "/"))[0]
+            if inside and os.path.realpath(path).startswith(inside):
+                continue
+            relative = os.path.relpath(path, folder).replace(os.sep, "/")
+            stem, suffix = posixpath.splitext(normalized(relative))
+            if stem in found and twins and _is_lossy(found[stem]) != _is_lossy(suffix):
+                if not _is_lossy(found[stem]):
+                    found[stem], found[stem + _TWIN] = self._named(path), found[stem]
+                    continue
+                stem += _TWIN
             if stem in found:
                 raise UserError(
                     f"expected one file named {stem} in {folder}, but found {found[stem]} and {os.path.basename(path)}"
@@ -186,21 +286,59 @@ class FileIndex:
             yield parts
 
     def _pair(self, row: Sequence[str], path: Path, with_masks: bool) -> Pair:
-        image = self._existing(row[0], path)
+        image = self._existing(row[0], path, self.images)
         mask = row[1] if with_masks and len(row) > 1 else ""
         if mask and self._find_mask:
-            mask = self._find_mask(mask)
-        return Pair(image, self._existing(mask, path) if mask else None)
+            mask = self._find_mask(mask.replace("\\", "/").lstrip("/"))
+        return Pair(image, self._existing(mask, path, self.masks) if mask else None)
 
-    def _existing(self, name: str, path: Path) -> str:
-        """Return the unique name of a listed file, so that overlaps of lists are found."""
-        if ".." in name.split("/"):
+    def _existing(self, name: str, path: Path, folder: str) -> str:
+        """Return the unique name of a listed file, so that overlaps of lists are found.
+
+        Lists are of many kinds: paths below the root, perhaps with a leading slash or Windows' backslashes, paths below
+        the folder of the images or masks, and names without suffix.
+        """
+        slashed = name.replace("\\", "/")
+        if ".." in slashed.split("/"):
             raise UserError(f"expected paths below {self.base} in {path}, but found {name!r}")
-        if not os.path.isfile(os.path.join(self.base, name)):
-            if not name.isprintable():
-                raise UserError(f"expected the list {path} in UTF-8, but it is not; save it in UTF-8")
-            raise UserError(f"expected the file {self.base / name}, which {path} lists, but it does not exist")
-        return self._named(name) if name.startswith("/") else posixpath.normpath(name)
+        for spelled in (name, slashed, slashed.lstrip("/")):
+            if os.path.isfile(os.path.join(self.base, spelled)):
+                return self._named(spelled) if spelled.startswith("/") else posixpath.normpath(spelled)
+        if not name.isprintable():
+            raise UserError(f"expected the list {path} in UTF-8, but it is not; save it in UTF-8")
+        known = self._names_below(folder)
+        wanted = normalized(posixpath.normpath(slashed.lstrip("/")))
+        stem, suffix = posixpath.splitext(wanted)
+        found = known.get(wanted) or known.get(stem)
+        if found and (wanted in known or normalized(posixpath.splitext(found)[1]).lower() == suffix.lower()):
+            return found
+        near = nearest(wanted, known)
+        raise UserError(
+            f"expected the file {self.base / name}, which {path} lists, but it does not exist"
+            + (f"; the nearest is {known[near]}" if near else "")
+        )
+
+    def _names_below(self, folder: str) -> dict[str, str]:
+        """Return the files below a folder by their normalized path without suffix, below that folder or the base."""
+        if folder not in self._by_name:
+            found: dict[str, str] = {}
+            if self.known:
+                files = (pair.image if folder == self.images else pair.mask for pair in self.known.values())
+                found = {posixpath.splitext(posixpath.basename(file))[0]: file for file in files if file}
+            else:
+                for root in self.roots:
+                    suffixes = IMAGE_SUFFIXES if folder == self.images else MASK_SUFFIXES
+                    for file in image_files(str(root / folder), suffixes):
+                        relative = os.path.relpath(file, root / folder).replace(os.sep, "/")
+                        found[normalized(posixpath.splitext(relative)[0])] = self._named(file)
+            found |= {normalized(posixpath.splitext(file)[0]): file for file in found.values()}
+            self._by_name[folder] = found
+        return self._by_name[folder]
+
+
+def _is_lossy(name: str) -> bool:
+    """Tell whether a file's name is that of a photo rather than of a mask."""
+    return posixpath.splitext(name)[1].lower() in (".jpg", ".jpeg", ".webp", ".jp2")
 
 
 def image_files(folder: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[str]:

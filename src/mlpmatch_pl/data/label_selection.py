@@ -13,7 +13,7 @@ from mlpmatch_pl.data.base import SegmentationData, class_list
 from mlpmatch_pl.data.files import FileIndex, FileSource, Pair
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
-from mlpmatch_pl.data.splits import Choice, Split, choose, cover_first, is_path
+from mlpmatch_pl.data.splits import Choice, Split, choose, choose_groups, cover_first, is_path
 from mlpmatch_pl.utils.cpu import reader_threads
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.palette import require_colors
@@ -76,7 +76,14 @@ def make_format(
     return DatasetFormat(names, read_image, read_mask, colors, read_mask.ignore_index)
 
 
-def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: Choice) -> tuple[list[Pair], list[Pair]]:
+def hold_out(
+    files: FileIndex,
+    pairs: list[Pair],
+    wanted: LabelSelection,
+    val: Choice,
+    group_by: str | None = None,
+    tested: bool = False,
+) -> tuple[list[Pair], list[Pair]]:
     """Split validation images off the training images.
 
     Args:
@@ -84,18 +91,33 @@ def hold_out(files: FileIndex, pairs: list[Pair], wanted: LabelSelection, val: C
         pairs: The training images.
         wanted: The choice of labeled images; those of a list are not chosen for validation.
         val: Fraction or count of the images with masks, or a list file or folder.
+        group_by: See `mlpmatch_pl.data.datasets.folder.folder`.
+        tested: Whether there are test images. Then all images with masks may be among them.
 
     Returns:
         The remaining training images, and the validation images.
+
+    Raises:
+        UserError: If there are no images to choose from, or the choice or grouping is invalid.
     """
     if is_path(val):
-        val_pairs = files.with_masks(files.part(str(val)), {})
+        val_pairs = files.held_out(str(val))
         listed = {pair.image for pair in val_pairs}
         return [pair for pair in pairs if pair.image not in listed], val_pairs
     fixed = {pair.image for pair in files.part(str(wanted.labeled))} if is_path(wanted.labeled) else set()
     candidates = [pair.image for pair in pairs if pair.mask and pair.image not in fixed]
+    if not candidates and fixed:
+        raise UserError(
+            f"expected images with a mask beside the lists in dataset.labeled and dataset.unlabeled to choose "
+            f"dataset.val={val} from, but there are none; set dataset.val to a list file or folder"
+        )
+    if not candidates and tested:
+        return pairs, []
     _require_masks(files, candidates)
-    chosen = set(choose(candidates, val, wanted.seed, "val").names)
+    if group_by:
+        chosen = choose_groups(candidates, val, wanted.seed, group_by)
+    else:
+        chosen = set(choose(candidates, val, wanted.seed, "val").names)
     return [pair for pair in pairs if pair.image not in chosen], [pair for pair in pairs if pair.image in chosen]
 
 
@@ -109,7 +131,7 @@ def select(
             checked later, by `mlpmatch_pl.data.validation`.
     """
     pairs = {pair.image: pair for pair in train}
-    split = _labeled(files, form, pairs, wanted)
+    split = _labeled(files, form, pairs, wanted, any(pair.mask for pair in (*val, *test)))
     _refuse_overlap(split.names, val, "validation")
     _refuse_overlap(split.names, test, "test")
     held_out = {pair.image for pair in (*val, *test)}
@@ -117,6 +139,7 @@ def select(
     if both := sorted({pair.image for pair in val} & {pair.image for pair in test}):
         notes += (f"{both[0]} is a validation image and a test image ({len(both)} in total)",)
     ordered = list(pairs.values())
+    notes += tuple(files.notes)
 
     def source(chosen: list[Pair]) -> FileSource:
         return FileSource(files.base, chosen, form.read_image, form.read_mask)
@@ -136,8 +159,10 @@ def select(
     )
 
 
-def _labeled(files: FileIndex, form: DatasetFormat, pairs: dict[str, Pair], wanted: LabelSelection) -> Split:
-    """Choose the labeled images; add those of a list to the pairs."""
+def _labeled(
+    files: FileIndex, form: DatasetFormat, pairs: dict[str, Pair], wanted: LabelSelection, evaluated: bool
+) -> Split:
+    """Choose the labeled images; add those of a list to the pairs. There may be none if there is data to evaluate."""
     if is_path(wanted.labeled):
         # Bare names in a list get the masks of the training images.
         listed = files.with_masks(files.part(str(wanted.labeled)), pairs)
@@ -146,6 +171,8 @@ def _labeled(files: FileIndex, form: DatasetFormat, pairs: dict[str, Pair], want
         pairs |= {pair.image: pair for pair in listed}
         return Split(wanted.label or str(wanted.labeled), tuple(pair.image for pair in listed))
     masked = [name for name, pair in pairs.items() if pair.mask]
+    if not masked and evaluated:
+        return Split("none", ())
     _require_masks(files, masked)
     if wanted.labeled is None:
         return Split("all", tuple(sorted(masked)))
@@ -165,9 +192,11 @@ def _labeled(files: FileIndex, form: DatasetFormat, pairs: dict[str, Pair], want
 
 def _require_masks(files: FileIndex, masked: Sequence[str]) -> None:
     if not masked:
+        folder = files.base / files.masks
+        there = "but found none" if folder.is_dir() else "but that folder does not exist"
         raise UserError(
-            f"expected masks for some training images below {files.base / files.masks}, but found none; "
-            "a mask has the path and name of its image, with its own suffix"
+            f"expected masks for some training images below {folder}, {there}; a mask has the path and name of its "
+            "image, with its own suffix, or set dataset.masks and dataset.mask_name"
         )
 
 

@@ -114,6 +114,56 @@ def choose(
     return Split(label, tuple(sorted((order(ordered) if order else ordered)[:count])))
 
 
+def choose_groups(names: Sequence[str], spec: Choice, seed: int, group_by: str) -> set[str]:
+    r"""Choose whole groups of validation images, as near to a fraction or count as they allow.
+
+    Args:
+        names: What to choose from.
+        spec: A fraction or a count of images.
+        seed: Seed of the choice.
+        group_by: ``folder``, or a regular expression whose match in a name is its group.
+
+    Raises:
+        UserError: If the expression is invalid or does not match a name, or all names are in one group.
+
+    Example:
+        >>> sorted(choose_groups(["a/1", "a/2", "b/1", "b/2"], "1/2", seed=0, group_by="folder"))
+        ['a/1', 'a/2']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(_group(name, group_by), []).append(name)
+    if len(groups) < 2:
+        raise UserError(
+            f"expected at least 2 groups of images for dataset.group_by={group_by}, but {len(names)} images are all in "
+            f"{next(iter(groups), 'none')!r}; choose another dataset.group_by, or set dataset.val to a list or folder"
+        )
+    count, order = _count(spec, len(names), "val"), sorted(groups)
+    random.Random(derive_seed(seed, "val")).shuffle(order)
+    chosen: set[str] = set()
+    for group in order[:-1]:  # one stays for training
+        if not chosen or abs(len(chosen) + len(groups[group]) - count) < abs(len(chosen) - count):
+            chosen.update(groups[group])
+    return chosen
+
+
+def _group(name: str, group_by: str) -> str:
+    if group_by == "folder":
+        return name.rpartition("/")[0]
+    try:
+        match = re.search(group_by, name)
+    except re.error as error:
+        raise UserError(
+            f"expected dataset.group_by as folder or a regular expression, but got {group_by!r} ({error})"
+        ) from error
+    if match is None:
+        raise UserError(
+            f"expected dataset.group_by={group_by} to match every image's path, but it does not match {name}; correct "
+            "it, or set dataset.group_by=folder"
+        )
+    return match[1] if match.re.groups else match[0]
+
+
 def cover_first(names: Iterable[str], classes: Mapping[str, frozenset[int]]) -> list[str]:
     """Move images to the front that together contain every class, the rarest class first.
 

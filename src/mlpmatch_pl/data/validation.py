@@ -161,7 +161,7 @@ def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = Fa
     Raises:
         UserError: For the first error.
     """
-    require_validation(data)
+    require_images(data)
     jobs = all_jobs(data)
     chosen = jobs if len(jobs) <= MAX_FILES else sample(jobs, MAX_FILES)
     if len(chosen) < len(jobs):
@@ -182,8 +182,14 @@ def validate_dataset(data: SegmentationData, crop_size: int, skip_bad: bool = Fa
     return {item.size for item in inspected if item.part in ("val", "test")}
 
 
-def require_validation(data: SegmentationData) -> None:
-    """Raise a `UserError` for a dataset without validation images."""
+def require_images(data: SegmentationData) -> None:
+    """Raise a `UserError` for a dataset without labeled or validation images."""
+    if not data.labeled.names:
+        found = f"none of the {len(data.train)} training images has one" if len(data.train) else "there are none"
+        raise UserError(
+            f"expected training images with a mask beside those of dataset.val and dataset.test, but {found}; choose "
+            "fewer images for these, or add masks with the paths and names of their images"
+        )
     if not len(data.val):
         raise UserError("expected at least 1 validation image, but found none; set dataset.val")
 
@@ -211,7 +217,8 @@ def find_problems(
     """
     good = [item for item in inspected if item.problem is None]
     findings = [Finding(True, item.problem) for item in inspected if item.problem is not None]
-    findings += [*_classes(data, good, whole), *_copies(good), *_sizes(good, crop_size)]
+    bad = {item.part for item in inspected if item.problem is not None}  # their classes are unknown
+    findings += [*_classes(data, good, set(whole) - bad), *_copies(good), *_sizes(good, crop_size)]
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
@@ -240,7 +247,10 @@ def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Co
         missing = [name for name, count in zip(names, pixels[:-1], strict=True) if not count]
         if missing and part in whole:
             noun = "class" if len(missing) == 1 else "classes"
-            yield Finding(False, f"no {word} mask has the {noun} {', '.join(missing)}")
+            message = f"no {word} mask has the {noun} {', '.join(missing)}"
+            if part == "labeled" and data.labeled.label.endswith(")") and "every class" not in data.labeled.label:
+                message += "; dataset.cover_classes=true chooses labeled images that have every class"
+            yield Finding(False, message)
     empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
     if empty:
         message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in total)"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.dataset import EvalDataset
+from mlpmatch_pl.data.datasets.folder import DEFAULT_VAL
 from mlpmatch_pl.engine.build import build_data
 from mlpmatch_pl.engine.run_folder import describe_splits
 from mlpmatch_pl.engine.schema import checked_target
@@ -19,6 +20,7 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.files import load_yaml
 
 Part = Literal["val", "test"]
+FOLDER = "mlpmatch_pl.data.datasets.folder.folder"
 # A function in a module of the same name; the modules that such a module imports do not match.
 OWN_TARGET = re.compile(r"mlpmatch_pl\.data\.(?:datasets\.)?(\w+)\.\1")
 
@@ -55,11 +57,13 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
             the run's own dataset.
         part: ``val`` or ``test``; None for ``test``, or ``val`` if there are no test images.
 
+    A folder is evaluated as a whole, every image with a mask, unless the configuration or ``part`` says which images.
+
     Raises:
         UserError: If the run folder or the dataset does not exist, or the dataset has no such part.
     """
     own = dataset is None or "_target_" not in dataset
-    config = _run_dataset(checkpoint, dataset or {}) if own else dict(dataset or {})
+    config = _run_dataset(checkpoint, dataset or {}) if own else _whole(dict(dataset or {}), part)
     data = build_data(checked_target("dataset", config))
     if part == "test" and not data.test:
         raise UserError("expected test images for part=test, but the dataset has none; use part=val")
@@ -69,6 +73,15 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
         raise UserError(f"expected images to evaluate on, but {part} has none; choose another part or dataset.{part}")
     saved = _saved_hash(checkpoint, part) if own else None
     return EvaluatedPart(data, part, split, None if saved is None else saved == split["sha256"])
+
+
+def _whole(dataset: dict[str, Any], part: Part | None) -> dict[str, Any]:
+    """Make all images with masks of a folder validation images: its default holds out a share for a training."""
+    lists = ("train", "labeled", "unlabeled", "test")
+    chosen = part is not None or any(dataset.get(key) is not None for key in lists)
+    if dataset["_target_"] != FOLDER or chosen or dataset.get("val", DEFAULT_VAL) != DEFAULT_VAL:
+        return dataset
+    return {**dataset, "val": 1.0}
 
 
 def check_compatible(module: MLPMatch, data: SegmentationData, checkpoint: Path) -> None:

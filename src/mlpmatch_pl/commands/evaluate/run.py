@@ -159,7 +159,8 @@ def _describe(part: EvaluatedPart) -> None:
         log.warning("note: %s", note)
     if part.same_as_run is False:
         log.warning(
-            "note: these are not the run's %s images (splits.json); some may have been used in training",
+            "note: these are not the run's %s images (splits.json), some may have been used in training; "
+            "dataset=folder dataset.root=... scores every image with a mask of another folder",
             PART_NAMES[part.part],
         )
 

@@ -1,6 +1,8 @@
 """Images and masks in folders, list files or CSV files: your own data without writing a class.
 
     root/images/**/a.jpg     root/masks/**/a.png      paired by relative path without suffix
+    root/images/**/a.jpg     root/masks/**/a_mask.png or any other word more, if all masks have it
+    root/a.jpg               root/a_mask.png          images=. masks=.
 
 or list files with lines ``image mask`` (or just ``image``), relative to root, as UniMatch publishes them.
 """
@@ -18,6 +20,7 @@ from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice, is_path
 
 Names = str | Sequence[str]
+DEFAULT_VAL = 0.2
 
 
 def folder(
@@ -25,10 +28,12 @@ def folder(
     classes: Sequence[str],
     images: str = "images",
     masks: str = "masks",
+    image_name: str | None = None,
+    mask_name: str | None = None,
     train: Names | None = None,
     labeled: Choice | None = None,
     unlabeled: Names | None = None,
-    val: Choice = 0.2,
+    val: Choice = DEFAULT_VAL,
     test: str | None = None,
     in_chans: int = 3,
     bit_depth: int = 8,
@@ -40,8 +45,9 @@ def folder(
     class_channels: bool = False,
     split_seed: int = 0,
     cover_classes: bool = False,
+    group_by: str | None = None,
 ) -> SegmentationData:
-    """Return a dataset of files.
+    r"""Return a dataset of files.
 
     ``train``, ``labeled``, ``unlabeled``, ``val`` and ``test`` take a list file (lines ``image mask`` or ``image``), a
     CSV file (columns image and mask), or a folder (with ``images`` and ``masks`` in it, below the folder of the images,
@@ -51,7 +57,11 @@ def folder(
         root: The folder that all other paths are relative to, or several folders.
         classes: Class names in the order of the mask values, background included.
         images: Folder with the images, with any subfolders.
-        masks: Folder with the masks.
+        masks: Folder with the masks; may be that of the images.
+        image_name: Pattern of the images' names without suffix, such as ``*_sat``. Default: any.
+        mask_name: Pattern of the masks' names, such as ``*_mask``; ``*`` is what an image and its mask share. Default:
+            the names of the images, or, if no mask has one, what pairs all masks with images by one word more or
+            another word.
         train: The training images, labeled or not. Default: all images that are not in val or test.
         labeled: The images whose masks are used; also a fraction (``1/8``) or count (``20``) of the images with a mask.
             Default: all of them.
@@ -71,6 +81,8 @@ def folder(
             `mlpmatch_pl.data.readers.mask.MaskReader`.
         split_seed: Seed of choices by fraction or count.
         cover_classes: Whether a choice of labeled images starts with images that together contain every class.
+        group_by: Keeps images of one scene on one side of a fraction or count in ``val``: ``folder``, or a regular
+            expression whose match in an image's path names its scene, such as ``scene_\d+``.
 
     Raises:
         UserError: If a folder, file, list or choice is invalid. The content of files is checked later, by
@@ -82,11 +94,12 @@ def folder(
             mask_values, palette or (), ignore_colors, ignore_index, orientation, class_channels, len(classes)
         ),
     )  # fmt: skip
-    files = FileIndex([Path(name).expanduser() for name in _names(root)], images, masks)
+    roots = [Path(name).expanduser() for name in _names(root)]
+    files = FileIndex(roots, images, masks, image_name=image_name, mask_name=mask_name)
     wanted = LabelSelection(labeled, _names(unlabeled), split_seed, cover_classes)
-    test_pairs = files.with_masks(files.part(str(test)), {}) if test is not None else []
+    test_pairs = files.held_out(str(test)) if test is not None else []
     pairs = _training_images(files, _names(train), wanted, {pair.image for pair in test_pairs})
-    rest, val_pairs = hold_out(files, pairs, wanted, val)
+    rest, val_pairs = hold_out(files, pairs, wanted, val, group_by, tested=bool(test_pairs))
     listed = bool(train) and is_path(val)  # select() reports images that are in both lists
     return select(files, form, pairs if listed else rest, val_pairs, test_pairs, wanted)
 
@@ -94,7 +107,8 @@ def folder(
 def _training_images(files: FileIndex, train: Sequence[str], wanted: LabelSelection, tested: set[str]) -> list[Pair]:
     """Return the training images, perhaps without those of the labeled and unlabeled lists."""
     if train:
-        return [pair for name in train for pair in files.part(name)]
+        pairs = [pair for name in train for pair in files.part(name)]
+        return pairs if any(pair.mask for pair in pairs) else files.with_masks(pairs, {})
     if is_path(wanted.labeled) and wanted.unlabeled:
         return []  # the two lists are the training set
     return [pair for pair in files.discover() if pair.image not in tested]
