@@ -356,3 +356,70 @@ def test_warnings_are_logged(load, caplog):
     with caplog.at_level(logging.WARNING, logger="mlpmatch_pl"):
         validate_dataset(load(), CROP)
     assert "note: no labeled mask has the class sky" in caplog.text
+
+
+def small_folder(root, count=4, size=(40, 64)):
+    """Write images and masks of three classes below a root, and return the masks."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    masks = [rng.integers(0, 3, size, np.uint8) for _ in range(count)]
+    for index, mask in enumerate(masks):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / f"images/{index}.png")
+        Image.fromarray(mask).save(root / f"masks/{index}.png")
+    return masks
+
+
+def messages(root, **options):
+    data = folder(str(root), ["a", "b", "c"], **options)
+    found = find_problems(data, list(scan_files(data, all_jobs(data), thorough=False)), crop_size=33)
+    return [(finding.is_error, finding.message) for finding in found]
+
+
+PALETTES = [[0, 0, 0, 9, 9, 9, 5, 5, 5], [0, 0, 0, 5, 5, 5, 9, 9, 9]]
+
+
+def test_masks_whose_palettes_differ_need_a_declaration(tmp_path):
+    for index, mask in enumerate(small_folder(tmp_path)):
+        picture = Image.fromarray(mask)
+        picture.putpalette(PALETTES[index == 3])
+        picture.save(tmp_path / f"masks/{index}.png")
+    ((is_error, message),) = messages(tmp_path)
+    assert is_error
+    assert message.startswith("expected masks with the same palette, but 1 is [9, 9, 9] in the mask of images/")
+    assert not messages(tmp_path, mask_values={0: 0, 1: 1, 2: 2})
+    assert not messages(tmp_path, palette=[[0, 0, 0], [9, 9, 9], [5, 5, 5]])
+
+
+def test_palettes_of_different_length_and_shared_colors_are_no_conflict(tmp_path):
+    for index, mask in enumerate(small_folder(tmp_path)):
+        picture = Image.fromarray(mask if index else np.minimum(mask, 1))
+        picture.putpalette([0, 0, 0, 9, 9, 9, 9, 9, 9] if index else [0, 0, 0, 9, 9, 9])
+        picture.save(tmp_path / f"masks/{index}.png")
+    assert not [message for is_error, message in messages(tmp_path) if is_error]
+
+
+@pytest.mark.parametrize("size", [(40, 40), (40, 64)])
+@pytest.mark.parametrize("tag", [3, 6])
+def test_an_orientation_tag_is_named_where_the_mask_may_not_be_turned(tmp_path, size, tag):
+    small_folder(tmp_path, size=size)
+    exif = Image.Exif()
+    exif[274] = tag
+    for path in (tmp_path / "images").iterdir():
+        with Image.open(path) as file:
+            file.save(path, exif=exif)
+    found = messages(tmp_path)
+    if tag == 6 and size == (40, 64):
+        assert [is_error for is_error, _ in found] == [True] * 4
+        assert "but the orientation tag 6 turns images/" in found[0][1]
+        assert found[0][1].endswith(
+            "to 40 x 64, and its mask is 64 x 40 pixels; set dataset.orientation=ignore if masks were drawn on the "
+            "stored pixels"
+        )
+    else:
+        ((is_error, message),) = found
+        assert not is_error
+        assert message.startswith(
+            "4 images with masks are turned by their orientation tag (EXIF), the first is images/"
+        )
+    assert not messages(tmp_path, orientation="ignore")

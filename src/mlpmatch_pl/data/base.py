@@ -143,6 +143,25 @@ def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) 
         )
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """What the files of an image and its mask say about their pixels.
+
+    Attributes:
+        orientation: Orientation tag of the image if it is applied, 1 (upright) to 8.
+        palette: Colors in the mask if the numbers are read as classes, three bytes each.
+    """
+
+    orientation: int = 1
+    palette: bytes = b""
+
+
+def file_facts(source: ImageSource, index: int) -> FileFacts:
+    """Return the facts about an image's files; the default for sources without a method ``file_facts(index)``."""
+    tell = getattr(source, "file_facts", None)
+    return tell(index) if tell else FileFacts()
+
+
 def has_mask(source: ImageSource, index: int) -> bool:
     """Tell whether an image has a mask; False for sources without a method ``has_mask(index)``."""
     tell = getattr(source, "has_mask", None)

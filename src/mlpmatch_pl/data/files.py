@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlpmatch_pl.data.base import Image, Mask
+from mlpmatch_pl.data.base import FileFacts, Image, Mask
 from mlpmatch_pl.data.pairing import (
     NameRule,
     find_rule,
@@ -24,8 +24,9 @@ from mlpmatch_pl.data.pairing import (
     require_pattern,
     suggested_rule,
 )
-from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader, read_orientation
 from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.data.readers.stored import read_palette
 from mlpmatch_pl.utils.errors import UserError
 
 _TWIN = "\0mask"  # marks the mask's name in a folder where it is also the image's
@@ -430,6 +431,15 @@ class FileSource:
         if mask is None:
             raise UserError(f"expected a mask for the image {image}, but it has none")
         return self.read_mask(os.path.join(self.root, mask))
+
+    def file_facts(self, index: int) -> FileFacts:
+        """Return the orientation tag of the image and the palette of the mask, where they matter."""
+        image, mask = self.pair(index)
+        turned = self.read_image.orientation == "apply"
+        return FileFacts(
+            read_orientation(os.path.join(self.root, image)) if turned else 1,
+            read_palette(os.path.join(self.root, mask)) if mask and self.read_mask.trusts_palette_ids else b"",
+        )
 
     def stamp(self, index: int) -> str:
         """Return a string that changes when the image, its mask, or the way they are read changes."""

@@ -6,13 +6,22 @@ import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpmatch_pl.data.base import Image, ImageSource, Mask, SegmentationData, require_classes, require_same_size
+from mlpmatch_pl.data.base import (
+    FileFacts,
+    Image,
+    ImageSource,
+    Mask,
+    SegmentationData,
+    file_facts,
+    require_classes,
+    require_same_size,
+)
 from mlpmatch_pl.utils.cpu import reader_threads
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.prefetch import ordered_map
@@ -21,6 +30,7 @@ from mlpmatch_pl.utils.seeding import evenly_spaced
 log = logging.getLogger(__name__)
 
 PARTS = ("labeled", "val", "test", "unlabeled")
+_SWAPPED = (5, 6, 7, 8)  # orientation tags that swap height and width
 MAX_FILES = 2000  # read at the start of a training
 
 
@@ -44,6 +54,7 @@ class ScannedFile:
         size: Height and width.
         digest: Hash of the decoded image, if requested: equal for copies under other names or formats.
         pixels_C1: Number of pixels of each class, and of ignored pixels at the end; None for unlabeled images.
+        facts: What the files say about their pixels.
         channel_sums: Sum and sum of squares of each channel, if requested, (2, channels).
     """
 
@@ -54,6 +65,7 @@ class ScannedFile:
     digest: str = ""
     pixels_C1: NDArray[np.int64] | None = None
     channel_sums: NDArray[np.float64] | None = None
+    facts: FileFacts = field(default_factory=FileFacts)
 
 
 def all_jobs(data: SegmentationData) -> list[Job]:
@@ -98,20 +110,28 @@ def _scanner(data: SegmentationData, thorough: bool) -> Callable[[Job], ScannedF
         name = job.source.name(job.index)
         try:
             image = job.source.image(job.index)
-            pixels = None if job.part == "unlabeled" else _count(data, name, image, job.source.mask(job.index))
+            pixels = None if job.part == "unlabeled" else _count(data, job, image, job.source.mask(job.index))
         except UserError as error:
             return ScannedFile(job.part, name, str(error))
-        details: dict[str, Any] = {}
+        details: dict[str, Any] = {} if job.part == "unlabeled" else {"facts": file_facts(job.source, job.index)}
         if thorough:
-            details = {"digest": _digest(image), "channel_sums": _channel_sums(image)}
+            details |= {"digest": _digest(image), "channel_sums": _channel_sums(image)}
         return ScannedFile(job.part, name, None, (image.shape[0], image.shape[1]), pixels_C1=pixels, **details)
 
     return look
 
 
-def _count(data: SegmentationData, name: str, image: Image, mask: Mask) -> NDArray[np.int64]:
+def _count(data: SegmentationData, job: Job, image: Image, mask: Mask) -> NDArray[np.int64]:
     """Count the pixels of each class and the ignored ones."""
-    num_classes = len(data.class_names)
+    num_classes, name = len(data.class_names), job.source.name(job.index)
+    if image.shape[:2] == mask.shape[::-1] != mask.shape:
+        tag = file_facts(job.source, job.index).orientation
+        if tag in _SWAPPED:
+            raise UserError(
+                f"expected image and mask of the same size, but the orientation tag {tag} turns {name} to "
+                f"{image.shape[1]} x {image.shape[0]}, and its mask is {mask.shape[1]} x {mask.shape[0]} pixels; set "
+                "dataset.orientation=ignore if masks were drawn on the stored pixels"
+            )
     require_same_size(image, mask, name)
     require_classes(mask, name, num_classes, data.ignore_index)
     counts = np.bincount(mask.ravel(), minlength=256)
@@ -218,7 +238,13 @@ def find_problems(
     good = [item for item in inspected if item.problem is None]
     findings = [Finding(True, item.problem) for item in inspected if item.problem is not None]
     bad = {item.part for item in inspected if item.problem is not None}  # their classes are unknown
-    findings += [*_classes(data, good, set(whole) - bad), *_copies(good), *_sizes(good, crop_size)]
+    findings += [
+        *_classes(data, good, set(whole) - bad),
+        *_palettes(good),
+        *_orientations(good),
+        *_copies(good),
+        *_sizes(good, crop_size),
+    ]
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
@@ -254,6 +280,50 @@ def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Co
     empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
     if empty:
         message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in total)"
+        yield Finding(False, message)
+
+
+def _palettes(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
+    """Find masks whose palettes give one number two colors, or one color two numbers."""
+    advice = (
+        "set dataset.palette to the color of each class to read masks by color, or dataset.mask_values, as in "
+        "{0:0,1:1}, to read them by number"
+    )
+    colors: dict[int, tuple[bytes, str]] = {}
+    numbers: dict[bytes, tuple[int, str]] = {}
+    for item in inspected:
+        palette = item.facts.palette
+        if not palette or item.pixels_C1 is None:
+            continue
+        for number in map(int, np.flatnonzero(item.pixels_C1[:-1])):
+            color = palette[3 * number : 3 * number + 3]
+            known, first = colors.setdefault(number, (color, item.name))
+            other, second = numbers.setdefault(color, (number, item.name))
+            if known != color:
+                found = f"{number} is {list(known)} in the mask of {first} and {list(color)} in that of {item.name}"
+            elif other != number and palette[3 * other : 3 * other + 3] != color:  # two classes may share a color
+                found = f"{list(color)} is {other} in the mask of {second} and {number} in that of {item.name}"
+            else:
+                continue
+            yield Finding(True, f"expected masks with the same palette, but {found}; {advice}")
+            return
+
+
+def _orientations(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
+    """Find images turned by their orientation tag whose size cannot tell whether their masks are turned too."""
+    turned = [
+        item
+        for item in inspected
+        if item.pixels_C1 is not None
+        and item.facts.orientation != 1
+        and (item.facts.orientation not in _SWAPPED or item.size[0] == item.size[1])
+    ]
+    if turned:
+        first = turned[0].name
+        message = (
+            f"{len(turned)} images with masks are turned by their orientation tag (EXIF), the first is {first}; "
+            "set dataset.orientation=ignore if masks were drawn on the stored pixels"
+        )
         yield Finding(False, message)
 
 

@@ -74,7 +74,7 @@ class MaskReader:
     @property
     def trusts_palette_ids(self) -> bool:
         """Whether the numbers in palette files are classes although nothing says so."""
-        return not self._values and not self._colors
+        return not self._values and not self._colors and not self.class_channels
 
     def __call__(self, path: str | Path) -> Mask:
         """Read a mask: (H, W) uint8, classes and the ignore index.

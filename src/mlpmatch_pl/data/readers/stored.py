@@ -65,6 +65,17 @@ def read_stored(path: str | Path, apply_orientation: bool = True) -> StoredMask:
         raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
 
 
+def read_palette(path: str | Path) -> bytes:
+    """Return the colors of a palette file, three bytes each; none if it has no palette or cannot be read."""
+    try:
+        with PILImage.open(path) as file:
+            if file.mode != "P" or file.palette is None or file.palette.mode != "RGB":
+                return b""
+            return bytes(file.getpalette() or ())
+    except _PIL_ERRORS:
+        return b""
+
+
 def _read_pillow(path: str | Path, apply_orientation: bool) -> StoredMask:
     with PILImage.open(path) as file:
         lossy = _lossy(file, path)
