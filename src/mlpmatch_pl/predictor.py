@@ -200,7 +200,8 @@ def load(
 def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
     """Build the module that a checkpoint describes, with its weights, on the CPU, for prediction.
 
-    It holds one network: the teacher if there is one, unless ``weights`` is ``student``.
+    It holds one network: the teacher if there is one, unless ``weights`` is ``student``. Its method is then
+    ``supervised``; use `MLPMatch.load_from_checkpoint` to train it further.
 
     Raises:
         UserError: If the file does not exist, is broken or not a checkpoint of a training run, its arguments and
@@ -220,7 +221,9 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
             for key, value in content["hyper_parameters"].items()
             if key in types and key != "pretrained"
         }
-        state, arguments["method"] = _one_network(content["state_dict"], arguments["method"], weights)
+        state = _one_network(content["state_dict"], weights)
+        if len(state) < len(content["state_dict"]):
+            arguments["method"] = "supervised"  # with one network, a method that needs a teacher cannot be built
         if len(state[_CLASSIFIER]) != arguments["num_classes"]:
             raise UserError(f"it has weights for {len(state[_CLASSIFIER])} classes")
         with torch.device("meta"):  # shapes without memory
@@ -245,16 +248,13 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
     return module.to(memory_format=torch.channels_last)
 
 
-def _one_network(
-    state: Mapping[str, Tensor], method: str | Mapping[str, Any], weights: Weights | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights of one network as those of the segmentor, and the method without its teacher."""
+def _one_network(state: Mapping[str, Tensor], weights: Weights | None) -> dict[str, Tensor]:
+    """Return the weights of the teacher or the student as those of the segmentor."""
     averaged = {name: tensor for name, tensor in state.items() if name.startswith(_TEACHER)}
     kept = {name: tensor for name, tensor in state.items() if name not in averaged}
     if weights != "student":
         kept |= {name.replace(_TEACHER, "segmentor.", 1): tensor for name, tensor in averaged.items()}
-    values = {"name": method} if isinstance(method, str) else dict(method)
-    return kept, {**values, "teacher": None, "pseudo_labels": "student"}
+    return kept
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
