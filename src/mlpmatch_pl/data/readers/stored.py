@@ -53,7 +53,7 @@ def read_stored(path: str | Path, apply_orientation: bool = True) -> StoredMask:
     suffix = str(path).lower().rpartition(".")[2]
     try:
         if suffix == "npy":
-            pixels = np.load(path, allow_pickle=False, mmap_mode="r")
+            pixels = np.lib.format.open_memmap(path, mode="r")
             require_max_pixels(pixels.size, path)
             return StoredMask(np.array(pixels))
         if suffix in ("tif", "tiff"):
