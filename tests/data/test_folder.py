@@ -4,15 +4,17 @@ import time
 
 import numpy as np
 import pytest
+from helpers.images import save_image, save_mask
 from PIL import Image
 
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.files import FileIndex, Pair
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.engine.run_folder import save_lists
 from mlpmatch_pl.utils.errors import UserError
 
-IMAGE_LIST = ".bmp, .gif, .jp2, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+IMAGE_LIST = ", ".join(sorted(IMAGE_SUFFIXES))
 
 IMAGES = [
     "images/img0.jpg",
@@ -890,3 +892,21 @@ def test_spaces_around_names_do_not_matter(load, write, line):
 
 def test_headers_of_csv_files_may_be_capitalized(load, write):
     assert load(labeled=write("l.csv", ["Image;Mask", f"{IMAGES[0]};{MASKS[0]}"]), val=1).labeled.names == (IMAGES[0],)
+
+
+def test_files_of_other_formats_are_counted_by_suffix(tmp_path):
+    for index in range(4):
+        save_image(tmp_path / f"images/{index}.png", np.full((8, 8, 3), index, np.uint8))
+        save_mask(tmp_path / f"masks/{index}.png", np.zeros((8, 8), np.uint8), palette=False)
+    assert not folder(str(tmp_path), ["a", "b"]).notes
+    for name in ("a.NEF", "sub/b.nef", "c.jxl", "notes.txt", "a.json", ".hidden.raw"):
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"x")
+    (tmp_path / "masks/0.mat").write_bytes(b"x")
+    assert folder(str(tmp_path), ["a", "b"]).notes == (
+        f"3 files in {tmp_path / 'images'} are left out, because they cannot be read: 2 .nef, 1 .jxl",
+        f"1 files in {tmp_path / 'masks'} are left out, because they cannot be read: 1 .mat",
+    )
+    for path in (tmp_path / "images").glob("*.png"):
+        path.unlink()
+    assert sentence(folder, str(tmp_path), ["a", "b"]).endswith(", but found only 2 .nef, 1 .jxl; convert them")

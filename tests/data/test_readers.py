@@ -191,6 +191,15 @@ def test_jpeg_2000_is_read(tmp_path, channels, bits):
     assert sentence(ImageReader(channels, bits), path).startswith(f"cannot read the image {path}")
 
 
+def test_heic_photos_are_read(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    pixels = np.kron(noise(4, 5, 3), np.ones((16, 16, 1), np.uint8))
+    heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / "a.heic", quality=-1, chroma=444)
+    assert np.abs(ImageReader()(tmp_path / "a.heic").astype(int) - pixels).max() <= 3
+    (tmp_path / "a.heic").write_bytes(b"no photo")
+    assert sentence(ImageReader(), tmp_path / "a.heic").startswith(f"cannot read the image {tmp_path / 'a.heic'}")
+
+
 def test_the_first_frame_of_a_gif_is_read_in_color(save):
     path = palette_picture(save, "a.gif")
     assert (ImageReader()(path) == np.array(PALETTE)[noise(*SHAPE, most=2)]).all()

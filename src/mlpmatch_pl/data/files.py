@@ -24,11 +24,19 @@ from mlpmatch_pl.data.pairing import (
     require_pattern,
     suggested_rule,
 )
-from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader, read_orientation
+from mlpmatch_pl.data.readers.image import HEIF_SUFFIXES, IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader, read_orientation
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.readers.stored import read_palette
 from mlpmatch_pl.utils.errors import UserError
 
+# Files that usually lie beside images: text, metadata, world files
+_NOT_IMAGES = frozenset(
+    {
+        ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini",
+        ".html", ".pdf", ".log", ".db", ".py", ".ipynb", ".ovr", ".aux", ".prj", ".tfw", ".jgw",
+        ".pgw", ".wld", ".zip", ".gz", ".tar", ".sha256", ".md5", ".part",
+    }
+)  # fmt: skip
 _TWIN = "\0mask"  # marks the mask's name in a folder where it is also the image's
 
 
@@ -186,7 +194,10 @@ class FileIndex:
         else:
             labels = self._by_stem(masks, images, suffixes=MASK_SUFFIXES) if masks else {}
         if not found:
-            raise UserError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {images}, but found none")
+            others: list[str] = []
+            list(image_files(str(images), unread=others))
+            instead = f"only {count_suffixes(others)}; convert them" if others else "none"
+            raise UserError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {images}, but found {instead}")
         rule = self._rule or find_rule(found, labels) or NameRule()
         pairs, lonely = pair_names(found, labels, rule)
         if not pairs:
@@ -233,7 +244,15 @@ class FileIndex:
         inside = os.path.join(os.path.realpath(other), "") if other else None
         if inside and not inside.startswith(os.path.join(os.path.realpath(folder), "")):
             inside = None
-        for path in sorted(image_files(str(folder), suffixes)):
+        unread: list[str] = []
+        paths = sorted(image_files(str(folder), suffixes, unread))
+        unread = [path for path in unread if not (inside and os.path.realpath(path).startswith(inside))]
+        if unread:
+            note = (
+                f"{len(unread):,} files in {folder} are left out, because they cannot be read: {count_suffixes(unread)}"
+            )
+            self.notes += [note] if note not in self.notes else []
+        for path in paths:
             if inside and os.path.realpath(path).startswith(inside):
                 continue
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
@@ -342,8 +361,16 @@ def _is_lossy(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in (".jpg", ".jpeg", ".webp", ".jp2")
 
 
-def image_files(folder: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[str]:
-    """Yield the files with these suffixes below a folder, without hidden files and pipes; links are followed once."""
+def image_files(
+    folder: str, suffixes: Collection[str] = IMAGE_SUFFIXES, unread: list[str] | None = None
+) -> Iterator[str]:
+    """Yield the files with these suffixes below a folder, without hidden files and pipes; links are followed once.
+
+    Args:
+        folder: The folder.
+        suffixes: Suffixes of the files.
+        unread: Receives the files with other suffixes, except those of text and metadata.
+    """
     visited = set()  # links may lead back to a parent folder
     for directory, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
@@ -354,8 +381,34 @@ def image_files(folder: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iter
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
             path = os.path.join(directory, name)
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".") and _is_readable(path):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes and not name.startswith(".") and _is_readable(path):
                 yield path
+            elif unread is not None and suffix not in suffixes and is_left_out(name) and _is_readable(path):
+                unread.append(path)
+
+
+def is_left_out(name: str) -> bool:
+    """Tell whether a file may be an image that cannot be read: neither an image nor text, metadata or hidden.
+
+    Example:
+        >>> is_left_out("a.raw"), is_left_out("a.png"), is_left_out("notes.txt")
+        (True, False, False)
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix not in _NOT_IMAGES | IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def count_suffixes(paths: Iterable[str]) -> str:
+    """Count files by suffix, and say what would read them.
+
+    Example:
+        >>> count_suffixes(["a.jxl", "b.JXL", "c.raw"])
+        '2 .jxl, 1 .raw'
+    """
+    counts = Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in paths)
+    text = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return f"{text} (pip install 'mlpmatch_pl[heic]' to read .heic)" if HEIF_SUFFIXES & set(counts) else text
 
 
 def _is_readable(path: str) -> bool:

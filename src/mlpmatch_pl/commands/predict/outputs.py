@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from mlpmatch_pl.data.base import Image
-from mlpmatch_pl.data.files import image_files
+from mlpmatch_pl.data.files import count_suffixes, image_files, is_left_out
 from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Colors, colorize, to_rgb
@@ -50,38 +50,42 @@ class ImageFile:
         return folder / kind / f"{self.name}{'.npz' if kind == 'probabilities' else '.png'}"
 
 
-def find_images(pattern: str, output: Path) -> list[ImageFile]:
+def find_images(pattern: str, output: Path, unread: list[str] | None = None) -> list[ImageFile]:
     """Return the images of a file, a folder (with subfolders) or a glob pattern, sorted.
 
     Args:
         pattern: The file, folder or pattern; ``**`` matches any folders.
         output: Folder to write to; files that an earlier run wrote there are not input.
+        unread: Receives the files with a suffix that is not read.
 
     Raises:
         UserError: If there are none.
     """
-    path = Path(pattern)
+    path, other = Path(pattern), list[str]()
     if path.is_file():
         return [_image_file(path, path.parent)]
     if path.is_dir():
-        found, base = map(Path, image_files(str(path))), path
+        found, base = list(map(Path, image_files(str(path), unread=other))), path
     elif glob.has_magic(pattern):
-        found = map(Path, glob.glob(pattern, recursive=True))
+        found = [name for name in map(Path, glob.glob(pattern, recursive=True)) if name.is_file()]
+        other = [str(name) for name in found if is_left_out(name.name)]
         base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     else:
         raise UserError(f"expected input as an image file, a folder or a glob pattern, but {pattern} does not exist")
-    written = [os.path.abspath(output / kind) + os.sep for kind in KINDS]
+    written = tuple(os.path.abspath(output / kind) + os.sep for kind in KINDS)
     images = [
         _image_file(path, base)
         for path in sorted(found)
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not os.path.abspath(path).startswith(tuple(written))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not os.path.abspath(path).startswith(written)
     ]
+    other = [name for name in other if not os.path.abspath(name).startswith(written)]
+    if unread is not None:
+        unread += other
     if not images:
+        instead = f"only {count_suffixes(other)}" if other else "none"
         raise UserError(
-            f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in input={pattern}, but found none; name another "
-            f"file, folder or pattern, outside of the predictions in {output}"
+            f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in input={pattern}, but found {instead}; name "
+            f"another file, folder or pattern, outside of the predictions in {output}"
         )
     return images
 

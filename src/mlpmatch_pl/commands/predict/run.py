@@ -26,6 +26,7 @@ from mlpmatch_pl.commands.predict.outputs import (
     write_file,
 )
 from mlpmatch_pl.data.base import Image
+from mlpmatch_pl.data.files import count_suffixes
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
 from mlpmatch_pl.evaluation import SlidingWindowInference
@@ -84,7 +85,8 @@ def run(options: PredictOptions) -> None:
     Raises:
         UserError: Before anything is written, or at the end if images were skipped.
     """
-    images = find_images(str(options.input), options.output)
+    unread: list[str] = []
+    images = find_images(str(options.input), options.output, unread)
     refuse_same_outputs(images)
     if not options.overwrite:
         paths = (image.output(options.output, kind) for image in images for kind in options.save)
@@ -96,6 +98,8 @@ def run(options: PredictOptions) -> None:
     seconds, done = time.monotonic() - started, len(images) - len(failures)
     rate = done / max(seconds, 1e-9)
     say(f"predicted {done:,} of {len(images):,} in {seconds:.1f} s ({rate:.1f} a second), written to {options.output}")
+    if unread:
+        print(f"left out: {len(unread):,} files that cannot be read: {count_suffixes(unread)}", file=sys.stderr)
     if failures:
         for failure in failures:
             print(f"skipped: {failure}", file=sys.stderr)

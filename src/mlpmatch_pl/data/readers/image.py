@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ try:
 except ImportError:  # it has no wheels for some platforms
     pyspng = None
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+HEIF_SUFFIXES = frozenset({".heic", ".heif"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}) | (
+    HEIF_SUFFIXES if find_spec("pillow_heif") else frozenset()
+)
 MASK_SUFFIXES = IMAGE_SUFFIXES | {".npy"}
 DTYPES = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
 # Pillow's own limit, about 13,000 x 13,000: a file of a few kilobytes can unpack to any size.
@@ -81,7 +85,7 @@ class ImageReader:
         suffix = os.path.splitext(path)[1].lower()
         if suffix in (".tif", ".tiff"):
             pixels = _read_tiff(path, self.in_chans == 3, turned)
-        elif suffix == ".gif":
+        elif suffix == ".gif" or suffix in HEIF_SUFFIXES:
             pixels = _read_pillow(path, turned, as_rgb=True)
         elif self.in_chans == 2:  # OpenCV reads gray with alpha as four channels
             pixels = _read_pillow(path, turned)
@@ -193,6 +197,10 @@ def pillow_pixels(file: PILImage.Image, turned: bool, as_rgb: bool = False) -> A
 
 
 def _read_pillow(path: str | Path, turned: bool, as_rgb: bool = False) -> Array:
+    if str(path).lower().endswith(tuple(HEIF_SUFFIXES)):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     try:
         with PILImage.open(path) as file:
             return pillow_pixels(file, turned, as_rgb)
