@@ -241,6 +241,7 @@ sys.modules.update(dict.fromkeys(BLOCKED := ("hydra", "omegaconf", "wandb", "alb
 import socket
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = None  # calling them would fail
 import numpy
+import tifffile
 import torch
 from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule, load
 from mlpmatch_pl.methods.method import resolve_method
@@ -268,3 +269,11 @@ def test_the_python_interface_needs_neither_hydra_nor_albumentations_nor_the_net
     with torch.no_grad():
         torch.testing.assert_close(torch.load(paths[3]), module.eval()(image_BCHW), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(np.load(paths[2]), plain_labels(module, pixels))
+
+
+def test_a_predictor_reads_files_as_the_training_did(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 5), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, planarconfig="contig", photometric="minisblack")
+    module = make_module(image_options={"bands": [5, 1, 2]})
+    chosen = Predictor(module).image_tensor(tmp_path / "a.tif")
+    assert (chosen.numpy() == pixels[..., [4, 0, 1]].transpose(2, 0, 1)).all()

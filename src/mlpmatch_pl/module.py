@@ -65,6 +65,7 @@ class MLPMatch(LightningModule):
         class_names: Class names in the metrics' keys; ``0``, ``1``, ... by default.
         palette: RGB color of each class, saved in checkpoints to color predictions.
         bit_depth: Bits per channel of the training images, 8 or 16, saved in checkpoints to read images the same way.
+        image_options: Other options of `mlpmatch_pl.data.readers.image.ImageReader`, saved for the same reason.
         absent: Whether means ``exclude`` classes absent from truth and prediction, or count them as ``zero``.
         channels_last: Use the channels-last memory format (faster on recent GPUs).
         compile_blocks: Compile each block of the encoder for training.
@@ -106,6 +107,7 @@ class MLPMatch(LightningModule):
         class_names: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         bit_depth: int = 8,
+        image_options: Mapping[str, Any] | None = None,
         absent: str = "exclude",
         channels_last: bool = False,
         compile_blocks: bool = False,

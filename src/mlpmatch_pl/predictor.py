@@ -47,6 +47,7 @@ class Predictor:
         colors: An RGB color for each class.
         in_chans: Number of image channels the network expects.
         bit_depth: Bits per channel of these images, 8 or 16.
+        read_image: Reads image files as those of the training were read.
 
     Raises:
         UserError: If the network has more than 256 classes.
@@ -70,6 +71,12 @@ class Predictor:
         self.colors: tuple[tuple[int, int, int], ...] = tuple((red, green, blue) for red, green, blue in palette)
         self.in_chans: int = module.hparams["in_chans"]
         self.bit_depth: int = module.hparams.get("bit_depth", 8)
+        options = module.hparams.get("image_options") or {}
+        self.read_image = ImageReader(
+            self.in_chans,
+            self.bit_depth,
+            **{key: options[key] for key in ("orientation", "bands", "channel_axis") if key in options},
+        )
 
     def predict(self, image: AnyImage) -> NDArray[np.uint8]:
         """Return the class of each pixel.
@@ -132,7 +139,7 @@ class Predictor:
         if isinstance(image, Tensor):
             return self._checked(image, channel_axis=0)
         if isinstance(image, str | Path):
-            pixels: NDArray[Any] = ImageReader(self.in_chans, self.bit_depth)(image)
+            pixels: NDArray[Any] = self.read_image(image)
         elif isinstance(image, PILImage.Image):
             pixels = _from_pillow(image, self.in_chans)
         elif isinstance(image, np.ndarray):

@@ -148,7 +148,9 @@ def test_three_channels_leave_out_alpha_and_keep_the_colors(tmp_path, suffix, bi
 
 def test_a_fourth_channel_that_is_no_alpha_is_not_left_out(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", noise(*SHAPE, 4), photometric="rgb", extrasamples=["unspecified"])
-    assert sentence(ImageReader(3), tmp_path / "a.tif").endswith("has 4; set dataset.in_chans=4, or convert it")
+    assert sentence(ImageReader(3), tmp_path / "a.tif").endswith(
+        "has 4; set dataset.in_chans=4, choose bands, as in 'dataset.bands=[1,2,3]', or convert it"
+    )
     assert (ImageReader(4)(tmp_path / "a.tif") == noise(*SHAPE, 4)).all()
 
 
@@ -157,7 +159,9 @@ def test_grey_with_alpha_has_two_channels(save, suffix):
     pixels = noise(*SHAPE, 2)
     path = save(f"a.{suffix}", pixels)
     assert (ImageReader(2)(path) == pixels).all()
-    assert sentence(ImageReader(1), path).endswith("has 2; set dataset.in_chans=2, or convert it")
+    assert sentence(ImageReader(1), path).endswith(
+        "has 2; set dataset.in_chans=2, choose bands, as in 'dataset.bands=[1]', or convert it"
+    )
 
 
 def test_one_bit_and_palette_pictures_are_read_as_they_look(save):
@@ -175,7 +179,7 @@ def test_gray_levels_in_a_palette_are_one_channel(save, suffix):
     assert (ImageReader(1)(path)[..., 0] == gray).all()
     assert (ImageReader(3)(path) == gray[..., None]).all()
     message = sentence(ImageReader(1), palette_picture(save, f"a.{suffix}"))
-    assert message.endswith("has 3; set dataset.in_chans=3, or convert it")
+    assert message.endswith("has 3; set dataset.in_chans=3, choose bands, as in 'dataset.bands=[1]', or convert it")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -283,6 +287,50 @@ def test_the_orientation_tag_is_applied_or_ignored(save, suffix, options, channe
     assert sentence(ImageReader, 3, 8, "turn") == "expected dataset.orientation as apply or ignore, but got 'turn'"
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "planar", "pages"])
+@pytest.mark.parametrize("bands", [[4, 3, 2], [1], [5, 5, 1, 2, 3, 4]])
+def test_bands_are_chosen_by_number(tmp_path, layout, bands):
+    pixels = noise(*SHAPE, 5, bits=16)
+    write_tiff(tmp_path / "a.tif", pixels, layout)
+    image = ImageReader(len(bands), 16, bands=bands)(tmp_path / "a.tif")
+    assert (image == pixels[..., [band - 1 for band in bands]]).all()
+    message = sentence(ImageReader(2, 16, bands=[1, 6]), tmp_path / "a.tif")
+    assert message == f"expected the bands [1, 6] of dataset.bands, but {tmp_path / 'a.tif'} has 5"
+
+
+def test_bands_of_a_png_file_include_its_alpha_channel(save):
+    pixels = noise(*SHAPE, 4)
+    assert (ImageReader(3, bands=[4, 2, 1])(save("a.png", pixels)) == pixels[..., [3, 1, 0]]).all()
+    assert (ImageReader(3, bands=[1, 1, 1])(save("g.png", pixels[..., 0])) == pixels[..., :1]).all()
+
+
+@pytest.mark.parametrize("bands", [[1, 2], [0, 1, 2], [1, 2, "3"], "123", []])
+def test_bands_that_make_no_sense_are_refused(bands):
+    assert sentence(ImageReader, 3, 8, "apply", bands).startswith(
+        "expected dataset.bands as 3 numbers from 1 (dataset.in_chans=3), as in [1, 2, 3], but got "
+    )
+
+
+def test_rows_are_not_taken_for_channels(tmp_path):
+    pixels = noise(96, 80, 5)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric="minisblack")  # 96 pages of 80 x 5 pixels
+    for reader in (ImageReader(5), ImageReader(3)):
+        assert sentence(reader, path) == (
+            f"expected to know which axis of {path} is that of the channels, but it only says 96 x 80 x 5; set "
+            "dataset.channel_axis=last (5 channels) or first (96 channels)"
+        )
+    assert (ImageReader(5, channel_axis="last")(path) == pixels).all()
+    assert (ImageReader(3, channel_axis="last", bands=[5, 1, 2])(path) == pixels[..., [4, 0, 1]]).all()
+    assert (ImageReader(96)(path) == pixels.transpose(1, 2, 0)).all()
+    tifffile.imwrite(path, pixels, photometric="minisblack", metadata={"axes": "YXC"})
+    assert (ImageReader(5)(path) == pixels).all()
+    tifffile.imwrite(path, pixels.transpose(2, 0, 1), photometric="minisblack", metadata={"axes": "CYX"})
+    assert (ImageReader(5)(path) == pixels).all()
+    tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    assert (ImageReader(5)(path) == pixels).all()
+
+
 FOUND = {"gray.png": 1, "rgb.png": 3, "rgba.png": 4, "la.png": 2, "gray.tif": 1, "rgb.tif": 3, "five.tif": 5}
 REFUSED = [
     (name, channels)
@@ -295,12 +343,15 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "channels"), REFUSED)
 def test_another_number_of_channels_is_named_with_the_key_to_set(tmp_path, name, channels):
     found, path = FOUND[name], tmp_path / name
+    example = ",".join(map(str, range(1, channels + 1)))
+    choice = f"choose bands, as in 'dataset.bands=[{example}]', " if found > channels else ""
     if name == "five.tif":
         write_tiff(path, noise(*SHAPE, 5), "pages")
     else:
         Image.fromarray(noise(*SHAPE, found).squeeze()).save(path)
     assert sentence(ImageReader(channels), path) == (
-        f"expected an image of {channels} channels, but {path} has {found}; set dataset.in_chans={found}, or convert it"
+        f"expected an image of {channels} channel{'s' * (channels > 1)}, but {path} has {found}; set dataset.in_chans="
+        f"{found}, {choice}or convert it"
     )
 
 
@@ -785,6 +836,8 @@ def test_readers_survive_pickling_and_tell_their_options_apart(save):
         ImageReader(),
         ImageReader(1),
         ImageReader(3, 16),
+        ImageReader(3, bands=[3, 2, 1]),
+        ImageReader(orientation="ignore"),
     ]
     assert len({reader.describe() for reader in readers}) == len(readers)
     for reader in readers:

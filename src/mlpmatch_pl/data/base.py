@@ -5,10 +5,10 @@ A source doesn't deal with splits, views or batches. Write one for data that `ml
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class SegmentationData:
         palette: An RGB color for each class.
         in_chans: Channels of an image.
         bit_depth: Bits per channel, 8 or 16.
+        image_options: Other options of the image reader, to read images for prediction in the same way.
         notes: Remarks for the user about the split, one sentence each.
     """
 
@@ -65,6 +66,7 @@ class SegmentationData:
     palette: tuple[tuple[int, int, int], ...] = ()
     in_chans: int = 3
     bit_depth: int = 8
+    image_options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @cached_property

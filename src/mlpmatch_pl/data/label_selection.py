@@ -155,6 +155,7 @@ def select(
         palette=form.palette,
         in_chans=form.read_image.in_chans,
         bit_depth=form.read_image.bit_depth,
+        image_options=form.read_image.options,
         notes=notes,
     )
 

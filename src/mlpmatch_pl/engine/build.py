@@ -72,6 +72,7 @@ def build_module(
         class_names=list(data.class_names),
         palette=[list(color) for color in data.colors],
         bit_depth=data.bit_depth,
+        image_options=dict(data.image_options) or None,
         absent=config["evaluation"]["absent"],
         **{option: config["trainer"][option] for option in MODULE_OPTIONS},
         seed=config["seed"],

@@ -131,7 +131,7 @@ def write_classes(predictor: Predictor, path: Path, overwrite: bool) -> None:
 def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: PredictOptions) -> list[str]:
     """Predict and write; return one sentence per skipped image."""
     failures: list[str] = []
-    read = partial(_read, ImageReader(predictor.in_chans, predictor.bit_depth))
+    read = partial(_read, predictor.read_image)
     save = partial(_save, predictor.colors, options)
     with progress("predicting", len(images)) as advance:
 

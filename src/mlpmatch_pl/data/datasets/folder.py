@@ -37,6 +37,8 @@ def folder(
     test: str | None = None,
     in_chans: int = 3,
     bit_depth: int = 8,
+    bands: Sequence[int] | None = None,
+    channel_axis: str = "auto",
     mask_values: Mapping[int | str, int] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     ignore_colors: Sequence[Sequence[int]] = (),
@@ -70,6 +72,8 @@ def folder(
         test: Images for the final evaluation.
         in_chans: Channels of an image. 3 also reads gray files, as RGB.
         bit_depth: Bits per channel of the files, 8 or 16.
+        bands: Numbers of the channels to read, counted from 1, such as ``[4, 3, 2]``. Default: all.
+        channel_axis: ``first`` or ``last``, for TIFF files that don't say which axis is that of the channels.
         mask_values: Class of each value in the mask files, such as ``{0: 0, 255: 1}`` or ``{-9999: 255, 0: 0, 1: 1}``.
             The key ``other`` matches all other values. Default: the values are the classes.
         palette: An RGB color for each class, for visualization and for reading masks saved as colors. Masks saved with
@@ -89,7 +93,7 @@ def folder(
             `mlpmatch_pl.data.validation`.
     """
     form = make_format(
-        classes, palette, ImageReader(in_chans, bit_depth, orientation),
+        classes, palette, ImageReader(in_chans, bit_depth, orientation, bands, channel_axis),
         MaskReader(
             mask_values, palette or (), ignore_colors, ignore_index, orientation, class_channels, len(classes)
         ),

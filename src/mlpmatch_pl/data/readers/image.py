@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ MASK_SUFFIXES = IMAGE_SUFFIXES | {".npy"}
 DTYPES = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
 # Pillow's own limit, about 13,000 x 13,000: a file of a few kilobytes can unpack to any size.
 MAX_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**26)
+_MAX_BAND = 1 << 16
 MAX_LARGE_CHANNELS = 64  # of a TIFF file with MAX_PIXELS; smaller ones may have more
 Array = NDArray[Any]
 
@@ -39,6 +40,7 @@ _PIL_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError
 # Values of TIFF tags
 _MIN_IS_WHITE, _CONVERTED = 0, (3, 5, 6, 8)  # photometric; _CONVERTED: palette, CMYK, YCbCr, CIE L*a*b*
 ALPHA = {1, 2}  # extra samples
+_UNNAMED = "QIZT"  # axes of tifffile for pages, or for a dimension without a name
 TURNS: dict[int, Callable[[Array], Array]] = {  # orientation
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -58,22 +60,44 @@ class ImageReader:
             number must be that of the files, and more than 4 channels are read from TIFF files only.
         bit_depth: Bits per channel of the files, 8 or 16.
         orientation: Whether to ``apply`` or ``ignore`` the orientation tag of a file.
+        bands: Numbers of the channels to read, counted from 1, in this order. Default: all.
+        channel_axis: Whether the ``first`` or ``last`` of three axes is that of the channels in TIFF files that don't
+            say it. ``auto`` takes pages as channels, and refuses files that look otherwise.
 
     Raises:
         UserError: If an argument is out of range.
 
     Example:
         >>> ImageReader().describe()
-        "in_chans=3 bit_depth=8 orientation='apply'"
+        'in_chans=3 bit_depth=8 {}'
     """
 
-    def __init__(self, in_chans: int = 3, bit_depth: int = 8, orientation: str = "apply") -> None:
+    def __init__(
+        self,
+        in_chans: int = 3,
+        bit_depth: int = 8,
+        orientation: str = "apply",
+        bands: Sequence[int] | None = None,
+        channel_axis: str = "auto",
+    ) -> None:
         if in_chans < 1 or bit_depth not in DTYPES:
             raise UserError(
                 "expected dataset.in_chans of at least 1 and dataset.bit_depth of 8 or 16, but got "
                 f"{in_chans} and {bit_depth}"
             )
+        if bands is not None and (
+            isinstance(bands, str)
+            or len(bands) != in_chans
+            or not all(isinstance(band, int) and 0 < band <= _MAX_BAND for band in bands)
+        ):
+            raise UserError(
+                f"expected dataset.bands as {in_chans} numbers from 1 (dataset.in_chans={in_chans}), as in "
+                f"{list(range(1, in_chans + 1))}, but got {bands}"
+            )
+        if channel_axis not in ("auto", "first", "last"):
+            raise UserError(f"expected dataset.channel_axis as auto, first or last, but got {channel_axis!r}")
         self.in_chans, self.bit_depth, self.orientation = in_chans, bit_depth, require_orientation(orientation)
+        self.bands, self.channel_axis = tuple(bands or ()), channel_axis
 
     def __call__(self, path: str | Path) -> Image:
         """Read an image: (H, W, in_chans), uint8 or uint16, RGB if there are three channels.
@@ -81,15 +105,30 @@ class ImageReader:
         Raises:
             UserError: If the file cannot be read, or has another number of channels or bit depth.
         """
+        pixels = self._read(path)
+        if self.bands:
+            pixels = self._select(pixels, path)
+        image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
+        self._require_format(image, path)
+        return image
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options other than channels and bit depth that are not the default, as plain data."""
+        values = {"orientation": self.orientation, "bands": list(self.bands), "channel_axis": self.channel_axis}
+        return {key: value for key, value in values.items() if value not in ("apply", [], "auto")}
+
+    def _read(self, path: str | Path) -> Array:
         turned = self.orientation == "apply"
         suffix = os.path.splitext(path)[1].lower()
         if suffix in (".tif", ".tiff"):
-            pixels = _read_tiff(path, self.in_chans == 3, turned)
+            expected = 0 if self.bands else self.in_chans
+            pixels = _read_tiff(path, expected, turned, self.channel_axis)
         elif suffix == ".gif" or suffix in HEIF_SUFFIXES:
             pixels = _read_pillow(path, turned, as_rgb=True)
-        elif self.in_chans == 2:  # OpenCV reads gray with alpha as four channels
+        elif self.in_chans == 2 and not self.bands:  # OpenCV reads gray with alpha as four channels
             pixels = _read_pillow(path, turned)
-        elif self.in_chans in (1, 3):
+        elif self.in_chans in (1, 3) and not self.bands:
             flags = _RGB if self.in_chans == 3 else cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
             pixels = _read_opencv(path, flags if turned else flags | cv2.IMREAD_IGNORE_ORIENTATION)
         else:  # OpenCV does not turn such images
@@ -98,13 +137,19 @@ class ImageReader:
                 pixels = np.ascontiguousarray(turn(pixels))
         if self.in_chans == 1 and pixels.ndim == 3 and _is_gray_palette(pixels, path):
             pixels = np.ascontiguousarray(pixels[..., 0])
-        image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
-        self._require_format(image, path)
-        return image
+        return pixels
+
+    def _select(self, pixels: Array, path: str | Path) -> Array:
+        """Take the configured bands."""
+        channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+        if max(self.bands) > channels:
+            raise UserError(f"expected the bands {list(self.bands)} of dataset.bands, but {path} has {channels}")
+        indices = [band - 1 for band in self.bands]
+        return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels)[..., indices])
 
     def describe(self) -> str:
         """Return the options as a string: what decoded images depend on beside the file."""
-        return f"in_chans={self.in_chans} bit_depth={self.bit_depth} orientation={self.orientation!r}"
+        return f"in_chans={self.in_chans} bit_depth={self.bit_depth} {self.options}"
 
     def _require_format(self, image: Image, path: str | Path) -> None:
         if image.dtype != DTYPES[self.bit_depth]:
@@ -116,10 +161,16 @@ class ImageReader:
             )
         if image.shape[2] != self.in_chans:
             found = _count_channels(path) or image.shape[2]
+            example = str(list(range(1, self.in_chans + 1))).replace(" ", "")
+            choice = f"choose bands, as in 'dataset.bands={example}', " if found > self.in_chans else ""
             raise UserError(
-                f"expected an image of {self.in_chans} channels, but {path} has {found}; set "
-                f"dataset.in_chans={found}, or convert it"
+                f"expected an image of {_number(self.in_chans)}, but {path} has {found}; set "
+                f"dataset.in_chans={found}, {choice}or convert it"
             )
+
+
+def _number(channels: int) -> str:
+    return f"{channels} channel{'s' * (channels != 1)}"
 
 
 def _read_opencv(path: str | Path, flags: int) -> Array:
@@ -224,8 +275,15 @@ def _count_channels(path: str | Path) -> int:
         return 0
 
 
-def _read_tiff(path: str | Path, as_rgb: bool, turned: bool) -> Array:
-    """Read a TIFF file whose channels are interleaved, planar, or a page each."""
+def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str) -> Array:
+    """Read a TIFF file whose channels are interleaved, planar, or a page each.
+
+    Args:
+        path: The file.
+        expected: Number of channels. 3: gray files become RGB, and alpha is dropped; 0: unknown.
+        turned: Whether the orientation tag is applied.
+        channel_axis: See `ImageReader`.
+    """
     import tifffile
 
     try:
@@ -235,18 +293,25 @@ def _read_tiff(path: str | Path, as_rgb: bool, turned: bool) -> Array:
             if page.photometric in _CONVERTED:
                 return _read_pillow(path, turned, as_rgb=True)
             require_max_pixels(max(page.imagewidth * page.imagelength, series.size // MAX_LARGE_CHANNELS), path)
-            pixels = channels_last(series.asarray(), series.axes, path)
+            pixels = series.asarray()
+            if pixels.ndim == 3 and series.axes[0] in _UNNAMED:
+                last = channel_axis == "last" or (
+                    channel_axis == "auto" and _ask_for_axis(pixels.shape, expected, path)
+                )
+                pixels = pixels if last else np.moveaxis(pixels, 0, -1)
+            else:
+                pixels = channels_last(pixels, series.axes, path)
             tags = page.tags
     except UserError:
         raise
     except Exception as error:  # a damaged file makes tifffile raise nearly anything
         if lacks_codec(error):
-            return _read_tiff_without_codec(path, page, as_rgb, turned, error)
+            return _read_tiff_without_codec(path, page, expected == 3, turned, error)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
     if page.photometric == _MIN_IS_WHITE and pixels.dtype.kind == "u":
         pixels = np.iinfo(pixels.dtype).max - pixels
-    if as_rgb:
+    if expected == 3:
         pixels = _as_rgb(pixels, has_alpha=bool(ALPHA & set(page.extrasamples)))
     turn = TURNS.get(tags[274].value if 274 in tags else 1) if turned else None
     return np.ascontiguousarray(turn(pixels) if turn else pixels)
@@ -264,8 +329,22 @@ def lacks_codec(error: Exception) -> bool:
     return "imagecodecs" in str(error) or isinstance(error, ModuleNotFoundError)
 
 
+def _ask_for_axis(shape: tuple[int, ...], expected: int, path: str | Path) -> bool:
+    """Return False for pages that are channels; raise for a file that rather has its rows there."""
+    pages, rows, columns = shape
+    if pages != expected and columns < pages and (columns == expected or pages > MAX_LARGE_CHANNELS):
+        raise UserError(
+            f"expected to know which axis of {path} is that of the channels, but it only says {pages} x {rows} x "
+            f"{columns}; set dataset.channel_axis=last ({_number(columns)}) or first ({_number(pages)})"
+        )
+    return False
+
+
 def channels_last(pixels: Array, axes: str, path: str | Path) -> Array:
     """Move the channels or pages of a TIFF series to the end, as tifffile names the axes."""
+    if pixels.ndim > 3:
+        kept = [axis for axis, length in enumerate(pixels.shape) if length > 1 or axes[axis] in "YX"]
+        pixels, axes = pixels.reshape([pixels.shape[axis] for axis in kept]), "".join(axes[axis] for axis in kept)
     if pixels.ndim == 3 and "Y" in axes and "X" in axes:
         channel = next(axis for axis, name in enumerate(axes) if name not in "YX")
         pixels = np.moveaxis(pixels, channel, -1)
