@@ -7,11 +7,16 @@ import pytest
 from helpers.images import save_image, save_mask
 from PIL import Image
 
+from mlpmatch_pl.data.cache import CachedSource
+from mlpmatch_pl.data.dataset import UnlabeledDataset
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
 from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.data.transforms.strong import StrongView
+from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.engine.run_folder import save_lists
+from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.utils.errors import UserError
 
 IMAGE_LIST = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -910,3 +915,29 @@ def test_files_of_other_formats_are_counted_by_suffix(tmp_path):
     for path in (tmp_path / "images").glob("*.png"):
         path.unlink()
     assert sentence(folder, str(tmp_path), ["a", "b"]).endswith(", but found only 2 .nef, 1 .jxl; convert them")
+
+
+def test_transparent_pixels_count_neither_as_labels_nor_for_pseudo_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    hidden = np.zeros((60, 60), np.bool_)
+    hidden[:, :30] = True
+    for index in range(6):
+        pixels = np.full((60, 60, 4), 200, np.uint8)
+        pixels[hidden] = 7, 7, 7, 0
+        save_image(tmp_path / f"images/{index}.png", pixels)
+        if index < 4:
+            save_mask(tmp_path / f"masks/{index}.png", (rng.random((60, 60)) < 0.5).astype(np.uint8), palette=False)
+    data = folder(str(tmp_path), ["a", "b"], val=1)
+    for source in (data.train, CachedSource(data.train, tmp_path)):
+        for _ in range(2):  # decoded, and from the cache
+            assert ((source.mask(data.labeled_indices[0]) == 255) == hidden).all()
+        views = UnlabeledDataset(source, data.unlabeled, WeakView(48), StrongView([]), CutMix(), 1, True, seed=0)
+        shares = []
+        for draw in range(6):
+            sample = views[0, draw]
+            for view in (sample, sample["partner"]):
+                pixels, valid = view["weak"].numpy(), view["valid"].numpy()
+                assert (pixels[:, valid] > 80).all()
+                assert (pixels[:, ~valid] < 130).all()
+                shares.append(valid.mean())
+        assert 0.1 < np.mean(shares) < 0.9

@@ -331,6 +331,25 @@ def test_rows_are_not_taken_for_channels(tmp_path):
     assert (ImageReader(5)(path) == pixels).all()
 
 
+@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("tif", {}), ("webp", {"lossless": True, "exact": True})])
+def test_transparent_pixels_of_images_are_told(save, suffix, options):
+    pixels = noise(*SHAPE, 4)
+    pixels[:5, ..., 3] = 0
+    path = save(f"a.{suffix}", pixels, **options)
+    assert (ImageReader().transparent(path) == (pixels[..., 3] == 0)).all()
+    assert ImageReader(4).transparent(path) is None  # alpha is one of the channels
+    assert ImageReader(3, bands=[4, 1, 2]).transparent(path) is None
+    pixels[..., 3] = 255
+    assert ImageReader().transparent(save(f"b.{suffix}", pixels, **options)) is None
+    assert ImageReader().transparent(save(f"c.{suffix}", pixels[..., :3], **options)) is None
+
+
+def test_a_transparent_color_of_a_palette_image_is_told(save, tmp_path):
+    with Image.open(palette_picture(save, "a.png")) as file:
+        file.save(tmp_path / "p.png", transparency=1)
+    assert (ImageReader().transparent(tmp_path / "p.png") == (noise(*SHAPE, most=2) == 1)).all()
+
+
 FOUND = {"gray.png": 1, "rgb.png": 3, "rgba.png": 4, "la.png": 2, "gray.tif": 1, "rgb.tif": 3, "five.tif": 5}
 REFUSED = [
     (name, channels)

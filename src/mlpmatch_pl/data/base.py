@@ -145,6 +145,12 @@ def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) 
         )
 
 
+def transparent_pixels(source: ImageSource, index: int) -> NDArray[np.bool_] | None:
+    """Return an image's transparent pixels, (H, W); None if it has none or the source has no method ``transparent``."""
+    tell = getattr(source, "transparent", None)
+    return tell(index) if tell else None
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What the files of an image and its mask say about their pixels.

@@ -19,7 +19,16 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpmatch_pl.data.base import FileFacts, Image, ImageSource, Mask, SegmentationData, file_facts, has_mask
+from mlpmatch_pl.data.base import (
+    FileFacts,
+    Image,
+    ImageSource,
+    Mask,
+    SegmentationData,
+    file_facts,
+    has_mask,
+    transparent_pixels,
+)
 from mlpmatch_pl.utils.cpu import reader_threads
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.prefetch import ordered_map
@@ -87,6 +96,10 @@ class CachedSource:
     def has_mask(self, index: int) -> bool:
         """Tell whether an image has a mask."""
         return has_mask(self.source, index)
+
+    def transparent(self, index: int) -> NDArray[np.bool_] | None:
+        """Return an image's transparent pixels, (H, W), which are not cached."""
+        return transparent_pixels(self.source, index)
 
     def file_facts(self, index: int) -> FileFacts:
         """Return what the files say about their pixels."""

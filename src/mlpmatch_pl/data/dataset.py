@@ -17,10 +17,11 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from mlpmatch_pl.data.base import Image, ImageSource, require_classes, require_same_size
+from mlpmatch_pl.data.base import Image, ImageSource, require_classes, require_same_size, transparent_pixels
 from mlpmatch_pl.data.transforms.strong import StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.perturbation import CutMix
@@ -164,17 +165,19 @@ class UnlabeledDataset(TrainDataset):
     def sample(self, index: int, draw: int) -> Sample:
         """Read an image and make the views of a draw."""
         rng = random.Random(derive_seed(self.seed, self.stream, draw))
-        image = self.source.image(index)
-        sample: Sample = self._views(image, rng)
+        image, hidden = self.source.image(index), transparent_pixels(self.source, index)
+        sample: Sample = self._views(image, hidden, rng)
         size = self.weak.crop_size
         sample["boxes"] = torch.tensor([self.cutmix.box(rng, size, size) for _ in range(self.num_strong)])
         sample["index"] = index
         if self.second_view:
-            sample["partner"] = self._views(image, rng)
+            sample["partner"] = self._views(image, hidden, rng)
         return sample
 
-    def _views(self, image: Image, rng: random.Random) -> Sample:
-        view, _, valid = self.weak(image, None, rng)
+    def _views(self, image: Image, hidden: NDArray[np.bool_] | None, rng: random.Random) -> Sample:
+        view, hidden_view, valid = self.weak(image, None if hidden is None else hidden.astype(np.uint8), rng)
+        if hidden is not None:  # transparent pixels get no pseudo-labels
+            valid &= hidden_view == 0
         return {
             "weak": image_tensor(view),
             "strong": torch.stack([image_tensor(self.strong(view, rng)) for _ in range(self.num_strong)]),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlpmatch_pl.data.base import FileFacts, Image, Mask
 from mlpmatch_pl.data.pairing import (
@@ -483,7 +484,15 @@ class FileSource:
         image, mask = self.pair(index)
         if mask is None:
             raise UserError(f"expected a mask for the image {image}, but it has none")
-        return self.read_mask(os.path.join(self.root, mask))
+        labels = self.read_mask(os.path.join(self.root, mask))
+        hidden = self.transparent(index)
+        if hidden is not None and hidden.shape == labels.shape:
+            labels = np.where(hidden, np.uint8(self.read_mask.ignore_index), labels)
+        return labels
+
+    def transparent(self, index: int) -> NDArray[np.bool_] | None:
+        """Return the wholly transparent pixels of an image, (H, W), or None; they are ignored in its mask."""
+        return self.read_image.transparent(os.path.join(self.root, self.name(index)))
 
     def file_facts(self, index: int) -> FileFacts:
         """Return the orientation tag of the image and the palette of the mask, where they matter."""

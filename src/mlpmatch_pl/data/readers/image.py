@@ -147,6 +147,24 @@ class ImageReader:
         indices = [band - 1 for band in self.bands]
         return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels)[..., indices])
 
+    def transparent(self, path: str | Path) -> NDArray[np.bool_] | None:
+        """Return the wholly transparent pixels of a file whose alpha channel is dropped, (H, W); None if it has none.
+
+        Files without an alpha channel are told by a look at their first bytes.
+        """
+        suffix = os.path.splitext(path)[1].lower()
+        if self.in_chans != 3 or self.bands or suffix in (".jpg", ".jpeg", ".bmp", ".jp2"):
+            return None
+        try:
+            if suffix == ".png":
+                with open(path, "rb") as file:
+                    head = file.read(1024)
+                if head[25:26] not in (b"\x04", b"\x06") and b"tRNS" not in head:  # color types with alpha
+                    return None
+            return _transparent(path, self.orientation == "apply")
+        except Exception:  # reading the image gives the message
+            return None
+
     def describe(self) -> str:
         """Return the options as a string: what decoded images depend on beside the file."""
         return f"in_chans={self.in_chans} bit_depth={self.bit_depth} {self.options}"
@@ -167,6 +185,15 @@ class ImageReader:
                 f"expected an image of {_number(self.in_chans)}, but {path} has {found}; set "
                 f"dataset.in_chans={found}, {choice}or convert it"
             )
+
+
+def _transparent(path: str | Path, turned: bool) -> NDArray[np.bool_] | None:
+    with PILImage.open(path) as file:
+        if "A" not in file.getbands() and "transparency" not in file.info:
+            return None
+        alpha = pillow_pixels(file, turned, mode="RGBA")[..., 3]
+    hidden = alpha == 0
+    return hidden if hidden.any() else None
 
 
 def _number(channels: int) -> str:
@@ -236,12 +263,12 @@ def read_orientation(path: str | Path) -> int:
         return 1
 
 
-def pillow_pixels(file: PILImage.Image, turned: bool, as_rgb: bool = False) -> Array:
+def pillow_pixels(file: PILImage.Image, turned: bool, mode: str | None = None) -> Array:
     """Return the pixels of a file that Pillow has opened, with the orientation tag applied or not."""
     stored = int(file.getexif().get(274, 1)) if file.format == "TIFF" else 1
     if turned:
         ImageOps.exif_transpose(file, in_place=True)
-    pixels = np.array(file.convert("RGB") if as_rgb else file)  # a copy: Pillow's memory is read-only
+    pixels = np.array(file.convert(mode) if mode else file)  # a copy: Pillow's memory is read-only
     if not turned and stored != 1 and 274 not in file.getexif():  # Pillow turns TIFF files when it loads them
         pixels = TURNS[{6: 8, 8: 6}.get(stored, stored)](pixels)
     return pixels
@@ -254,7 +281,7 @@ def _read_pillow(path: str | Path, turned: bool, as_rgb: bool = False) -> Array:
         pillow_heif.register_heif_opener()
     try:
         with PILImage.open(path) as file:
-            return pillow_pixels(file, turned, as_rgb)
+            return pillow_pixels(file, turned, "RGB" if as_rgb else None)
     except _PIL_ERRORS as error:
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
