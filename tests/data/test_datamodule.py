@@ -281,6 +281,34 @@ def test_validate_fit_test_and_fit_again_in_one_process():
         assert "test/miou" in trainer.test(built, datamodule=data, verbose=False)[0]
 
 
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_devices_and_accumulated_batches_share_a_step(devices, accumulated):
+    built = datamodule(batch_size=16, unlabeled_batch_size=32, batch_per="step")
+    for _ in range(2):  # by the command, and by a Trainer's setup
+        built.share_batches(devices, accumulated)
+    shares = devices * accumulated
+    assert (built.batch_size * shares, built.unlabeled_batch_size * shares) == (16, 32)
+    each = datamodule(batch_size=16)
+    each.share_batches(devices, accumulated)
+    assert each.batch_size == 16
+
+
+def test_a_step_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match=r"expected 3 devices and 1 accumulated batches to share 8 labeled and 8"):
+        datamodule(batch_size=8, batch_per="step").share_batches(3, 1)
+    with pytest.raises(UserError, match=r"loader.batch_per as device or step, but got 'steps'. Did you mean step"):
+        datamodule(batch_per="steps")
+
+
+def test_a_plain_trainer_shares_a_step_too():
+    trainer = Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, enable_checkpointing=False)
+    recorder = Batches()
+    trainer.callbacks.append(recorder)
+    trainer.fit(module(), datamodule=datamodule(batch_size=4, batch_per="step"))
+    assert {len(batch["labeled"]["image"]) for batch in recorder.batches} == {2}
+
+
 # Burn-in --------------------------------------------------------------------------------------------------------------
 
 BURN_IN = {"name": "fixmatch", "burn_in": 0.5, "teacher": {"decay": 0.9, "ramp": True}, "pseudo_labels": "teacher"}

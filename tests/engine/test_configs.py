@@ -21,7 +21,9 @@ from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
 from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
+from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.published import PUBLISHED, published_list
+from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.methods.method import PRESETS, Method, resolve_method
@@ -54,7 +56,15 @@ def test_every_choice_fits_the_schema(choice):
     read_config(compose_train(choice, *REQUIRED.get(choice, ()), output_dir=Path("out")))
 
 
-LISTED = [name for name in choices("experiment") if name.count("_") == 2 and name.startswith(("voc_", "cityscapes_"))]
+# Of an optimizer step with all its images: UniMatch's 8 + 8, and the authors' own of MLPMatch.
+LEARNING_RATES = {
+    name: {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01}[name.split("_")[0]]
+    for name in choices("experiment")
+}
+LISTED = [
+    name for name in choices("experiment")
+    if name.count("_") == 2 and name.startswith(("voc_", "cityscapes_")) and "mlpmatch" not in name
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted({*choices("experiment")} - {*LISTED} | {"voc_92_r50"}))
@@ -63,8 +73,25 @@ def test_every_recipe_fits_the_schema_and_names_its_dataset_and_encoder(name):
     dataset, *part, encoder = name.split("_")
     assert config["dataset"]["_target_"] == f"mlpmatch_pl.data.datasets.{dataset}.{dataset}"
     assert re.sub("^r(?=[0-9])", "resnet", encoder) in (config["backbone"]["name"].removesuffix("s"), "mobilenetv2")
-    if part:
+    if part not in ([], ["mlpmatch"]):
         assert str(config["dataset"]["labeled"]) == part[0].replace("-", "/")
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_a_recipe_has_the_same_step_on_any_number_of_devices(name):
+    """Images, and so the learning rate, of an optimizer step; the published ones where the paper says them."""
+    config = read_config(compose_train(f"experiment={name}", output_dir=Path("out")))
+    data, steps = shapes(labeled=8, train=32, val=8, test=1, size=48), {}
+    for devices in (1, 2, 4, 8):
+        built = SemiSupervisedDataModule(data, **config["loader"])
+        if built.batch_size % devices == 0:
+            built.share_batches(devices, 1)
+            steps[devices] = built.images_per_step * devices
+    schedule = config["schedule"]
+    assert {4} <= steps.keys()
+    assert {schedule["lr"] * images / schedule["reference_images"] for images in steps.values()} == {
+        LEARNING_RATES[name]
+    }
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -80,7 +107,7 @@ def test_a_recipe_of_a_published_list_adds_the_list_and_nothing_else(name):
 @pytest.mark.parametrize("dataset", PUBLISHED)
 def test_every_published_list_of_the_papers_has_a_recipe(dataset):
     lists = {entry.name.removeprefix("blended/") for entry in PUBLISHED[dataset].values() if "u2pl" not in entry.name}
-    recipes = {name for name in choices("experiment") if name.startswith(f"{dataset}_") and name.count("_") == 2}
+    recipes = {name for name in LISTED if name.startswith(f"{dataset}_")}
     assert recipes == {f"{dataset}_{part}_{encoder}" for part in lists for encoder in ("r50", "r101")}
 
 

@@ -38,7 +38,11 @@ NO_MEMORY = "expected steps of 4 labeled and 4 unlabeled images of 48 x 48 pixel
 @pytest.mark.parametrize(
     ("fault", "options", "sentence"),
     [
-        ("DeviceIsFull", (), NO_MEMORY + "fit into the memory of the GPU, but it ran out; halve loader.batch_size"),
+        (
+            "DeviceIsFull",
+            (),
+            NO_MEMORY + "fit into the memory of the GPU, but it ran out; halve loader.batch",
+        ),
         (
             "WorkerIsKilled",
             ("loader.num_workers=2", "schedule.steps=200"),

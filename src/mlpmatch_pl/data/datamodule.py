@@ -55,8 +55,10 @@ class SemiSupervisedDataModule(LightningDataModule):
             ``unlabeled_batch_size`` more of them, so that a step sees as many images and an epoch has as many steps as
             with unlabeled images. During burn-in (which needs a Trainer of known length) batches are like these.
         crop_size: Height and width of the training views in pixels.
-        batch_size: Labeled images in a batch of one device.
-        unlabeled_batch_size: Unlabeled images in a batch of one device. Default: ``batch_size``.
+        batch_size: Labeled images in a batch of one device, or in an optimizer step, see ``batch_per``.
+        unlabeled_batch_size: Unlabeled images likewise. Default: ``batch_size``.
+        batch_per: Whether the batch sizes are those of one ``device``, or of an optimizer ``step``: then devices and
+            accumulated batches share them.
         scale: Smallest and largest factor of the long side, in the weak view.
         strong: Pixel transforms of albumentations for the strong views, see
             `mlpmatch_pl.data.transforms.strong.StrongView`; an empty list for none.
@@ -89,6 +91,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         crop_size: int = 321,
         batch_size: int = 8,
         unlabeled_batch_size: int | None = None,
+        batch_per: str = "device",
         scale: tuple[float, float] = (0.5, 2.0),
         strong: Sequence[Mapping[str, Any]] = UNIMATCH,
         eval_batch_size: int = 1,
@@ -100,8 +103,9 @@ class SemiSupervisedDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.data, self.seed, self.method = data, seed, resolve_method(method)
-        self.batch_size, self.crop_size = batch_size, crop_size
+        self.batch_size, self.crop_size, self.batch_per = batch_size, crop_size, batch_per
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
+        self._step_sizes, self._shares = (self.batch_size, self.unlabeled_batch_size), 1
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
         self.skipped = SkippedImages()
@@ -109,6 +113,11 @@ class SemiSupervisedDataModule(LightningDataModule):
             raise UserError(
                 f"expected loader.on_bad_image as raise or skip, but got {on_bad_image!r}."
                 + suggest(on_bad_image, ("raise", "skip"))
+            )
+        if batch_per not in ("device", "step"):
+            raise UserError(
+                f"expected loader.batch_per as device or step, but got {batch_per!r}."
+                + suggest(batch_per, ("device", "step"))
             )
         bad = cast(OnBadImage, on_bad_image)
         self._skip_bad = bad == "skip"
@@ -164,6 +173,24 @@ class SemiSupervisedDataModule(LightningDataModule):
         unlabeled = math.ceil(len(self._unlabeled) / (self.unlabeled_batch_size * world_size))
         return max(labeled, unlabeled)
 
+    def share_batches(self, devices: int, accumulated: int) -> None:
+        """Divide batch sizes per step among devices and accumulated batches; `setup` does so with a Trainer's.
+
+        Raises:
+            UserError: If there is a remainder.
+        """
+        shares = devices * accumulated
+        if self.batch_per == "device" or shares == self._shares:
+            return
+        labeled, unlabeled = self._step_sizes
+        if labeled % shares or unlabeled % shares:
+            raise UserError(
+                f"expected {devices} devices and {accumulated} accumulated batches to share {labeled} labeled and "
+                f"{unlabeled} unlabeled images of an optimizer step equally (loader.batch_per=step), but there is a "
+                "remainder; change trainer.devices, trainer.accumulate_grad_batches or loader.batch_size"
+            )
+        self.batch_size, self.unlabeled_batch_size, self._shares = labeled // shares, unlabeled // shares, shares
+
     def check_world_size(self, world_size: int) -> None:
         """Refuse more processes than evaluation images: a process without a batch would block the others.
 
@@ -189,7 +216,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._checked = True
 
     def setup(self, stage: str) -> None:
-        """Use the cache, in every process."""
+        """Use the cache and this device's share of a step, in every process."""
+        if self.trainer is not None:
+            self.share_batches(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         if self.cache is not None and not self._cached:
             self.data = with_cache(self.data, Path(self.cache))
             self._labeled.source = self._unlabeled.source = self.data.train

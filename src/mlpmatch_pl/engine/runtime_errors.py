@@ -79,7 +79,8 @@ def _out_of_memory(error: Exception, datamodule: SemiSupervisedDataModule) -> st
     images = f"{labeled} labeled and {unlabeled} unlabeled"
     if not datamodule.method.uses_unlabeled:
         images = f"{labeled + unlabeled} labeled"
-    halve = "halve loader.batch_size with trainer.accumulate_grad_batches=2 (the same learning rate), "
+    half = "" if datamodule.batch_per == "step" else "halve loader.batch_size and "
+    halve = f"{half}double trainer.accumulate_grad_batches (the same learning rate), "
     return (
         f"expected steps of {images} images of {size} x {size} pixels, and whole validation images, to fit into the "
         f"memory of the {'GPU' if isinstance(error, torch.OutOfMemoryError) else 'machine'}, but it ran out; "

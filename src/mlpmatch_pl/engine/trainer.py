@@ -66,6 +66,7 @@ def build_trainer(
     options["sync_batchnorm"] = uses_sync_batchnorm(options)
     data_wait = DataWait()
     trainer = _trainer(options, str(output_dir), [data_wait, ProcessorTime(), *callbacks])
+    datamodule.share_batches(trainer.world_size, trainer.accumulate_grad_batches)
     datamodule.check_world_size(trainer.world_size)
     batches = datamodule.steps_per_epoch(trainer.world_size)
     steps = math.ceil(batches / trainer.accumulate_grad_batches)

@@ -157,10 +157,9 @@ class MeasuredTraining(ShortTraining):
         while fits >= _SMALLEST_BATCH:
             with resized(self.datamodule, fits):
                 if self.fit(module, self._memory_batches) is not None:
-                    return UserError(
-                        f"{message}; use loader.batch_size={fits} "
-                        f"trainer.accumulate_grad_batches={math.ceil(wanted * accumulated / fits)}"
-                    )
+                    batch = "" if self.datamodule.batch_per == "step" else f"loader.batch_size={fits} "
+                    accumulate = math.ceil(wanted * accumulated / fits)
+                    return UserError(f"{message}; use {batch}trainer.accumulate_grad_batches={accumulate}")
             fits //= 2
         return UserError(f"{message}, nor do batches of {_SMALLEST_BATCH}; use a smaller loader.crop_size or backbone")
 
