@@ -126,13 +126,19 @@ def test_gray_images_become_rgb(predictor, pixels, tmp_path):
         np.testing.assert_array_equal(predictor.predict(image), expected)
 
 
-def test_orientation_is_applied_to_files_only(predictor, pixels, tmp_path):
+def test_orientation_is_applied_to_files_and_pil_images(predictor, pixels, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # turn by a quarter
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert predictor.predict(tmp_path / "turned.png").shape == (83, 61)
-    with Image.open(tmp_path / "turned.png") as image:
-        assert predictor.predict(image).shape == (61, 83)
+    path = tmp_path / "turned.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    expected = predictor.predict(np.rot90(pixels, -1))
+    assert (predictor.predict(path) == expected).all()
+    with Image.open(path) as image:
+        assert (predictor.predict(image) == expected).all()
+    ignoring = Predictor(make_module(image_options={"orientation": "ignore"}))
+    with Image.open(path) as image:
+        for source in (path, image):
+            assert (ignoring.image_tensor(source).numpy() == pixels.transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

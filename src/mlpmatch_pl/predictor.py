@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torch import Tensor
 
 from mlpmatch_pl.data.dataset import image_tensor
@@ -115,8 +116,8 @@ class Predictor:
             image: A file; a PIL image; an array, (H, W) or (H, W, in_chans), RGB; or a tensor, (in_chans, H, W).
                 Arrays and tensors are uint8, or uint16 for a network trained on 16-bit images (tensors also int32),
                 with values as stored in image files: nothing is rescaled. Gray images become RGB if the network
-                expects RGB, and the alpha channel of files and PIL images is dropped. The orientation tag of files is
-                applied, that of PIL images is not.
+                expects RGB, and the alpha channel of files and PIL images is dropped. The orientation tag of files
+                and PIL images is applied, unless the training ignored it (``dataset.orientation=ignore``).
 
         Returns:
             float32, (C, H, W).
@@ -141,7 +142,8 @@ class Predictor:
         if isinstance(image, str | Path):
             pixels: NDArray[Any] = self.read_image(image)
         elif isinstance(image, PILImage.Image):
-            pixels = _from_pillow(image, self.in_chans)
+            turned = ImageOps.exif_transpose(image) if self.read_image.orientation == "apply" else image
+            pixels = _from_pillow(turned, self.in_chans)
         elif isinstance(image, np.ndarray):
             pixels = image[..., None] if image.ndim == 2 else image
         else:

@@ -800,7 +800,7 @@ def test_masks_that_cannot_be_read_are_named(tmp_path):
     for content in (b"", b"no picture"):
         path.write_bytes(content)
         assert sentence(MaskReader(), path) == (
-            f"cannot read the mask {path} (cannot identify image file '{path}'); replace or remove it"
+            f"cannot read the mask {path}: it is damaged or not an image; replace or remove it"
         )
 
 

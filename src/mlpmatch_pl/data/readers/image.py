@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
 from mlpmatch_pl.data.base import Image
 from mlpmatch_pl.utils.errors import UserError
@@ -282,6 +282,8 @@ def _read_pillow(path: str | Path, turned: bool, as_rgb: bool = False) -> Array:
     try:
         with PILImage.open(path) as file:
             return pillow_pixels(file, turned, "RGB" if as_rgb else None)
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read the image {path}: it is damaged or not an image; replace or remove it") from error
     except _PIL_ERRORS as error:
         raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 
 from mlpmatch_pl.data.readers.image import ALPHA, TURNS, channels_last, lacks_codec, pillow_pixels, require_max_pixels
 from mlpmatch_pl.utils.errors import UserError
@@ -61,6 +62,8 @@ def read_stored(path: str | Path, apply_orientation: bool = True) -> StoredMask:
         return _read_pillow(path, apply_orientation)
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read the mask {path}: it is damaged or not an image; replace or remove it") from error
     except _PIL_ERRORS as error:
         raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
 
