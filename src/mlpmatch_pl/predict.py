@@ -1,5 +1,6 @@
 """Predict the class of each pixel of image files with a trained network.
 
+The same command continues where it was interrupted; overwrite=missing predicts only new images.
 Images that cannot be read are skipped and named at the end; the exit code is then 1. In Python:
 mlpmatch_pl.load("best.ckpt").predict("a.jpg").
 
@@ -31,7 +32,9 @@ def predict(cfg: DictConfig) -> None:
     from mlpmatch_pl.commands.predict.run import PredictOptions, run
     from mlpmatch_pl.utils.validation import read_options
 
-    run(read_options(PredictOptions, plain(cfg)))
+    values = plain(cfg)
+    values["overwrite"] = {True: "yes", False: "no"}.get(values["overwrite"], values["overwrite"])
+    run(read_options(PredictOptions, values))
 
 
 def main() -> None:

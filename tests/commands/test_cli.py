@@ -1,14 +1,16 @@
+import io
 import json
+import sys
 
 import pytest
 import torch
 import yaml
-from helpers import TINY, compose_train, run_command
+from helpers import TINY, compose_config, compose_train, run_command
 from helpers.processes import run_forked
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.__main__ import COMMANDS
-from mlpmatch_pl.commands.cli import check_arguments
+from mlpmatch_pl.commands.cli import check_arguments, literal_paths, print_plainly
 from mlpmatch_pl.engine.trainer import length_of_training
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
@@ -227,3 +229,56 @@ def test_quoted_fractions_and_list_files_are_not_refused():
     check_arguments(["dataset.labeled=1/8", "dataset.labeled=splits/1_8/labeled.txt", "name=1_8", stamped])
     with pytest.raises(UserError, match=r"write dataset\.labeled=1/16"):
         check_arguments(["dataset.labeled=1/4,1_16"])
+
+
+@pytest.mark.parametrize(
+    "name", ["données", "数据", "shots (1)", "a=b", "x[1]", "a, b", "it's", "{x}", "2019", "null_", "a:b", "back\\\\"]
+)
+@pytest.mark.parametrize("key", ["dataset.root", "dataset.masks", "init_weights"])
+def test_paths_of_any_name_reach_the_configuration(key, name):
+    config = compose_config("train", *literal_paths(["dataset=folder", f"{key}={name}"]))
+    assert OmegaConf.select(config, key) == name
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("[背景,道路]", ["背景", "道路"]),
+        ("[a (old), b=c,'d, e']", ["a (old)", "b=c", "d, e"]),
+        ("[background,road]", ["background", "road"]),
+    ],
+)
+def test_class_names_of_any_characters_reach_the_configuration(written, names):
+    config = compose_config("train", *literal_paths(["dataset=folder", f"dataset.classes={written}"]))
+    assert list(config.dataset.classes) == names
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "dataset.val=1/8",
+        "dataset.labeled=92",
+        "dataset.root=[a,b]",
+        "~method.burn_in",
+        "dataset.mask_values={0:0}",
+        "x=",
+    ],
+)
+def test_what_hydra_reads_stays_as_it_is(argument):
+    assert literal_paths([argument]) == [argument]
+
+
+def test_a_sweep_keeps_its_commas_and_quotes_names_beyond_ascii():
+    arguments = ["-m", "seed=0,1", "dataset.root=a,b", "dataset.masks=données"]
+    assert literal_paths(arguments) == [*arguments[:3], "dataset.masks='données'"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("cp1252", b"+-| +- \xe9 \\u80cc x"), ("ascii", b"+-| +- \\xe9 \\u80cc x")]
+)
+def test_consoles_without_utf8_get_plain_characters(monkeypatch, encoding, printed):
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    print_plainly()
+    print("┏━┃ └─ é 背 x", end="", flush=True)
+    assert console.buffer.getvalue() == printed

@@ -58,7 +58,9 @@ def plain_probabilities(module, path):
 
 
 def written(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Return the files in a folder beside the record of what made them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "predict.json")
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def test_files_equal_a_plain_loop(checkpoint, module, photos, tmp_path):
@@ -142,7 +144,7 @@ def test_existing_files_are_refused_before_anything_is_written(checkpoint, photo
         run_predict(checkpoint, photos, tmp_path / "out")
     assert str(caught.value) == (
         f"expected to write new files only, but {tmp_path / 'out/color/plain.png'} exists; choose another output, or "
-        "set overwrite=true"
+        "set overwrite=missing (only images without predictions) or overwrite=true"
     )
     assert written(tmp_path / "out") == ["color/plain.png"]
     assert (tmp_path / "out/color/plain.png").read_bytes() == before
@@ -258,7 +260,7 @@ def test_an_image_too_large_for_memory_is_skipped_and_named(error, checkpoint, p
 def test_any_path_reaches_the_configuration_as_it_is(path):
     (argument,) = literal_paths([f"input={path}"])
     quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-    if not quoted:  # which is left to Hydra
+    if not quoted and path != "null":  # which are left to Hydra
         assert OverridesParser.create().parse_override(argument).value() == path
 
 
@@ -287,3 +289,40 @@ def test_help_and_configuration_need_no_heavy_imports():
     code = "import sys, mlpmatch_pl.predict; print({'torch', 'lightning', 'cv2', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_the_same_command_continues_where_it_was_interrupted(checkpoint, photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write = prediction.write_file
+
+    def interrupt(path, content):
+        if "index" in path.parts and len(list(out.rglob("*.png"))) == 2:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "write_file", interrupt)
+        patch.setattr(prediction, "THREADS", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run_predict(checkpoint, photos, out, "save=index")
+    first = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert len(first) == 2
+    with pytest.raises(UserError, match="expected to write new files only"):
+        run_predict(checkpoint, photos, out, "save=index", "inference.flip=true")
+    run_predict(checkpoint, photos, out, "save=index")
+    assert len(list(out.rglob("*.png"))) == 3
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    with pytest.raises(UserError, match="overwrite=missing"):
+        run_predict(checkpoint, photos, out, "save=index")
+
+
+def test_missing_predicts_new_images_only_and_never_mixes_options(checkpoint, photos, tmp_path):
+    out = tmp_path / "out"
+    run_predict(checkpoint, photos, out, "save=index")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    save_image(photos / "new.png", np.zeros((40, 40, 3), np.uint8))
+    run_predict(checkpoint, photos, out, "save=index", "overwrite=missing")
+    assert len(list(out.rglob("*.png"))) == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(UserError, match="expected predictions of one checkpoint with one set of options"):
+        run_predict(checkpoint, photos, out, "save=index", "overwrite=missing", "inference.flip=true")

@@ -3,6 +3,7 @@ import logging
 
 import numpy as np
 import pytest
+from helpers.images import save_image, save_mask
 from PIL import Image
 
 from mlpmatch_pl.data import validation as checks
@@ -423,3 +424,19 @@ def test_an_orientation_tag_is_named_where_the_mask_may_not_be_turned(tmp_path, 
             "4 images with masks are turned by their orientation tag (EXIF), the first is images/"
         )
     assert not messages(tmp_path, orientation="ignore")
+
+
+@pytest.mark.parametrize(("group_by", "warned"), [(None, True), ("folder", False)])
+def test_frames_of_one_scene_on_both_sides_are_a_warning(tmp_path, classes, group_by, warned):
+    for scene in range(4):
+        rng = np.random.default_rng(scene)
+        frame = np.kron(rng.integers(0, 256, (6, 6, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+        for shift in range(5):
+            save_image(tmp_path / f"images/s{scene}/{shift}.png", np.roll(frame, shift, 1))
+            save_mask(
+                tmp_path / f"masks/s{scene}/{shift}.png", np.arange(3600, dtype=np.uint8).reshape(60, 60) % 3, False
+            )
+    data = folder(str(tmp_path), classes, val=0.25, group_by=group_by)
+    messages = [message for _, message in findings(data)]
+    assert any("dataset.group_by=folder" in message for message in messages) == warned
+    assert any("5 of 5 validation images look nearly the same" in message for message in messages) == warned

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import errno
+import io
 import os
 import re
 import sys
@@ -18,7 +20,12 @@ from mlpmatch_pl.utils.distributed import time_stamp
 from mlpmatch_pl.utils.errors import UserError, suggest
 
 PACKAGES = {"prepare": "mlpmatch_pl.commands.prepare"}  # of primary configs outside mlpmatch_pl.conf
-_PATHS = ("checkpoint", "input", "output", "root", "archives")
+_PATHS = ("checkpoint", "input", "output", "root", "archives", "init_weights", "resume")
+_FOLDERS = ("dataset.root", "dataset.images", "dataset.masks", "hydra.run.dir", "hydra.sweep.dir")  # may be lists
+_PLAIN = str.maketrans(
+    {"─": "-", "━": "-", "│": "|", "┃": "|", "╇": "+", "╈": "+", "\u00d7": "x", "…": "...", "\u2013": "-"}
+)
+_ITEM = re.compile(r"""\s*(?:'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,])+""")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
 
 
@@ -46,6 +53,7 @@ def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | Non
         doc: Docstring of the command, the main part of ``--help``.
     """
     package = PACKAGES.get(name, "mlpmatch_pl.conf")
+    print_plainly()
     with guarded(name):
         if {"-h", "--help"} & set(sys.argv[1:]):
             from mlpmatch_pl.commands.help import help_page
@@ -61,6 +69,22 @@ def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | Non
         # Hydra names the job after the function's module.
         job = update_wrapper(partial(_run_job, name, function), function)
         hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=name)(job)()
+
+
+def print_plainly() -> None:
+    """Print plain characters where a console or a pipe cannot show others, instead of failing."""
+    codecs.register_error("mlpmatch_pl.plain", _plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="mlpmatch_pl.plain")
+
+
+def _plain_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    plain = "".join("+" if "\u2500" <= mark <= "\u257f" else mark for mark in text.translate(_PLAIN))
+    return plain.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def _run_job(name: str, function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
@@ -109,15 +133,50 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def literal_paths(arguments: Sequence[str], keys: Collection[str] = _PATHS) -> list[str]:
     r"""Quote the paths among a command's arguments, because Hydra's grammar has a meaning for many of their characters.
 
-    Quoted paths are left alone, and so are all paths of a sweep, where a comma separates jobs.
+    Quoted paths are left alone, and so are all paths of a sweep, where a comma separates jobs. Values of other keys,
+    and the items of lists, are quoted if Hydra cannot read them, as names beyond ASCII.
 
     Example:
         >>> literal_paths(["input=Föhr (2), 'x'/epoch=1.jpg", "save=[index]", "output='a b'"])
         ["input='Föhr (2), \\'x\\'/epoch=1.jpg'", 'save=[index]', "output='a b'"]
+        >>> literal_paths(["dataset.root=x[1]", "dataset.classes=[背景,b (old)]", "dataset.val=1/8", "dataset.train=é"])
+        ["dataset.root='x[1]'", "dataset.classes=['背景','b (old)']", 'dataset.val=1/8', "dataset.train='é'"]
     """
-    if {"-m", "--multirun"} & set(arguments):
-        return list(arguments)
-    return [_quoted(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
+    several = bool({"-m", "--multirun"} & set(arguments))
+    return [_literal(argument, keys, several) for argument in arguments]
+
+
+def _literal(argument: str, keys: Collection[str], several: bool) -> str:
+    key, sign, value = argument.partition("=")
+    if not sign or not re.fullmatch(r"[+~]*[\w.@/:]+", key):
+        return argument
+    name = key.lstrip("+")
+    if not several and (name in keys or (name in _FOLDERS and not value.startswith("["))):
+        return _quoted(argument)
+    if _is_valid(argument) or (several and "," in value and not value.startswith("[")):
+        return argument
+    if value.startswith("[") and value.endswith("]"):
+        listed = f"{key}=[{','.join(map(_quoted_item, _ITEM.findall(value[1:-1])))}]"
+        if _is_valid(listed):
+            return listed
+    quoted = _quoted(argument)
+    return quoted if "{" not in value and _is_valid(quoted) else argument
+
+
+def _is_valid(argument: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted_item(item: str) -> str:
+    item = item.strip()
+    return item if item.startswith(("'", '"', "[", "{")) else _quoted(f"={item}")[1:]
 
 
 def _quoted(argument: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 PARTS = ("labeled", "val", "test", "unlabeled")
 _SWAPPED = (5, 6, 7, 8)  # orientation tags that swap height and width
 MAX_FILES = 2000  # read at the start of a training
+# Correlation of thumbnails of 16 x 16 pixels, and share of the evaluation images. Of 400 photos of VOC, 1 % have a
+# neighbor that is as similar; of CamVid's frames, every second one.
+SIMILAR, SIMILAR_SHARE, FEWEST_SIMILAR, THUMBNAIL = 0.92, 0.2, 3, 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class ScannedFile:
         pixels_C1: Number of pixels of each class, and of ignored pixels at the end; None for unlabeled images.
         facts: What the files say about their pixels.
         channel_sums: Sum and sum of squares of each channel, if requested, (2, channels).
+        thumbnail: Gray levels of the shrunk image with mean 0 and norm 1, if requested, float16, (256,).
     """
 
     part: str
@@ -66,6 +71,7 @@ class ScannedFile:
     pixels_C1: NDArray[np.int64] | None = None
     channel_sums: NDArray[np.float64] | None = None
     facts: FileFacts = field(default_factory=FileFacts)
+    thumbnail: NDArray[np.float16] | None = None
 
 
 def all_jobs(data: SegmentationData) -> list[Job]:
@@ -100,7 +106,7 @@ def scan_files(data: SegmentationData, jobs: Sequence[Job], thorough: bool) -> I
     Args:
         data: The dataset.
         jobs: Which images.
-        thorough: Whether to also hash images and sum their channels.
+        thorough: Whether to also hash and shrink images, and sum their channels.
     """
     return ordered_map(_scanner(data, thorough), jobs, reader_threads(), in_flight=256)  # decoding releases the GIL
 
@@ -115,7 +121,11 @@ def _scanner(data: SegmentationData, thorough: bool) -> Callable[[Job], ScannedF
             return ScannedFile(job.part, name, str(error))
         details: dict[str, Any] = {} if job.part == "unlabeled" else {"facts": file_facts(job.source, job.index)}
         if thorough:
-            details |= {"digest": _digest(image), "channel_sums": _channel_sums(image)}
+            details |= {
+                "digest": _digest(image),
+                "channel_sums": _channel_sums(image),
+                "thumbnail": _thumbnail(image),
+            }
         return ScannedFile(job.part, name, None, (image.shape[0], image.shape[1]), pixels_C1=pixels, **details)
 
     return look
@@ -152,6 +162,15 @@ def _channel_sums(image: Image) -> NDArray[np.float64]:
     counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T])  # exact, and faster than floats
     levels = np.arange(256, dtype=np.float64)
     return np.stack([counts @ levels, counts @ levels**2])
+
+
+def _thumbnail(image: Image) -> NDArray[np.float16]:
+    channels = np.ascontiguousarray(image[..., : min(image.shape[2], 4)])  # OpenCV resizes no more
+    small = cv2.resize(channels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+    gray = small.reshape(THUMBNAIL**2, -1).astype(np.float32).mean(1)
+    gray -= gray.mean()
+    thumbnail: NDArray[np.float16] = (gray / max(float(np.linalg.norm(gray)), 1e-6)).astype(np.float16)
+    return thumbnail
 
 
 @dataclass(frozen=True)
@@ -243,6 +262,7 @@ def find_problems(
         *_palettes(good),
         *_orientations(good),
         *_copies(good),
+        *_neighbors(good),
         *_sizes(good, crop_size),
     ]
     return sorted(findings, key=lambda finding: not finding.is_error)
@@ -348,6 +368,35 @@ def _copies(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
             f"({len(pairs)} in total){advice}"
         )
         yield Finding(is_error, message)
+
+
+def _neighbors(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
+    """Find evaluation images that look nearly like a training image, such as neighboring frames of a video."""
+    seen = [item for item in inspected if item.thumbnail is not None]
+    training = [item for item in seen if item.part in ("labeled", "unlabeled")]
+    for part, word in (("val", "validation"), ("test", "test")):
+        held_out = [item for item in seen if item.part == part]
+        if not held_out or not training:
+            continue
+        training_ND = _thumbnails(training)
+        nearest = []
+        for item, thumbnail_D in zip(held_out, _thumbnails(held_out), strict=True):
+            similar_N = training_ND @ thumbnail_D
+            nearest.append((float(similar_N.max()), item.name, training[int(similar_N.argmax())].name))
+        found = [one for one in nearest if one[0] >= SIMILAR]
+        if len(found) >= max(SIMILAR_SHARE * len(held_out), FEWEST_SIMILAR):
+            _, name, other = max(found)
+            advice = "dataset.group_by=folder or a pattern" if part == "val" else "another dataset.test"
+            yield Finding(
+                False,
+                f"{len(found)} of {len(held_out)} {word} images look nearly the same as a training image ({name} and "
+                f"{other}); if they are frames or tiles of one scene, the scores are too high: keep scenes together by "
+                f"{advice}",
+            )
+
+
+def _thumbnails(items: Iterable[ScannedFile]) -> NDArray[np.float32]:
+    return np.stack([item.thumbnail for item in items if item.thumbnail is not None], dtype=np.float32)
 
 
 def _sizes(inspected: Sequence[ScannedFile], crop_size: int) -> Iterator[Finding]:

@@ -5,13 +5,15 @@ Wrong input is refused before anything is written. Images are decoded and encode
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -32,11 +34,12 @@ from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
 from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.predictor import Predictor, Weights, load
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
+from mlpmatch_pl.utils.files import refuse_overwrite
 from mlpmatch_pl.utils.prefetch import ordered_map
 from mlpmatch_pl.utils.progress import progress, say
 from mlpmatch_pl.visualization.panels import Colors
 
+OTHERS = "choose another output, or set overwrite=missing (only images without predictions) or overwrite=true"
 THREADS = 4  # that decode, and as many that encode
 AHEAD = 8  # images decoded before, or not yet encoded after, the one in the network
 
@@ -52,7 +55,8 @@ class PredictOptions:
         output: Folder to write to.
         save: What to write for each image.
         opacity: Share of the class color in an overlay, 0..1.
-        overwrite: Whether existing files are replaced.
+        overwrite: ``no`` or false refuses existing files, except those of the same command that was interrupted, which
+            continues; ``yes`` or true replaces them; ``missing`` predicts only images without predictions.
         device: See `mlpmatch_pl.predictor.load`.
         inference: How probabilities are inferred.
 
@@ -66,7 +70,7 @@ class PredictOptions:
     output: Path
     save: tuple[Kind, ...]
     opacity: float
-    overwrite: bool
+    overwrite: Literal["no", "yes", "missing"]
     device: str
     inference: SlidingWindowInference
 
@@ -88,13 +92,21 @@ def run(options: PredictOptions) -> None:
     unread: list[str] = []
     images = find_images(str(options.input), options.output, unread)
     refuse_same_outputs(images)
-    if not options.overwrite:
+    record = Record(options)
+    if options.overwrite == "missing" or (options.overwrite == "no" and record.is_interrupted()):
+        record.refuse_others()
+        found = len(images)
+        images = [image for image in images if not _is_predicted(image, options)]
+        say(f"{found - len(images):,} of {found:,} images have predictions in {options.output}; predicting the others")
+    elif options.overwrite == "no":
         paths = (image.output(options.output, kind) for image in images for kind in options.save)
-        refuse_overwrite(paths, OTHER_OUTPUT)
+        refuse_overwrite(paths, OTHERS)
     predictor = load(options.checkpoint, options.device, options.inference, options.weights)
-    write_classes(predictor, options.output / "classes.json", options.overwrite)
+    write_classes(predictor, options.output / "classes.json", options.overwrite == "yes")
+    record.write(finished=False)
     started = time.monotonic()
     failures = predict_files(predictor, images, options)
+    record.write(finished=True)
     seconds, done = time.monotonic() - started, len(images) - len(failures)
     rate = done / max(seconds, 1e-9)
     say(f"predicted {done:,} of {len(images):,} in {seconds:.1f} s ({rate:.1f} a second), written to {options.output}")
@@ -107,6 +119,57 @@ def run(options: PredictOptions) -> None:
             f"expected images that can be predicted, but {len(failures):,} of {len(images):,} could not be (see "
             "above); fix or remove them"
         )
+
+
+def _is_predicted(image: ImageFile, options: PredictOptions) -> bool:
+    return all(image.output(options.output, kind).exists() for kind in options.save)
+
+
+class Record:
+    """What made the predictions in a folder, in its predict.json: an interrupted command continues from it.
+
+    Args:
+        options: The command's.
+    """
+
+    def __init__(self, options: PredictOptions) -> None:
+        self.path = options.output / "predict.json"
+        checkpoint = options.checkpoint.read_bytes() if options.checkpoint.is_file() else b""  # load() explains
+        self._made_by = {
+            "checkpoint_sha256": hashlib.sha256(checkpoint).hexdigest(),
+            "weights": options.weights,
+            "opacity": options.opacity,
+            "inference": json.loads(json.dumps(asdict(options.inference))),
+        }
+        try:
+            self._previous = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # missing or damaged
+            self._previous = None
+
+    def _is_same(self) -> bool:
+        previous = self._previous
+        return isinstance(previous, dict) and all(previous.get(key) == value for key, value in self._made_by.items())
+
+    def is_interrupted(self) -> bool:
+        """Tell whether a command of the same checkpoint and options did not finish."""
+        return self._is_same() and not self._previous["finished"]
+
+    def refuse_others(self) -> None:
+        """Refuse to add to the predictions of another checkpoint or of other options.
+
+        Raises:
+            UserError: If there are such.
+        """
+        if self._previous is not None and not self._is_same():
+            raise UserError(
+                f"expected predictions of one checkpoint with one set of options in a folder, but those of {self.path} "
+                "differ; choose another output, or set overwrite=true"
+            )
+
+    def write(self, finished: bool) -> None:
+        """Write predict.json."""
+        content = {**self._made_by, "finished": finished}
+        write_file(self.path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_classes(predictor: Predictor, path: Path, overwrite: bool) -> None:
