@@ -281,3 +281,28 @@ def test_resuming_continues_at_the_saved_step(trained, tmp_path):
     trainer = make_trainer(tmp_path, [recorder], max_epochs=3)
     trainer.fit(make_module(**OPTIONS), loader(), ckpt_path=trained[3], weights_only=True)
     assert recorder.steps == recorder.draws == [6, 7, 8]
+
+
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_values_of_the_first_batch_are_checked(step):
+    def call(image, mask):
+        module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder_channels=8)
+        batch = {"image": image, "mask": mask}
+        getattr(module, step)({"labeled": batch} if step == "training_step" else batch, 0)
+
+    image = torch.randint(0, 256, (2, 3, 33, 33), dtype=torch.uint8)
+    mask = torch.randint(0, 3, (2, 33, 33), dtype=torch.uint8)
+    mask[0, 0, 0] = 255
+    call(image, mask)
+    call(image.float(), mask.long())
+    with pytest.raises(UserError, match=r"has float32 from 0\.00 to 1\.00; do not scale or normalize images"):
+        call(image / 255, mask)
+    with pytest.raises(UserError, match=r"has float32 from -\d"):
+        call((image - 120.0) / 50, mask)
+    for wrong in (7, -1):
+        mask = mask.long()
+        mask[1, 2, 3] = wrong
+        with pytest.raises(
+            UserError, match=rf"expected mask values 0\.\.2 or 255 \(ignore\), but the batch has {wrong};"
+        ):
+            call(image, mask)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, SlidingWindowInference, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
-from mlpmatch_pl.methods.batch import split_batch
+from mlpmatch_pl.methods.batch import require_image_values, require_mask_values, split_batch
 from mlpmatch_pl.methods.build import build_step
 from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import resolve_method, total_loss
@@ -135,6 +135,7 @@ class MLPMatch(LightningModule):
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed, self.teacher)
         self.confusion, self.student_confusion = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
         self.inference = SlidingWindowInference()  # of test_step and predict_step: whole images
+        self._values_checked = False
         self.last_terms: dict[str, Tensor] = {}  # of the last training step, with the total as "loss"
         self.own_length, self.own_step = TrainingLength(), 0  # without a Trainer, see set_length
 
@@ -151,9 +152,12 @@ class MLPMatch(LightningModule):
         """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.methods.step`.
 
         Raises:
-            UserError: If the batch lacks what the method needs, or lambda's schedule needs an unknown length.
+            UserError: If the batch lacks what the method needs, the first one has scaled images or masks with values
+                that are not classes, or lambda's schedule needs an unknown length.
         """
         labeled, unlabeled = split_batch(batch)
+        if not self._values_checked:  # once: it waits for the device
+            self._check_values(labeled.get("image"), labeled.get("mask"))
         lambda_np = self.volatile_weight() if unlabeled else 0.0
         result = self.step(labeled, unlabeled, self.draw_step(batch_idx))
         self.own_step += self._trainer is None
@@ -167,8 +171,20 @@ class MLPMatch(LightningModule):
         self.log_dict({f"train/{key}": value for key, value in values.items()}, batch_size=len(labeled["mask"]))
         return loss
 
+    def _check_values(self, image_BCHW: Any, mask_BHW: Any) -> None:
+        if isinstance(image_BCHW, Tensor) and isinstance(mask_BHW, Tensor):  # others are refused by name later
+            require_image_values(image_BCHW, self.segmentor.mean_C11)
+            require_mask_values(mask_BHW, len(self.class_names), self.hparams["ignore_index"])
+            self._values_checked = True
+
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add whole images to the confusion matrix, and to that of the student if there is a teacher."""
+        """Add whole images to the confusion matrix, and to that of the student if there is a teacher.
+
+        Raises:
+            UserError: If the first batch has scaled images, or masks with values that are not classes.
+        """
+        if batch_idx == 0:
+            self._check_values(batch["image"], batch["mask"])
         self.confusion.update(self(batch["image"]).argmax(dim=1), batch["mask"])
         if self.teacher is not None:
             label_BHW = predict_logits(self.segmentor, batch["image"]).argmax(dim=1)

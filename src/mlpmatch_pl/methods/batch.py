@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.utils.errors import UserError
 
@@ -74,6 +76,56 @@ class BatchValidator:
                 raise UserError(f"expected {name} of shape {_text(expected)} in batches for {method}, but {got}{_HINT}")
             sizes |= dict(zip(letters, found, strict=True))
         self._accepted = shapes
+
+
+def require_image_values(image_BCHW: Tensor, mean_C11: Tensor) -> None:
+    """Refuse floating-point images that are scaled to 0..1 or normalized, which the network would normalize again.
+
+    Args:
+        image_BCHW: Images.
+        mean_C11: Mean of the network; with one of at most 1, images are expected to be scaled.
+
+    Raises:
+        UserError: With the dtype and range of the values.
+
+    Example:
+        >>> import torch
+        >>> require_image_values(torch.rand(1, 3, 9, 9), torch.full((3, 1, 1), 120.0))
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected images with values as stored in files, such as 0 to 255, ...
+    """
+    if not image_BCHW.is_floating_point() or mean_C11.max() <= 1:
+        return
+    low, high = (value.item() for value in image_BCHW.aminmax())
+    if low < 0 or 0 < high <= 1:
+        dtype = str(image_BCHW.dtype).removeprefix("torch.")
+        raise UserError(
+            f"expected images with values as stored in files, such as 0 to 255, but the batch has {dtype} from "
+            f"{low:.2f} to {high:.2f}; do not scale or normalize images, the network does"
+        )
+
+
+def require_mask_values(mask_BHW: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse masks with values that are neither classes nor the ignore index.
+
+    Raises:
+        UserError: With some of the values.
+
+    Example:
+        >>> import torch
+        >>> require_mask_values(torch.tensor([[[0, 1, 7, 255]]]), 2, 255)
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected mask values 0..1 or 255 (ignore), but the batch has 7; ...
+    """
+    wrong_BHW = ((mask_BHW < 0) | (mask_BHW >= num_classes)) & (mask_BHW != ignore_index)
+    if wrong_BHW.any():
+        values = sorted(set(mask_BHW[wrong_BHW].tolist()))[:5]
+        raise UserError(
+            f"expected mask values 0..{num_classes - 1} or {ignore_index} (ignore), but the batch has "
+            f"{', '.join(map(str, values))}; correct the masks, num_classes or ignore_index"
+        )
 
 
 def _shapes(part: Mapping[str, Any], prefix: str = "") -> dict[str, Shape]:
