@@ -912,6 +912,9 @@ def test_files_of_other_formats_are_counted_by_suffix(tmp_path):
         f"3 files in {tmp_path / 'images'} are left out, because they cannot be read: 2 .nef, 1 .jxl",
         f"1 files in {tmp_path / 'masks'} are left out, because they cannot be read: 1 .mat",
     )
+    for path in (tmp_path / "masks").glob("*.png"):
+        path.unlink()
+    assert "but found only 1 .mat, which cannot be read;" in sentence(folder, str(tmp_path), ["a", "b"])
     for path in (tmp_path / "images").glob("*.png"):
         path.unlink()
     assert sentence(folder, str(tmp_path), ["a", "b"]).endswith(", but found only 2 .nef, 1 .jxl; convert them")

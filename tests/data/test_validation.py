@@ -98,7 +98,7 @@ def test_a_broken_mask_is_found(load, folder_root, role, content):
         content = path.read_bytes()[:2000]
     path.write_bytes(content)
     message = complaint(load())
-    assert message.startswith(f"cannot read the mask {path} (")
+    assert message.startswith(f"cannot read the mask {path}")
     assert message.endswith("); replace or remove it")
 
 

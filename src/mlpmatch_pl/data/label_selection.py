@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mlpmatch_pl.data.base import SegmentationData, class_list
-from mlpmatch_pl.data.files import FileIndex, FileSource, Pair
-from mlpmatch_pl.data.readers.image import ImageReader
+from mlpmatch_pl.data.files import FileIndex, FileSource, Pair, count_suffixes, image_files
+from mlpmatch_pl.data.readers.image import MASK_SUFFIXES, ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice, Split, choose, choose_groups, cover_first, is_path
 from mlpmatch_pl.utils.cpu import reader_threads
@@ -195,6 +195,9 @@ def _require_masks(files: FileIndex, masked: Sequence[str]) -> None:
     if not masked:
         folder = files.base / files.masks
         there = "but found none" if folder.is_dir() else "but that folder does not exist"
+        others: list[str] = []
+        if not list(image_files(str(folder), MASK_SUFFIXES, others)) and others:
+            there = f"but found only {count_suffixes(others)}, which cannot be read"
         raise UserError(
             f"expected masks for some training images below {folder}, {there}; a mask has the path and name of its "
             "image, with its own suffix, or set dataset.masks and dataset.mask_name"
