@@ -99,7 +99,7 @@ def test_a_broken_mask_is_found(load, folder_root, role, content):
     path.write_bytes(content)
     message = complaint(load())
     assert message.startswith(f"cannot read the mask {path}")
-    assert message.endswith("); replace or remove it")
+    assert message.endswith("; replace or remove it")
 
 
 @pytest.mark.parametrize("role", ["labeled", "val", "test"])
