@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, compose_train
+from helpers import TINY, compose_train, run_command
 from helpers.processes import ForkedCommand, free_port, run_forked
 from lightning.pytorch import Trainer
 
@@ -224,3 +224,18 @@ def test_there_are_commands_in_the_page():
 def test_every_training_in_the_page_composes(arguments):
     values = [part for part in shlex.split(arguments) if not part.startswith(("-", "hydra"))]
     compose_train(*[re.sub(r"=([^\[,]+),.*", r"=\1", value) for value in values], output_dir=Path("out"))
+
+
+@pytest.mark.parametrize(("options", "processes"), [((), 1), (("trainer.devices=2",), 2)])
+def test_a_slurm_job_without_srun_starts_its_own_processes(tmp_path, options, processes):
+    job = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"}
+    arguments = (*RUN, *options, "hydra.run.dir=run")
+    done = run_command(*arguments, cwd=tmp_path, timeout=120, **job)
+    assert done.returncode == 0, done.stderr
+    assert ("srun was not used" in done.stdout) == (processes == 1)
+    assert ("2 processes; BatchNorm" in done.stdout) == (processes == 2)
+
+
+def test_overfit_batches_is_refused_because_it_replaces_the_samplers(tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.overfit_batches=1 would replace"):
+        train(compose_train(*RUN, "+trainer.overfit_batches=1", output_dir=tmp_path / "run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.resume import Start
 from mlpmatch_pl.engine.trainer import describe_processes
 from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.utils.distributed import is_first_process
+from mlpmatch_pl.utils.distributed import is_first_process, tasks_without_srun
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,13 @@ def describe_training(
         module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
         output_dir,
     )  # fmt: skip
+    tasks = tasks_without_srun(os.environ)
+    if tasks > 1 and tasks != trainer.world_size:
+        log.warning(
+            "note: the SLURM job has %d tasks, but srun was not used, and this command trains with %d; start it as "
+            "srun python ..., or set trainer.devices",
+            tasks, trainer.world_size,
+        )  # fmt: skip
     if trainer.world_size > 1:
         log.info("%s", describe_processes(trainer.world_size, synchronized))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -21,7 +22,21 @@ def cluster_environment() -> ClusterEnvironment:
 
     if TorchElasticEnvironment.detect():  # before SLURM, as in Lightning: torchrun may run inside a SLURM job
         return TorchElasticEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else LightningEnvironment()
+    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+def tasks_without_srun(environment: Mapping[str, str]) -> int:
+    """Return the number of tasks of a SLURM job whose processes srun did not start, 0 otherwise.
+
+    Only srun sets SLURM_STEP_ID; a batch script or an interactive session has the job's other variables.
+
+    Example:
+        >>> tasks_without_srun({"SLURM_NTASKS": "4"}), tasks_without_srun({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"})
+        (4, 0)
+    """
+    return 0 if "SLURM_STEP_ID" in environment else int(environment.get("SLURM_NTASKS", 0))
 
 
 def is_first_process() -> bool:
@@ -49,8 +64,8 @@ def time_stamp(environment: Mapping[str, str]) -> str:
     if job is None:
         return now
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # srun does not start the processes
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and not interactive:
-        return f"job{job}.{step or 0}"
+    if step is not None and int(environment.get("SLURM_NTASKS", 1)) > 1 and not interactive:
+        return f"job{job}.{step}"
     return f"{now}_job{job}" + ("" if step is None else f".{step}")
 
 
