@@ -239,3 +239,12 @@ def test_a_slurm_job_without_srun_starts_its_own_processes(tmp_path, options, pr
 def test_overfit_batches_is_refused_because_it_replaces_the_samplers(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.overfit_batches=1 would replace"):
         train(compose_train(*RUN, "+trainer.overfit_batches=1", output_dir=tmp_path / "run"))
+
+
+def test_ohem_that_keeps_every_pixel_is_noted(tmp_path, caplog):
+    train(
+        compose_train(
+            *RUN, "objective.criterion.name=ohem", "+objective.criterion.min_kept=999999", output_dir=tmp_path / "run"
+        )
+    )
+    assert "note: ohem keeps min_kept=999999 pixels, but a batch of a device has only" in caplog.text

@@ -37,6 +37,16 @@ def describe_training(
         module.hparams["backbone"], parameters, trainer.max_epochs, datamodule.steps_per_epoch(trainer.world_size),
         output_dir,
     )  # fmt: skip
+    kept, pixels = (
+        module.criterion.options.get("min_kept", 0),
+        datamodule.batch_sizes["labeled"] * datamodule.crop_size**2,
+    )
+    if kept >= pixels:
+        log.warning(
+            "note: ohem keeps min_kept=%d pixels, but a batch of a device has only %d: that is cross entropy; lower "
+            "objective.criterion.min_kept",
+            kept, pixels,
+        )  # fmt: skip
     tasks = tasks_without_srun(os.environ)
     if tasks > 1 and tasks != trainer.world_size:
         log.warning(
