@@ -32,9 +32,7 @@ def predict(cfg: DictConfig) -> None:
     from mlpmatch_pl.commands.predict.run import PredictOptions, run
     from mlpmatch_pl.utils.validation import read_options
 
-    values = plain(cfg)
-    values["overwrite"] = {True: "yes", False: "no"}.get(values["overwrite"], values["overwrite"])
-    run(read_options(PredictOptions, values))
+    run(read_options(PredictOptions, plain(cfg)))
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from mlpmatch_pl.utils.palette import default_palette
+
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 CITIES = {"train": ("aachen", 3), "val": ("frankfurt", 2), "test": ("berlin", 1)}
 
@@ -90,7 +92,8 @@ def voc_archives(folder: Path, without: str = "") -> dict:
     for part, listed in (("train", VOC_TRAIN), ("val", VOC_VAL), ("trainval", VOC_TRAIN + VOC_VAL)):
         files[f"{base}/ImageSets/Segmentation/{part}.txt"] = lines(listed)
     files |= {f"{base}/JPEGImages/{name}.jpg": photo(i) for i, name in enumerate(names)}
-    palette = np.random.default_rng(0).integers(0, 256, 768).tolist()
+    colors = [value for color in default_palette(21) for value in color]
+    palette = [*colors, *[0] * (3 * 234), 224, 224, 192]  # void is 255
     files |= {
         f"{base}/SegmentationClass/{name}.png": encode(labels(i, 20), palette=palette)
         for i, name in enumerate(VOC_TRAIN + VOC_VAL)

@@ -66,8 +66,10 @@ def free_port() -> int:
 
 def _run(module: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path) -> None:
     os.setsid()
-    for finalizer in list(weakref.finalize._registry):  # temporary folders that belong to the server
+    atexit._clear()  # what the server has registered would remove its temporary folders, W&B's among them
+    for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False
+    weakref.finalize._registered_with_atexit = False
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # read before the fork
     multiprocessing.set_start_method(None, force=True)  # the platform's, not that of this process
     for descriptor, name in ((1, "stdout"), (2, "stderr")):

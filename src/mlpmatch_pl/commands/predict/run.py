@@ -55,8 +55,8 @@ class PredictOptions:
         output: Folder to write to.
         save: What to write for each image.
         opacity: Share of the class color in an overlay, 0..1.
-        overwrite: ``no`` or false refuses existing files, except those of the same command that was interrupted, which
-            continues; ``yes`` or true replaces them; ``missing`` predicts only images without predictions.
+        overwrite: False refuses existing files, except those of the same command that was interrupted, which
+            continues; True replaces them; ``missing`` predicts only images without predictions.
         device: See `mlpmatch_pl.predictor.load`.
         inference: How probabilities are inferred.
 
@@ -70,7 +70,7 @@ class PredictOptions:
     output: Path
     save: tuple[Kind, ...]
     opacity: float
-    overwrite: Literal["no", "yes", "missing"]
+    overwrite: bool | Literal["missing"]
     device: str
     inference: SlidingWindowInference
 
@@ -93,16 +93,16 @@ def run(options: PredictOptions) -> None:
     images = find_images(str(options.input), options.output, unread)
     refuse_same_outputs(images)
     record = Record(options)
-    if options.overwrite == "missing" or (options.overwrite == "no" and record.is_interrupted()):
+    if options.overwrite == "missing" or (options.overwrite is False and record.is_interrupted()):
         record.refuse_others()
         found = len(images)
         images = [image for image in images if not _is_predicted(image, options)]
         say(f"{found - len(images):,} of {found:,} images have predictions in {options.output}; predicting the others")
-    elif options.overwrite == "no":
+    elif not options.overwrite:
         paths = (image.output(options.output, kind) for image in images for kind in options.save)
         refuse_overwrite(paths, OTHERS)
     predictor = load(options.checkpoint, options.device, options.inference, options.weights)
-    write_classes(predictor, options.output / "classes.json", options.overwrite == "yes")
+    write_classes(predictor, options.output / "classes.json", options.overwrite is True)
     record.write(finished=False)
     started = time.monotonic()
     failures = predict_files(predictor, images, options)
