@@ -72,6 +72,8 @@ def test_the_teacher_predicts_if_there_is_one_unless_the_student_is_asked_for(wi
 def test_a_teacher_that_a_checkpoint_lacks_is_refused(checkpoint):
     with pytest.raises(UserError, match=r"a teacher for weights=teacher, but .*epoch=1 é.ckpt has none; omit weights"):
         load(checkpoint, weights="teacher")
+    with pytest.raises(UserError, match="expected weights as teacher or student, or None, but got 'ema'"):
+        load(checkpoint, weights="ema")
 
 
 def test_probabilities_are_float32_and_sum_to_one(predictor, pixels):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -214,8 +214,10 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
 
     Raises:
         UserError: If the file does not exist, is broken or not a checkpoint of a training run, its arguments and
-            weights do not match, or it has no teacher and ``weights`` asks for it.
+            weights do not match, it has no teacher and ``weights`` asks for it, or ``weights`` is something else.
     """
+    if weights not in (None, *get_args(Weights)):
+        raise UserError(f"expected weights as {' or '.join(get_args(Weights))}, or None, but got {weights!r}")
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(

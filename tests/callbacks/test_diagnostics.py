@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, compose_train
+from helpers.checkpoints import make_module
 from helpers.images import save_mask
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from mlpmatch_pl.callbacks.diagnostics import PseudoLabelDiagnostics
+from mlpmatch_pl.callbacks.diagnostics import DeactivatedBlocks, PseudoLabelDiagnostics
 from mlpmatch_pl.callbacks.images import PredictionPanels
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.datasets.shapes import CLASS_NAMES, shapes
@@ -138,6 +139,14 @@ def test_every_draw_of_a_deactivated_block_is_counted(inspected):
     drawn = [next(iter(NetworkPerturbation("single_block", seed=0).draw(stages, step))) for step in range(10)]
     assert report["blocks"] == {str(block): drawn.count(block) for stage in stages for block in stage}
     assert sum(report["stages"]) == 10
+
+
+def test_no_block_is_deactivated_during_burn_in(tmp_path):
+    callback, module = DeactivatedBlocks(str(tmp_path)), make_module(method="mlpmatch_burn_in")
+    callback.on_train_batch_start(None, module, {"labeled": {"image": 0}, "unlabeled": {}}, 0)
+    assert (callback.steps, callback.counts.total()) == (1, 0)
+    callback.on_train_batch_start(None, module, {"labeled": {"image": 0}, "unlabeled": {"weak": 0}}, 1)
+    assert (callback.steps, callback.counts.total()) == (2, 1)
 
 
 def test_the_histogram_has_a_bar_for_every_block(inspected):

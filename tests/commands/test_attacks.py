@@ -1,7 +1,6 @@
 """Files that want to do harm, given to the real commands: nothing is executed, nothing else is read, memory is kept."""
 
 import ast
-import importlib
 import io
 import json
 import os
@@ -67,20 +66,12 @@ def little_memory():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(command):
     """Run a command's main in this process; return its exit code and what it printed."""
 
     def run(name: str, *arguments: str) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.delenv("MLPMATCH_STAMP", raising=False)
-        monkeypatch.setattr("sys.argv", [name, *arguments])
-        code = 0
-        try:
-            importlib.import_module(f"mlpmatch_pl.{name}").main()
-        except SystemExit as ended:
-            code = ended.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
+        code, printed, errors = command(name, *arguments)
+        return code, printed + errors
 
     return run
 

@@ -182,6 +182,14 @@ def test_everything_is_counted_where_it_belongs(tmp_path, clock):
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
 
 
+def test_the_total_has_the_cheaper_steps_of_the_burn_in(tmp_path, clock):
+    clock.delay(UnlabeledDataset, "__getitem__", 0.01)  # 4 a batch, none during burn-in
+    clock.delay(MLPMatch, "training_step", 0.3)
+    result = measure(tmp_path, "method.burn_in=0.25")
+    assert result["step_seconds"] + result["data_wait_seconds"] == pytest.approx(0.34)
+    assert result["total"]["seconds"] == pytest.approx(5 * (0.25 * 0.3 + 0.75 * 0.34))
+
+
 def test_batches_loaded_ahead_do_not_hide_slow_workers(tmp_path, clock):
     clock.delay(UnlabeledDataset, "__getitem__", 0.2)  # in the workers, this clock does not run
     clock.delay(MLPMatch, "training_step", 0.3)

@@ -66,14 +66,17 @@ def test_a_wrong_batch_is_refused_after_right_ones():
         ("mlpmatch", (1, 1), "expected at least 2 unlabeled images in a batch"),
         ("mlpmatch_official", (1, 1), None),  # its partner is the same image
         ("fixmatch", (1, 1), "expected at least 2 images in every pass"),  # one strong view
+        ("mlpmatch_burn_in", (2, 2), None),
+        ({"name": "mlpmatch_burn_in", "partner": "same_image"}, (8, 1), "expected at least 2 images in every pass"),
+        ({"name": "mlpmatch", "partner": "same_image", "batchnorm": "weak"}, (8, 1), "at least 2 images in every pass"),
     ],
 )
 def test_batch_sizes_suit_batchnorm_and_cutmix(method, sizes, message):
     if message is None:
-        PRESETS[method].check_batch_sizes(*sizes)
+        resolve_method(method).check_batch_sizes(*sizes)
     else:
         with pytest.raises(UserError, match=message):
-            PRESETS[method].check_batch_sizes(*sizes)
+            resolve_method(method).check_batch_sizes(*sizes)
 
 
 def test_wrong_methods_are_refused():

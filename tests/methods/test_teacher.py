@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 from helpers.batches import make_batch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from mlpmatch_pl import MLPMatch, Segmentor
 from mlpmatch_pl.methods.teacher import Teacher
@@ -81,6 +83,36 @@ def test_it_follows_the_optimizer_in_a_loop_of_ones_own():
             expected[name] = decay * expected.get(name, 0) + (1 - decay) * weight.detach()
     for name, weight in module.teacher.network.named_parameters():
         torch.testing.assert_close(weight, expected[name], msg=name)
+
+
+class PlainAverage(Callback):
+    """The average as the paper describes it, from the student's weights after each step."""
+
+    def __init__(self):
+        self.weights, self.step = {}, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        decay = min(1 - 1 / (self.step + 1), DECAY)
+        for name, weight in pl_module.segmentor.named_parameters():
+            self.weights[name] = decay * self.weights.get(name, 0) + (1 - decay) * weight.detach()
+        self.step += 1
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*")
+def test_it_follows_the_optimizer_under_a_trainer(accumulated):
+    module, plain = make_module(), PlainAverage()
+    data = [make_batch(2, 2, 1, (33, 33), 3, seed=step) for step in range(8)]
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulated, callbacks=[plain], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="64-true",
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    assert plain.step == 8 // accumulated
+    for name, weight in module.teacher.network.named_parameters():
+        torch.testing.assert_close(weight, plain.weights[name], rtol=1e-12, atol=1e-14, msg=name)
 
 
 @pytest.mark.parametrize("source", ["student", "teacher"])

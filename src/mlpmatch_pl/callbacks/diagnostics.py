@@ -21,6 +21,7 @@ from mlpmatch_pl.callbacks.images import log_image
 from mlpmatch_pl.data.base import SegmentationData, has_mask
 from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.evaluation import Scores, confidence_and_class, confusion_matrix
+from mlpmatch_pl.methods.batch import split_batch
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.seeding import evenly_spaced
 from mlpmatch_pl.visualization.plots import bar_plot
@@ -89,9 +90,10 @@ class DeactivatedBlocks(Callback):
         self._logged = 0  # steps in the last logged chart
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Repeat the step's draw, which is a function of the seed and the step."""
+        """Repeat the step's draw, which is a function of the seed and the step; there is none during burn-in."""
         self.steps += 1
-        self.counts.update(map(str, sorted(pl_module.deactivated_blocks(batch_idx))))
+        if split_batch(batch)[1]:
+            self.counts.update(map(str, sorted(pl_module.deactivated_blocks(batch_idx))))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log the counts so far."""

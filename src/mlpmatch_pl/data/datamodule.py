@@ -36,7 +36,7 @@ from mlpmatch_pl.data.validation import validate_dataset
 from mlpmatch_pl.methods.method import Method, resolve_method
 from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.utils.cpu import usable_cores
-from mlpmatch_pl.utils.errors import UserError, suggest
+from mlpmatch_pl.utils.errors import UserError, require_choice
 
 MAX_WORKERS = 16  # more workers rarely load faster, and each needs memory
 
@@ -109,17 +109,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
         self.skipped = SkippedImages()
-        if on_bad_image not in ("raise", "skip"):
-            raise UserError(
-                f"expected loader.on_bad_image as raise or skip, but got {on_bad_image!r}."
-                + suggest(on_bad_image, ("raise", "skip"))
-            )
-        if batch_per not in ("device", "step"):
-            raise UserError(
-                f"expected loader.batch_per as device or step, but got {batch_per!r}."
-                + suggest(batch_per, ("device", "step"))
-            )
-        bad = cast(OnBadImage, on_bad_image)
+        require_choice("loader.batch_per", batch_per, ("device", "step"))
+        bad = cast(OnBadImage, require_choice("loader.on_bad_image", on_bad_image, ("raise", "skip")))
         self._skip_bad = bad == "skip"
         if min(self.batch_size, self.unlabeled_batch_size, eval_batch_size) < 1 or (num_workers or 0) < 0:
             raise UserError(

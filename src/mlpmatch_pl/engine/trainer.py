@@ -46,7 +46,31 @@ def build_trainer(
     Raises:
         UserError: If an option is set elsewhere, or the schedule or the number of processes is invalid.
     """
-    options = dict(config["trainer"])
+    options = _lightning_options(config["trainer"])
+    data_wait = DataWait()
+    trainer = _trainer(options, str(output_dir), [data_wait, ProcessorTime(), *callbacks])
+    datamodule.share_batches(trainer.world_size, trainer.accumulate_grad_batches)
+    datamodule.check_world_size(trainer.world_size)
+    batches = datamodule.steps_per_epoch(trainer.world_size)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs, every = length_of_training(config["schedule"], steps, before)
+    trainer.fit_loop.max_epochs = epochs
+    length = {**{key: config["schedule"][key] for key in ("minutes", "steps")}, "epochs": epochs, "every": every}
+    whole = trainer.limit_train_batches == 1.0
+    trainer.callbacks.insert(0, Resume(length, batches if whole else None))  # type: ignore[attr-defined]
+    if options["check_val_every_n_epoch"] is None:
+        trainer.check_val_every_n_epoch = every
+    if options["enable_progress_bar"]:
+        throughput = Throughput(images_per_update(datamodule, trainer), data_wait)
+        progress = ProgressBar(throughput) if sys.stdout.isatty() else ProgressLines(throughput)
+        trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
+    return trainer
+
+
+def _lightning_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the group that are Lightning's, and refuse those that this command sets or cannot take."""
+    options = dict(group)
     if taken := sorted(set(options) & _SET_HERE):
         raise UserError(
             f"expected trainer.{taken[0]} to be left to this command; set schedule.epochs or schedule.steps, "
@@ -69,26 +93,7 @@ def build_trainer(
         raise UserError(
             f"expected trainer.accumulate_grad_batches of at least 1, but got {options['accumulate_grad_batches']}"
         )
-    options["sync_batchnorm"] = uses_sync_batchnorm(options)
-    data_wait = DataWait()
-    trainer = _trainer(options, str(output_dir), [data_wait, ProcessorTime(), *callbacks])
-    datamodule.share_batches(trainer.world_size, trainer.accumulate_grad_batches)
-    datamodule.check_world_size(trainer.world_size)
-    batches = datamodule.steps_per_epoch(trainer.world_size)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches)
-    epochs, every = length_of_training(config["schedule"], steps, before)
-    trainer.fit_loop.max_epochs = epochs
-    length = {**{key: config["schedule"][key] for key in ("minutes", "steps")}, "epochs": epochs, "every": every}
-    whole = trainer.limit_train_batches == 1.0
-    trainer.callbacks.insert(0, Resume(length, batches if whole else None))  # type: ignore[attr-defined]
-    if options["check_val_every_n_epoch"] is None:
-        trainer.check_val_every_n_epoch = every
-    if options["enable_progress_bar"]:
-        throughput = Throughput(images_per_update(datamodule, trainer), data_wait)
-        progress = ProgressBar(throughput) if sys.stdout.isatty() else ProgressLines(throughput)
-        trainer.callbacks = [c for c in trainer.callbacks if "ProgressBar" not in type(c).__name__]  # type: ignore[attr-defined]
-        trainer.callbacks.insert(0, progress)  # type: ignore[attr-defined]
-    return trainer
+    return options | {"sync_batchnorm": uses_sync_batchnorm(options)}
 
 
 def _trainer(options: dict[str, Any], output_dir: str, callbacks: list[Callback]) -> Trainer:
@@ -174,8 +179,8 @@ def length_of_training(
     given = [value for value in (epochs, steps) if value is not None]
     if len(given) != 1 or not isinstance(given[0], int) or given[0] < 1:
         raise UserError(
-            f"expected a positive whole schedule.epochs or schedule.steps, but got epochs={epochs}, steps={steps}; "
-            "set the other to null"
+            "expected one of schedule.epochs, schedule.steps and schedule.minutes, above 0 and whole for the first "
+            f"two, but got epochs={epochs}, steps={steps}; set the others to null"
         )
     if epochs is not None:
         return epochs, 1

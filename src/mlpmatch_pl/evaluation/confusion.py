@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.errors import require_choice
 
 Absent = Literal["exclude", "zero"]
 
@@ -165,6 +165,4 @@ def check_absent(absent: str) -> Absent:
     Raises:
         UserError: If there is no such rule.
     """
-    if absent not in get_args(Absent):
-        raise UserError(f"expected evaluation.absent as exclude or zero, but got {absent!r}")
-    return cast(Absent, absent)
+    return cast(Absent, require_choice("evaluation.absent", absent, get_args(Absent)))

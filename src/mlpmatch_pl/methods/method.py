@@ -18,12 +18,15 @@ from torch import Tensor
 
 from mlpmatch_pl.methods.schedules import SCHEDULES
 from mlpmatch_pl.perturbation.input import require_partner
-from mlpmatch_pl.utils.errors import UserError, suggest
+from mlpmatch_pl.utils.errors import UserError, require_choice, suggest
 
-PARTNERS = ("batch", "same_image")
-PASSES = ("forked", "official", "stream")
-BATCHNORM = ("every", "weak")
-PSEUDO_LABELS = ("student", "teacher")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "partner": ("batch", "same_image"),
+    "passes": ("forked", "official", "stream"),
+    "lambda_schedule": SCHEDULES,
+    "batchnorm": ("every", "weak"),
+    "pseudo_labels": ("student", "teacher"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,8 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strong_weights", tuple(self.strong_weights))
-        for key, choices in (
-            ("partner", PARTNERS),
-            ("passes", PASSES),
-            ("lambda_schedule", tuple(SCHEDULES)),
-            ("batchnorm", BATCHNORM),
-            ("pseudo_labels", PSEUDO_LABELS),
-        ):
-            value = getattr(self, key)
-            if value not in choices:
-                raise UserError(
-                    f"expected method.{key} of {', '.join(choices)}, but got {value!r}." + suggest(str(value), choices)
-                )
+        for key, choices in CHOICES.items():
+            require_choice(f"method.{key}", getattr(self, key), choices)
         weights = (self.scale, *self.strong_weights, self.feature_weight, self.network_weight)
         if min(weights) < 0 or not 0 <= self.lambda_max <= 1:
             raise UserError(f"expected method {self.name} to have weights of at least 0 and lambda_max from 0 to 1")
@@ -132,9 +125,14 @@ class Method:
         Raises:
             UserError: If BatchNorm would see a single image, or CutMix would have no partner.
         """
-        views = unlabeled * len(self.strong_weights)
-        smallest = min(labeled + unlabeled, views) if self.uses_unlabeled else labeled
-        if smallest * synchronized < 2:
+        passes = [labeled]
+        if self.passes == "stream":
+            passes += [unlabeled]  # each strong view alone
+        elif self.uses_unlabeled:
+            passes = [labeled + unlabeled, unlabeled * len(self.strong_weights)]
+            if self.batchnorm == "weak" and self.feature_weight:
+                passes += [unlabeled]  # dropped features are decoded alone
+        if min(passes) * synchronized < 2:
             raise UserError(
                 f"expected at least 2 images in every pass, because BatchNorm cannot train on one, but a batch has "
                 f"{labeled} labeled and {unlabeled} unlabeled images; raise loader.batch_size"

@@ -127,7 +127,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "part": part.part,
         **part.split,
         "same_as_run": part.same_as_run,
-        "options": {"inference": asdict(options.inference), "absent": absent, "boundary": options.evaluation.boundary},
+        "options": {
+            "weights": options.weights,
+            "inference": asdict(options.inference),
+            "absent": absent,
+            "boundary": options.evaluation.boundary,
+        },
         **_summarize(Scores.of(confusion_CC, absent), boundary_C, part.data.class_names, absent),
         "worst": [{"image": names[index], "miou": float(scores.miou_N[index])} for index in scores.worst],
         "seconds": round(scores.seconds, 2),

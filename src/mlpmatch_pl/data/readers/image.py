@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from mlpmatch_pl.data.base import Image
-from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.errors import UserError, require_choice
 
 try:
     import pyspng
@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".t
     HEIF_SUFFIXES if find_spec("pillow_heif") else frozenset()
 )
 MASK_SUFFIXES = IMAGE_SUFFIXES | {".npy"}
+ORIENTATIONS = ("apply", "ignore")
 DTYPES = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}
 # Pillow's own limit, about 13,000 x 13,000: a file of a few kilobytes can unpack to any size.
 MAX_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**26)
@@ -94,10 +95,9 @@ class ImageReader:
                 f"expected dataset.bands as {in_chans} numbers from 1 (dataset.in_chans={in_chans}), as in "
                 f"{list(range(1, in_chans + 1))}, but got {bands}"
             )
-        if channel_axis not in ("auto", "first", "last"):
-            raise UserError(f"expected dataset.channel_axis as auto, first or last, but got {channel_axis!r}")
-        self.in_chans, self.bit_depth, self.orientation = in_chans, bit_depth, require_orientation(orientation)
-        self.bands, self.channel_axis = tuple(bands or ()), channel_axis
+        self.in_chans, self.bit_depth, self.bands = in_chans, bit_depth, tuple(bands or ())
+        self.orientation = require_choice("dataset.orientation", orientation, ORIENTATIONS)
+        self.channel_axis = require_choice("dataset.channel_axis", channel_axis, ("auto", "first", "last"))
 
     def __call__(self, path: str | Path) -> Image:
         """Read an image: (H, W, in_chans), uint8 or uint16, RGB if there are three channels.
@@ -344,13 +344,6 @@ def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str)
         pixels = _as_rgb(pixels, has_alpha=bool(ALPHA & set(page.extrasamples)))
     turn = TURNS.get(tags[274].value if 274 in tags else 1) if turned else None
     return np.ascontiguousarray(turn(pixels) if turn else pixels)
-
-
-def require_orientation(orientation: str) -> str:
-    """Return the option ``dataset.orientation``, or raise a `UserError` if it is neither ``apply`` nor ``ignore``."""
-    if orientation not in ("apply", "ignore"):
-        raise UserError(f"expected dataset.orientation as apply or ignore, but got {orientation!r}")
-    return orientation
 
 
 def lacks_codec(error: Exception) -> bool:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpmatch_pl.data.base import Mask
-from mlpmatch_pl.data.readers.image import require_orientation
+from mlpmatch_pl.data.readers.image import ORIENTATIONS
 from mlpmatch_pl.data.readers.stored import StoredMask, read_stored
-from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.errors import UserError, require_choice
 from mlpmatch_pl.utils.palette import require_colors
 
 OTHER = "other"  # key of `mask_values` for all values that are not listed
@@ -62,7 +62,7 @@ class MaskReader:
         require_colors("dataset.palette", colors)
         require_colors("dataset.ignore_colors", ignore_colors)
         self.ignore_index, self.class_channels, self.num_classes = ignore_index, class_channels, num_classes
-        self.orientation = require_orientation(orientation)
+        self.orientation = require_choice("dataset.orientation", orientation, ORIENTATIONS)
         self._values = dict(values or {})
         _require_mapping(self._values)
         self._ids = _id_table(self._values) if values else None
