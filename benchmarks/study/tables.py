@@ -32,10 +32,15 @@ COLORS = dict(
 
 def main() -> None:
     for page in map(Path, sys.argv[1:]):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(filled(text), encoding="utf-8")
-        for dataset in (match[2] for match in MARKED.finditer(text)):
-            draw_curves(read_runs(dataset), page.with_name(f"study_{dataset}.png"))
+        fill(page)
+
+
+def fill(page: Path) -> None:
+    """Make the tables of a page and the figures beside it again."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(filled(text), encoding="utf-8")
+    for match in MARKED.finditer(text):
+        draw_curves(read_runs(match[2]), page.with_name(f"study_{match[2]}.png"))
 
 
 def filled(text: str) -> str:
