@@ -134,7 +134,7 @@ class MLPMatch(LightningModule):
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed, self.teacher)
         self.confusion, self.student_confusion = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
-        self.inference = SlidingWindowInference()  # of test_step and predict_step: whole images
+        self.inference = SlidingWindowInference()  # of validation, test and predict steps: whole images
         self._values_checked = False
         self.last_terms: dict[str, Tensor] = {}  # of the last training step, with the total as "loss"
         self.own_length, self.own_step = TrainingLength(), 0  # without a Trainer, see set_length
@@ -178,17 +178,16 @@ class MLPMatch(LightningModule):
             self._values_checked = True
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add whole images to the confusion matrix, and to that of the student if there is a teacher.
+        """Count the pixels by ``self.inference``, also for the student if there is a teacher.
 
         Raises:
             UserError: If the first batch has scaled images, or masks with values that are not classes.
         """
         if batch_idx == 0:
             self._check_values(batch["image"], batch["mask"])
-        self.confusion.update(self(batch["image"]).argmax(dim=1), batch["mask"])
+        self.confusion.update(self.inference.label(self.network, batch["image"]), batch["mask"])
         if self.teacher is not None:
-            label_BHW = predict_logits(self.segmentor, batch["image"]).argmax(dim=1)
-            self.student_confusion.update(label_BHW, batch["mask"])
+            self.student_confusion.update(self.inference.label(self.segmentor, batch["image"]), batch["mask"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""

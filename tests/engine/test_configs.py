@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import TINY, compose_config, compose_train
+from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from mlpmatch_pl.commands.report.run import Options as Report
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.published import PUBLISHED, published_list
 from mlpmatch_pl.data.datasets.shapes import shapes
-from mlpmatch_pl.engine.build import read_config
+from mlpmatch_pl.engine.build import build_datamodule, build_module, read_config
+from mlpmatch_pl.evaluation.confusion import confusion_matrix
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.methods.method import PRESETS, Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
@@ -92,6 +94,32 @@ def test_a_recipe_has_the_same_step_on_any_number_of_devices(name):
     assert {schedule["lr"] * images / schedule["reference_images"] for images in steps.values()} == {
         LEARNING_RATES[name]
     }
+
+
+def test_training_validates_in_the_windows_of_its_configuration():
+    def build(*overrides):
+        config = read_config(compose_train(*TINY, *overrides, output_dir=Path("out")))
+        method = resolve_method(config["method"])
+        datamodule = build_datamodule(config, method)
+        return build_module(config, method, datamodule, Trainer(logger=False, barebones=True)), datamodule
+
+    module, datamodule = build("evaluation.mode=slide", "evaluation.window=40", "evaluation.windows=cut")
+    assert module.inference == SlidingWindowInference("slide", 40, windows="cut")
+    for parameter in module.segmentor.decoder.parameters():
+        parameter.data *= 8 if parameter.ndim > 1 else 1  # all classes are predicted
+    batch = next(iter(datamodule.val_dataloader()))
+    module.eval().validation_step(batch, 0)
+    counts_CC = confusion_matrix(module.inference.label(module.network, batch["image"]), batch["mask"], 6)
+    assert torch.equal(module.confusion.compute(), counts_CC)
+    assert not torch.equal(counts_CC, confusion_matrix(module(batch["image"]).argmax(1), batch["mask"], 6))
+    with pytest.raises(UserError, match=r"expected evaluation.window with evaluation.mode=slide, .* it is not set"):
+        build("evaluation.mode=slide")
+
+
+def test_the_recipes_of_cityscapes_validate_as_the_published_results_do():
+    for name in (name for name in choices("experiment") if name.startswith("cityscapes")):
+        evaluation = read_config(compose_train(f"experiment={name}", output_dir=Path("out")))["evaluation"]
+        assert (evaluation["mode"], evaluation["window"], evaluation["windows"]) == ("slide", 801, "cut")
 
 
 @pytest.mark.parametrize("name", LISTED)

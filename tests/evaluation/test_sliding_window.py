@@ -112,6 +112,39 @@ def test_windows_equal_a_double_loop_with_counts(segmentor, height, width, windo
     assert np.abs(expected - plain_softmax(segmentor, image)).max() > 1e-3  # the windows matter
 
 
+def published_slide(segmentor, image_1CHW, window):
+    """The loops of the published evaluation of Cityscapes, image by image: windows are cut at the borders."""
+    height, width = image_1CHW.shape[2:]
+    total = np.zeros((4, height, width))
+    row = 0
+    while row < height:
+        col = 0
+        while col < width:
+            crop = image_1CHW[:, :, row : row + window, col : col + window]
+            total[:, row : row + window, col : col + window] += plain_softmax(segmentor, crop)[0]
+            col += int(window * 2 / 3)
+        row += int(window * 2 / 3)
+    return total
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(75, 131, 50), (64, 100, 36), (40, 90, 60), (50, 50, 60)])
+def test_cut_windows_equal_the_published_loops(segmentor, height, width, window):
+    image = images(2, 3, height, width)
+    inference = SlidingWindowInference("slide", window, windows="cut")
+    confidence, label = inference.confidence_and_label(segmentor, image)
+    assert torch.equal(label, inference(segmentor, image).argmax(dim=1))
+    for index in range(2):
+        total = published_slide(segmentor, image[index : index + 1], window)
+        expected = total / total.sum(0)
+        np.testing.assert_allclose(inference(segmentor, image)[index].numpy(), expected, atol=2e-5)
+        np.testing.assert_allclose(confidence[index].numpy(), expected.max(0), atol=2e-5)
+        differ = label[index].numpy() != total.argmax(0)
+        assert (np.diff(np.sort(expected, axis=0)[-2:], axis=0)[0][differ] < 1e-4).all()  # ties alone
+    if height > window:
+        inside = SlidingWindowInference("slide", window)(segmentor, image)
+        assert (inference(segmentor, image) - inside).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("height", "width"), [(60, 60), (41, 60), (5, 9)])
 def test_one_window_that_covers_the_image_is_the_whole_image(segmentor, height, width):
     image = images(1, 3, height, width)
@@ -232,6 +265,7 @@ def test_the_default_stride_is_two_thirds_of_the_window():
         ({"scales": (1.0, 1e30)}, "expected inference.scales as positive numbers up to 16"),
         ({"scales": "1.0"}, "expected inference.scales as positive numbers"),
         ({"scales": (math.inf,)}, "expected inference.scales as positive numbers"),
+        ({"windows": "cuts"}, "expected inference.windows as inside or cut, but got 'cuts'. Did you mean cut?"),
         ({"flip": "yes"}, "expected inference.flip as true or false, but got 'yes'"),
     ],
 )

@@ -12,6 +12,7 @@ from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.schema import checked
 from mlpmatch_pl.engine.trainer import MODULE_OPTIONS, images_per_update, uses_sync_batchnorm
+from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.segmentor.weights import load_published
@@ -77,6 +78,11 @@ def build_module(
         **{option: config["trainer"][option] for option in MODULE_OPTIONS},
         seed=config["seed"],
     )
+    windows = {key: value for key, value in config["evaluation"].items() if key != "absent"}
+    try:
+        module.inference = SlidingWindowInference(**windows)
+    except UserError as error:  # evaluate and predict have these keys under inference
+        raise UserError(str(error).replace("inference.", "evaluation.")) from error
     if config["init_weights"]:
         load_published(module.segmentor, config["init_weights"])
     return module

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.trainer import MODULE_OPTIONS
+from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import CutMix
@@ -64,7 +65,10 @@ _TRAINING: dict[str, Any] = {
     ),
     "callbacks": dict[str, dict[str, Any] | None],
     "dataset": dict[str, Any],
-    "evaluation": mapping_type(_hints(MLPMatch.__init__, "absent")),
+    "evaluation": mapping_type(
+        _hints(MLPMatch.__init__, "absent")
+        | _hints(SlidingWindowInference, "mode", "window", "stride", "window_batch", "windows")
+    ),
     "loader": mapping_type(_LOADER),
     "logger": mapping_type({"wandb": _WANDB | None, "tensorboard": bool}),
     "method": mapping_type(

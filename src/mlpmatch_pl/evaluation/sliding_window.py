@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlpmatch_pl.utils.errors import UserError, suggest
+from mlpmatch_pl.utils.errors import UserError, require_choice, suggest
 
 SMALLEST = 33  # the smallest side that every encoder and decoder here accepts
 LARGEST_SCALE = 16
@@ -51,8 +52,8 @@ class SlidingWindowInference:
     """Inference of class probabilities: whole images or sliding windows, optionally over several scales and flips.
 
     Softmax probabilities are averaged over the windows that cover a pixel, over the scales, and over the image and its
-    mirror image. For Cityscapes the authors use ``SlidingWindowInference("slide", window=801)``. They crop the windows
-    at the right and bottom border; here the last window is moved inside the image, so that all have the same size.
+    mirror image. The authors of UniMatch evaluate Cityscapes with
+    ``SlidingWindowInference("slide", window=801, windows="cut")``.
 
     Args:
         mode: ``whole`` for the image in one pass, ``slide`` for overlapping windows.
@@ -61,6 +62,8 @@ class SlidingWindowInference:
         window_batch: Windows per forward pass.
         scales: Factors by which the image is resized; downsampling is antialiased, as in training.
         flip: Whether to include the mirror image.
+        windows: ``inside`` moves the last window of a row or column inside the image, so that all have the same size;
+            ``cut`` cuts windows at the right and bottom border.
 
     Raises:
         UserError: If a value is out of range, or ``window`` or ``stride`` is given without ``mode="slide"``.
@@ -80,6 +83,7 @@ class SlidingWindowInference:
     window_batch: int = 4
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    windows: Literal["inside", "cut"] = "inside"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -88,6 +92,7 @@ class SlidingWindowInference:
             )
         if not isinstance(self.flip, bool):
             raise UserError(f"expected inference.flip as true or false, but got {self.flip!r}")
+        require_choice("inference.windows", self.windows, ("inside", "cut"))
         _check_count("window_batch", self.window_batch)
         object.__setattr__(self, "scales", _checked_scales(self.scales))
         if self.mode == "slide":
@@ -134,10 +139,24 @@ class SlidingWindowInference:
     @torch.no_grad()
     def label(self, segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
         """Return the class of each pixel, int64, (B, H, W)."""
-        if self.mode == "whole" and self.scales == (1.0,) and not self.flip:
+        if self.mode == "whole" and self._has_one_view:
             # Nothing is averaged, and softmax keeps the order.
             return predict_logits(segmentor, image_BCHW).argmax(dim=1)
-        return self(segmentor, image_BCHW).argmax(dim=1)
+        return self.confidence_and_label(segmentor, image_BCHW)[1]
+
+    @torch.no_grad()
+    def confidence_and_label(self, segmentor: nn.Module, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the highest probability at each pixel, float32, and its class, int64, both (B, H, W)."""
+        if self.window is None or self.stride is None or not self._has_one_view:
+            confidence_BHW, label_BHW = self(segmentor, image_BCHW).max(dim=1)
+            return confidence_BHW, label_BHW
+        # The probabilities of all classes are never in memory for the whole image.
+        bands = [band.max(dim=1) for band in self._bands(segmentor, image_BCHW, self.window, self.stride)]
+        return torch.cat([band.values for band in bands], dim=1), torch.cat([band.indices for band in bands], dim=1)
+
+    @property
+    def _has_one_view(self) -> bool:
+        return self.scales == (1.0,) and not self.flip
 
     def _views(self, segmentor: nn.Module, image_BCHW: Tensor) -> Iterator[Tensor]:
         """Yield the probabilities of each scaled and flipped view at the image's size."""
@@ -151,44 +170,67 @@ class SlidingWindowInference:
     def _infer_view(self, segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
         if self.window is None or self.stride is None:
             return _probabilities(segmentor, image_BCHW)
-        return self._slide(segmentor, image_BCHW, self.window, self.stride)
-
-    def _slide(self, segmentor: nn.Module, image_BCHW: Tensor, window: int, stride: int) -> Tensor:
-        """Average over the windows that cover a pixel; windows of several images share a forward pass."""
-        batch, _, height, width = image_BCHW.shape
-        crops = [
-            (index, slice(None), slice(top, top + window), slice(left, left + window))
-            for index in range(batch)
-            for top in _window_starts(height, window, stride)
-            for left in _window_starts(width, window, stride)
-        ]
-        count_B1HW = torch.zeros(batch, 1, height, width, device=image_BCHW.device)
         total_BCHW: Tensor | None = None
-        for first in range(0, len(crops), self.window_batch):
-            group = crops[first : first + self.window_batch]
-            probability_BCHW = _probabilities(segmentor, torch.stack([image_BCHW[crop] for crop in group]))
+        top = 0
+        for band_BCHW in self._bands(segmentor, image_BCHW, self.window, self.stride):
             if total_BCHW is None:
-                total_BCHW = probability_BCHW.new_zeros(batch, probability_BCHW.shape[1], height, width)
-            for crop, probability_CHW in zip(group, probability_BCHW, strict=True):
-                total_BCHW[crop] += probability_CHW
-                count_B1HW[crop] += 1
+                total_BCHW = band_BCHW.new_empty(*band_BCHW.shape[:2], *image_BCHW.shape[2:])
+            total_BCHW[:, :, top : top + band_BCHW.shape[2]] = band_BCHW
+            top += band_BCHW.shape[2]
         assert total_BCHW is not None  # there is at least one window
-        return total_BCHW.div_(count_B1HW)
+        return total_BCHW
+
+    def _bands(self, segmentor: nn.Module, image_BCHW: Tensor, window: int, stride: int) -> Iterator[Tensor]:
+        """Average over the windows that cover a pixel, and yield the rows that no later window covers, top to bottom.
+
+        Windows of several images share a forward pass.
+        """
+        batch, _, height, width = image_BCHW.shape
+        tops, lefts = self._starts(height, window, stride), self._starts(width, window, stride)
+        count_H1, count_W = _coverage(tops, window, height)[:, None], _coverage(lefts, window, width)
+        count_HW = (count_H1 * count_W).to(image_BCHW.device)
+        crops = [(index, left) for left in lefts for index in range(batch)]
+        rest_BCHW: Tensor | None = None  # sums of the rows that these windows share with those above
+        for top, following in zip(tops, [*tops[1:], height], strict=True):
+            total_BCHW: Tensor | None = None
+            for group in self._groups(crops, window, width):
+                windows = [image_BCHW[i, :, top : top + window, left : left + window] for i, left in group]
+                probability_BCHW = _probabilities(segmentor, torch.stack(windows))
+                if total_BCHW is None:
+                    channels, rows = probability_BCHW.shape[1:3]
+                    total_BCHW = probability_BCHW.new_zeros(batch, channels, rows, width)
+                    if rest_BCHW is not None:
+                        total_BCHW[:, :, : rest_BCHW.shape[2]] = rest_BCHW
+                for (index, left), probability_CHW in zip(group, probability_BCHW, strict=True):
+                    total_BCHW[index, :, :, left : left + window] += probability_CHW
+            assert total_BCHW is not None  # there is at least one window
+            yield total_BCHW[:, :, : following - top] / count_HW[top:following]
+            rest_BCHW = total_BCHW[:, :, following - top :]
+
+    def _groups(self, crops: list[tuple[int, int]], window: int, width: int) -> Iterator[list[tuple[int, int]]]:
+        """Group the windows of a forward pass, which have one width."""
+        for _, same in groupby(crops, key=lambda crop: min(window, width - crop[1])):
+            equal = list(same)
+            for first in range(0, len(equal), self.window_batch):
+                yield equal[first : first + self.window_batch]
+
+    def _starts(self, size: int, window: int, stride: int) -> list[int]:
+        """Return the first pixel of each window on an axis."""
+        if self.windows == "cut":
+            return list(range(0, size, stride))
+        last = max(size - window, 0)
+        return [*range(0, last, stride), last]
 
 
 def _probabilities(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
     return predict_logits(segmentor, image_BCHW).float().softmax(dim=1)
 
 
-def _window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Return the first pixel of each window on an axis; the last window ends with the axis.
-
-    Example:
-        >>> _window_starts(50, 30, 15), _window_starts(60, 30, 15), _window_starts(20, 30, 15)
-        ([0, 15, 20], [0, 15, 30], [0])
-    """
-    last = max(size - window, 0)
-    return [*range(0, last, stride), last]
+def _coverage(starts: Sequence[int], window: int, size: int) -> Tensor:
+    """Return the number of windows that cover each pixel on an axis, float32, (size,)."""
+    pixels_N = torch.arange(size)
+    starts_W1 = torch.tensor(starts)[:, None]
+    return ((starts_W1 <= pixels_N) & (pixels_N < starts_W1 + window)).sum(dim=0).float()
 
 
 def _resize(values_BCHW: Tensor, size: Sequence[int]) -> Tensor:
