@@ -28,8 +28,10 @@ from PIL import Image
 from benchmarks.loader import machine
 from mlpmatch_pl.engine.build import build_datamodule, read_config
 from mlpmatch_pl.engine.short_training import using_method
+from mlpmatch_pl.evaluation import ConfusionMatrix, Scores
 from mlpmatch_pl.methods.method import Method, resolve_method
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.predictor import load
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 STUDY = Path(__file__).with_name("study.yaml")
@@ -39,6 +41,7 @@ WARMUP, TIMED, ROUNDS = 1, 4, 5  # steps, steps a round, rounds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the run folders")
+    parser.add_argument("--part", choices=("comparison", "ablation"), default="comparison")
     parser.add_argument("--datasets", nargs="*", help="default: all, in the order of study.yaml")
     parser.add_argument("--methods", nargs="*", help="default: all, in the order of study.yaml")
     parser.add_argument("--seeds", nargs="*", type=int, help="default: those of study.yaml")
@@ -47,16 +50,15 @@ def main() -> None:
     torch.set_num_threads(1)
     halve_aerial(arguments.out / "data" / "aerial")
     study = yaml.safe_load(STUDY.read_text())
-    seeds, datasets, methods = (getattr(arguments, key) or list(study[key]) for key in ("seeds", "datasets", "methods"))
-    for dataset in datasets:
+    part = study["parts"][arguments.part]
+    methods = arguments.methods or list(part["methods"])
+    for dataset in arguments.datasets or part["datasets"]:
         settings = study["datasets"][dataset]
-        overrides = {
-            method: [*study["shared"], *settings["overrides"], *study["methods"][method]] for method in methods
-        }
+        overrides = {method: [*study["shared"], *settings["overrides"], *part["methods"][method]] for method in methods}
         steps = measure_steps(RESULTS / dataset / "steps.json", settings["minutes"], overrides)
-        for seed, method in product(seeds, methods):
+        for seed, method in product(arguments.seeds or study["seeds"], methods):
             own = [*overrides[method], f"schedule.steps={steps[method]}", f"seed={seed}"]
-            train(f"{dataset}/{method}_s{seed}", own, arguments.out)
+            train(dataset, method, own, arguments.out)
 
 
 def halve_aerial(target: Path) -> None:
@@ -97,8 +99,7 @@ class StepTimer:
     """Times the steps of a method, loading included."""
 
     def __init__(self, overrides: list[str]) -> None:
-        with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
-            config = read_config(compose("train", [*overrides, "schedule.steps=1", "output_dir=."]))
+        config = compose_run([*overrides, "schedule.steps=1"])
         self.method = resolve_method(config["method"])
         self.datamodule = build_datamodule(config, self.method)
         backbone = dict(config["backbone"])
@@ -129,8 +130,9 @@ class StepTimer:
             return (time.process_time() - marks[WARMUP]) / TIMED
 
 
-def train(name: str, overrides: list[str], out: Path) -> None:
+def train(dataset: str, method: str, overrides: list[str], out: Path) -> None:
     """Train a run to its end, and add its result to the others."""
+    name = f"{dataset}/{method.replace(' ', '-')}_s{overrides[-1].partition('=')[2]}"
     result, folder = RESULTS / f"{name}.json", out / name
     if result.is_file():
         return
@@ -141,12 +143,14 @@ def train(name: str, overrides: list[str], out: Path) -> None:
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     metrics = json.loads((folder / "metrics.json").read_text())
-    kept = ("method", "seed", "labeled", "unlabeled", "steps", "processor_seconds", "best", "last", "test", "tested")
+    kept = ("seed", "labeled", "unlabeled", "steps", "processor_seconds", "best", "last", "test", "tested")
     metrics["best"].pop("checkpoint")
     rows = pd.read_csv(folder / "metrics.csv").dropna(subset="val/miou")
     columns = [column for column in ("step", "val/miou", "val/student_miou") if column in rows]
     content = {
+        "method": method,
         **{key: metrics[key] for key in kept},
+        "fit": labeled_miou(folder, overrides),
         "curve": rows[columns].round(4).to_dict(orient="list"),
         "overrides": [override for override in overrides if "=$" not in override],
         "machine": machine(),
@@ -154,6 +158,22 @@ def train(name: str, overrides: list[str], out: Path) -> None:
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{time.strftime('%H:%M')} {name} test mIoU {metrics['test']['test/miou']:.4f}", flush=True)
+
+
+def labeled_miou(folder: Path, overrides: list[str]) -> float:
+    """Return the mIoU on the labeled images at the end of a training: how closely the network fits them."""
+    predictor = load(folder / "checkpoints" / "last.ckpt")
+    data = build_datamodule(compose_run(overrides), predictor.module.method).data
+    counts = ConfusionMatrix(len(data.class_names))
+    for index in data.labeled_indices:
+        prediction = torch.from_numpy(predictor.predict(data.train.image(index)))
+        counts.update(prediction[None], torch.from_numpy(data.train.mask(index).copy())[None])
+    return round(Scores.of(counts.compute()).miou, 4)
+
+
+def compose_run(overrides: list[str]) -> dict[str, Any]:
+    with initialize_config_module("mlpmatch_pl.conf", version_base="1.3"):
+        return read_config(compose("train", [*overrides, "output_dir=."]))
 
 
 if __name__ == "__main__":

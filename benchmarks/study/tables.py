@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.tables docs/results.md
 
-A table starts with `<!-- study: DATASET -->` and ends with `<!-- end -->`. The curves are written beside the page, as
-study_DATASET.png.
+A table starts with `<!-- comparison: DATASET -->`, or `ablation` or `dynamics` instead, and ends with
+`<!-- end -->`. The curves of a comparison are written beside the page, as study_DATASET.png.
 """
 
 import json
@@ -14,19 +14,28 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import yaml
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.study.__main__ import RESULTS
+from benchmarks.study.__main__ import RESULTS, STUDY
 
-MARKED = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.S)
+PARTS = yaml.safe_load(STUDY.read_text())["parts"]
+MARKED = re.compile(r"(<!-- (comparison|ablation|dynamics): (\w+) -->\n).*?(<!-- end -->)", re.S)
 COLORS = dict(
     zip(
         ("supervised", "supervised_averaged", "fixmatch", "unimatch", "mlpmatch", "mlpmatch_burn_in"),
         ("#7f7f7f", "#000000", "#2ca02c", "#1f77b4", "#ff7f0e", "#d62728"),
         strict=True,
     )
+)
+
+VOLATILE = (  # with and without
+    "mlpmatch",
+    "mlpmatch unlabeled network term only",
+    "mlpmatch_burn_in volatile term",
+    "mlpmatch_burn_in",
 )
 
 
@@ -40,16 +49,18 @@ def fill(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     page.write_text(filled(text), encoding="utf-8")
     for match in MARKED.finditer(text):
-        draw_curves(read_runs(match[2]), page.with_name(f"study_{match[2]}.png"))
+        if match[2] == "comparison":
+            draw_curves(read_runs(match[3]), page.with_name(f"study_{match[3]}.png"))
 
 
 def filled(text: str) -> str:
     """Return a page with its tables regenerated."""
-    return MARKED.sub(lambda match: f"{match[1]}\n{table(read_runs(match[2]))}\n\n{match[3]}", text)
+    tables = {"comparison": comparison, "ablation": ablation, "dynamics": dynamics}
+    return MARKED.sub(lambda match: f"{match[1]}\n{tables[match[2]](read_runs(match[3]))}\n\n{match[4]}", text)
 
 
 def read_runs(dataset: str) -> pd.DataFrame:
-    """Return a row for each finished run: method, seed, steps, minutes, best, test (percent) and curve."""
+    """Return a row for each finished run, with scores in percent and the curve of the validation mIoU over minutes."""
     rows = []
     for path in sorted((RESULTS / dataset).glob("*_s*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -59,25 +70,60 @@ def read_runs(dataset: str) -> pd.DataFrame:
         )
         rows.append(
             {
-                "method": path.stem.rpartition("_s")[0], "seed": run["seed"], "steps": run["steps"], "minutes": minutes,
-                "best": 100 * run["best"]["val/miou"], "last": curve.iloc[-1], "test": 100 * run["test"]["test/miou"],
-                "curve": curve,
+                "method": run["method"], "seed": run["seed"], "steps": run["steps"], "minutes": minutes,
+                "best": 100 * run["best"]["val/miou"], "last": curve.iloc[-1], "fit": 100 * run["fit"],
+                "test": 100 * run["test"]["test/miou"] if "test" in run else float("nan"), "curve": curve,
+                "converged": curve.index[curve >= 0.95 * curve.iloc[-1]][0],
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def table(runs: pd.DataFrame) -> str:
+def comparison(runs: pd.DataFrame) -> str:
     """Compare the methods: mean and range over seeds."""
-    lines = [
-        "| method | seeds | steps | minutes | validation, best | validation, last | test |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ("best", "last") if runs["test"].isna().all() else ("best", "last", "test")
+    names = {"best": "validation, best", "last": "validation, last", "test": "test"}
+    lines = [f"| method | seeds | steps | minutes | {' | '.join(names[column] for column in columns)} |"]
+    lines.append("|---" * (4 + len(columns)) + "|")
     for method in (method for method in COLORS if method in set(runs["method"])):
         own = runs[runs["method"] == method]
-        scores = " | ".join(spread(own[key]) for key in ("best", "last", "test"))
-        minutes = own["minutes"].mean()
-        lines.append(f"| `{method}` | {len(own)} | {own['steps'].iloc[0]} | {minutes:.1f} | {scores} |")
+        scores = " | ".join(spread(own[key]) for key in columns)
+        lines.append(f"| `{method}` | {len(own)} | {own['steps'].iloc[0]} | {own['minutes'].mean():.1f} | {scores} |")
+    return "\n".join(lines)
+
+
+def ablation(runs: pd.DataFrame) -> str:
+    """Compare each ablation with its method, over the seeds that both have."""
+    lines = [
+        "| method | change | seeds | validation, best | difference | test | difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in PARTS["ablation"]["methods"]:
+        method, _, change = name.partition(" ")
+        pairs = runs[runs["method"] == name].merge(runs[runs["method"] == method], on="seed", suffixes=("", "_method"))
+        if not pairs.empty:
+            scores = " | ".join(
+                f"{spread(pairs[key])} | {(pairs[key] - pairs[f'{key}_method']).mean():+.1f}"
+                for key in ("best", "test")
+            )
+            lines.append(f"| `{method}` | {change} | {len(pairs)} | {scores} |")
+    return "\n".join(lines)
+
+
+def dynamics(runs: pd.DataFrame) -> str:
+    """Compare trainings with and without volatile learning."""
+    lines = [
+        "| method | seeds | labeled images, last | gap to validation | minutes to 95 % | range over seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in VOLATILE:
+        own = runs[runs["method"] == method]
+        if not own.empty:
+            gap, last = own["fit"] - own["last"], own["last"]
+            lines.append(
+                f"| {method} | {len(own)} | {spread(own['fit'])} | {spread(gap)} | {spread(own['converged'])} "
+                f"| {last.max() - last.min():.1f} |"
+            )
     return "\n".join(lines)
 
 

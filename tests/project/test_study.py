@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -11,21 +12,30 @@ from PIL import Image
 from benchmarks.study import tables
 from benchmarks.study.__main__ import STUDY
 from mlpmatch_pl.engine.build import read_config
+from mlpmatch_pl.methods.method import PRESETS, resolve_method
 
 SETTINGS = yaml.safe_load(STUDY.read_text())
 MIOU = {"supervised": [0.50, 0.53], "mlpmatch_burn_in": [0.55]}
 
 
-@pytest.mark.parametrize("method", SETTINGS["methods"])
-@pytest.mark.parametrize("dataset", SETTINGS["datasets"])
+METHODS = {name: overrides for part in SETTINGS["parts"].values() for name, overrides in part["methods"].items()}
+DATASETS = dict.fromkeys(("supervised_averaged", "mlpmatch_burn_in"), SETTINGS["parts"]["comparison"]["datasets"])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "method"),
+    [(dataset, method) for method in METHODS for dataset in DATASETS.get(method, ["aerial"])],
+)
 def test_every_run_composes(dataset, method, monkeypatch, tmp_path):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
     monkeypatch.setenv("MLPMATCH_STUDY", "study")
-    overrides = [*SETTINGS["shared"], *SETTINGS["datasets"][dataset]["overrides"], *SETTINGS["methods"][method]]
+    overrides = [*SETTINGS["shared"], *SETTINGS["datasets"][dataset]["overrides"], *METHODS[method]]
     config = read_config(compose_train(*overrides, "schedule.steps=1", output_dir=tmp_path))
-    assert method.startswith(config["method"]["name"])
-    assert method in tables.COLORS
-    assert (config["method"]["teacher"] is not None) == (method in ("supervised_averaged", "mlpmatch_burn_in"))
+    resolved = resolve_method(config["method"])
+    preset = method.partition(" ")[0].removesuffix("_averaged")
+    assert resolved.name == preset
+    assert (json.dumps(asdict(resolved)) != json.dumps(asdict(PRESETS[preset]))) == (method != preset)
+    assert method in tables.COLORS or preset in tables.COLORS
 
 
 @pytest.fixture
@@ -34,18 +44,22 @@ def results(tmp_path, monkeypatch):
     (tmp_path / "results" / "aerial").mkdir(parents=True)
     for method, scores in MIOU.items():
         for seed, miou in enumerate(scores):
-            run = {
-                "seed": seed, "steps": 20, "processor_seconds": 120, "best": {"val/miou": miou},
-                "test": {"test/miou": miou / 2}, "curve": {"step": [9, 19], "val/miou": [miou, miou - 0.1]},
-            }  # fmt: skip
-            (tmp_path / "results" / "aerial" / f"{method}_s{seed}.json").write_text(json.dumps(run))
+            write_run(tmp_path, method, seed, miou)
     (tmp_path / "results" / "aerial" / "steps.json").write_text("{}")
     return tmp_path
 
 
+def write_run(folder, method, seed, miou):
+    run = {
+        "method": method, "seed": seed, "steps": 20, "processor_seconds": 120, "best": {"val/miou": miou}, "fit": 0.9,
+        "test": {"test/miou": miou / 2}, "curve": {"step": [9, 19], "val/miou": [miou, miou - 0.1]},
+    }  # fmt: skip
+    (folder / "results" / "aerial" / f"{method}_s{seed}.json").write_text(json.dumps(run))
+
+
 def test_tables_have_the_mean_and_the_range_over_seeds(results):
     page = results / "page.md"
-    page.write_text("before\n<!-- study: aerial -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- comparison: aerial -->\nold\n<!-- end -->\nafter\n")
     for _ in range(2):  # filling again changes nothing
         tables.fill(page)
     rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
@@ -63,3 +77,20 @@ def test_tables_have_the_mean_and_the_range_over_seeds(results):
 def test_a_curve_ends_at_the_minutes_of_its_run(results):
     curve = tables.read_runs("aerial")["curve"].iloc[0]
     assert curve.index.tolist() == pytest.approx([0.9, 1.9])
+
+
+def test_an_ablation_is_compared_with_its_method_on_the_same_seeds(results):
+    name = "mlpmatch_burn_in volatile term"
+    for seed, miou in enumerate((0.57, 0.20)):  # the method has no second seed
+        write_run(results, name, seed, miou)
+    row = tables.filled("<!-- ablation: aerial -->\n<!-- end -->").splitlines()[-3]
+    assert row == "| `mlpmatch_burn_in` | volatile term | 1 | 57.0 | +2.0 | 28.5 | +1.0 |"
+
+
+def test_dynamics_compare_trainings_with_and_without_the_volatile_term(results):
+    write_run(results, "mlpmatch_burn_in volatile term", 0, 0.57)
+    rows = tables.filled("<!-- dynamics: aerial -->\n<!-- end -->").splitlines()[4:6]
+    assert rows == [
+        "| mlpmatch_burn_in volatile term | 1 | 90.0 | 43.0 | 0.9 | 0.0 |",
+        "| mlpmatch_burn_in | 1 | 90.0 | 45.0 | 0.9 | 0.0 |",
+    ]
