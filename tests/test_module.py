@@ -101,7 +101,8 @@ def test_wrong_arguments_are_refused(options, message):
 
 
 def test_speed_and_memory_options_reach_the_network():
-    module = make_module(channels_last=True, compile_blocks=True, activation_checkpointing=True, fused_optimizer=True)
+    fused = {"name": "SGD", "fused": True}
+    module = make_module(channels_last=True, compile_blocks=True, activation_checkpointing=True, optimizer=fused)
     module.set_length(steps=10, epochs=1)
     assert module.segmentor.encoder.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert module.segmentor.encoder._training_runner != make_module().segmentor.encoder._training_runner

@@ -25,13 +25,14 @@ from mlpmatch_pl.methods.batch import require_image_values, require_mask_values,
 from mlpmatch_pl.methods.build import build_step
 from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import resolve_method, total_loss
-from mlpmatch_pl.methods.schedules import TrainingLength, build_sgd, poly_decay, volatile_weight
+from mlpmatch_pl.methods.optimizers import PAPER_OPTIMIZER, build_optimizer
+from mlpmatch_pl.methods.schedules import DECAYS, TrainingLength, lr_factor, volatile_weight
 from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.segmentor import Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from mlpmatch_pl.utils.checkpoint import check_architecture
-from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.errors import UserError, require_choice
 from mlpmatch_pl.utils.palette import check_palette
 
 
@@ -59,9 +60,12 @@ class MLPMatch(LightningModule):
         ignore_index: Mask value of ignored pixels.
         lr: Learning rate of the encoder.
         lr_multi: The learning rate of the decoder is ``lr * lr_multi``.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
-        power: Exponent of the per-step polynomial decay of the learning rate; 0 for a constant one.
+        layer_decay: Factor of the learning rate from a layer of the encoder to the one before it, from above 0 to 1.
+        decay: How the learning rate falls to 0, step by step: ``poly`` or ``cosine``.
+        power: Exponent of the polynomial decay; 0 for a constant learning rate.
+        warmup_steps: Number of first steps in which the learning rate rises linearly.
+        optimizer: Name of an optimizer, or a mapping of its ``name`` and its arguments, see
+            `mlpmatch_pl.methods.optimizers.build_optimizer`.
         class_names: Class names in the metrics' keys; ``0``, ``1``, ... by default.
         palette: RGB color of each class, saved in checkpoints to color predictions.
         bit_depth: Bits per channel of the training images, 8 or 16, saved in checkpoints to read images the same way.
@@ -71,7 +75,6 @@ class MLPMatch(LightningModule):
         compile_blocks: Compile each block of the encoder for training.
         activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass, and recompute
             the rest: less memory, more time.
-        fused_optimizer: Use the fused implementation of the optimizer.
         seed: Seed of the random draws in the training step.
 
     Raises:
@@ -101,9 +104,11 @@ class MLPMatch(LightningModule):
         ignore_index: int = 255,
         lr: float = 0.001,
         lr_multi: float = 10.0,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        layer_decay: float = 1.0,
+        decay: str = "poly",
         power: float = 0.9,
+        warmup_steps: int = 0,
+        optimizer: str | Mapping[str, Any] = PAPER_OPTIMIZER,
         class_names: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         bit_depth: int = 8,
@@ -112,7 +117,6 @@ class MLPMatch(LightningModule):
         channels_last: bool = False,
         compile_blocks: bool = False,
         activation_checkpointing: bool = False,
-        fused_optimizer: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -133,6 +137,7 @@ class MLPMatch(LightningModule):
         self.teacher = Teacher(self.segmentor, **self.method.teacher) if self.method.teacher else None
         self.criterion = build_criterion(criterion, num_classes, ignore_index)
         self.step = build_step(self.segmentor, self.criterion, self.method, confidence_threshold, seed, self.teacher)
+        self._build_optimizer()  # a wrong one is refused here, not when training starts
         self.confusion, self.student_confusion = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
         self.inference = SlidingWindowInference()  # of validation, test and predict steps: whole images
         self._values_checked = False
@@ -212,19 +217,24 @@ class MLPMatch(LightningModule):
         return self.inference.label(self.network, batch["image"])
 
     def configure_optimizers(self) -> Any:
-        """Build SGD with per-step polynomial decay, with ``lr`` for the encoder and ``lr * lr_multi`` for the decoder.
+        """Build the optimizer, and the decay of its learning rates over the training's steps.
 
         Raises:
-            UserError: If the number of steps is unknown, unless ``power`` is 0.
+            UserError: If the number of steps is unknown, unless the learning rate is constant.
         """
-        optimizer = build_sgd(self.segmentor.encoder, self.segmentor.decoder, self.hparams)
+        optimizer = self._build_optimizer()
         if self.teacher is not None:
             optimizer.register_step_post_hook(self._update_teacher)
-        power = self.hparams["power"]
-        steps = self.length().required_steps() if power else 1
-        decay = partial(poly_decay, steps=steps, power=power, late=self.method.late_schedule)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+        options = {key: self.hparams[key] for key in ("decay", "power", "warmup_steps")}
+        constant = options["decay"] == "poly" and not options["power"]
+        steps = 1 if constant else self.length().required_steps()
+        factor = partial(lr_factor, steps=steps, late=self.method.late_schedule, **options)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        rates = (self.hparams[key] for key in ("lr", "lr_multi", "layer_decay"))
+        return build_optimizer(self.hparams["optimizer"], self.segmentor.encoder, self.segmentor.decoder, *rates)
 
     def _update_teacher(self, *_: Any) -> None:
         assert self.teacher is not None
@@ -308,9 +318,12 @@ class MLPMatch(LightningModule):
 
 
 def _check_ranges(hparams: Mapping[str, Any]) -> None:
-    for key in ("lr", "lr_multi", "momentum", "weight_decay", "power"):
+    for key in ("lr", "lr_multi", "power", "warmup_steps"):
         if not 0 <= hparams[key] < math.inf:
             raise UserError(f"expected {key} as a number of at least 0, but got {hparams[key]}")
+    if not 0 < hparams["layer_decay"] <= 1:
+        raise UserError(f"expected layer_decay from above 0 to 1, but got {hparams['layer_decay']}")
+    require_choice("schedule.decay", hparams["decay"], DECAYS)
     if not 0 <= hparams["confidence_threshold"] <= 1:
         raise UserError(f"expected confidence_threshold from 0 to 1, but got {hparams['confidence_threshold']}")
     if min(hparams["std"], default=1) <= 0:

@@ -29,6 +29,7 @@ from mlpmatch_pl.engine.build import build_datamodule, build_module, read_config
 from mlpmatch_pl.evaluation.confusion import confusion_matrix
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.methods.method import PRESETS, Method, resolve_method
+from mlpmatch_pl.methods.optimizers import PAPER_OPTIMIZER
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
@@ -164,11 +165,18 @@ def test_the_module_defaults_are_the_configured_defaults_of_the_paper():
     defaults = {name: p.default for name, p in inspect.signature(MLPMatch).parameters.items()}
     for group, keys in {
         "backbone": ("output_stride", "decoder_channels", "pretrained", "mean", "std", "atrous_rates"),
-        "schedule": ("lr", "lr_multi", "momentum", "weight_decay", "power"),
+        "schedule": ("lr", "lr_multi", "layer_decay", "decay", "power", "warmup_steps"),
     }.items():
         for key in keys:
             value = config[group][key]
             assert (tuple(value) if OmegaConf.is_list(value) else value) == defaults[key]
+    assert config.optimizer == {**PAPER_OPTIMIZER, "fused": None}
+
+
+def test_an_optimizer_brings_its_learning_rate_unless_another_is_given():
+    adamw = compose_train("optimizer=adamw", "dataset=camvid", "schedule=short")
+    assert (adamw.optimizer.name, adamw.schedule.lr, adamw.schedule.lr_multi) == ("AdamW", 1e-4, 10)
+    assert compose_train("optimizer=adamw", "schedule.lr=0.01").schedule.lr == 0.01
 
 
 def test_datasets_and_experiments_override_the_primary_defaults():

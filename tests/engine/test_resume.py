@@ -23,7 +23,7 @@ from mlpmatch_pl.engine import run_folder
 from mlpmatch_pl.engine.resume import find_start, read_start
 from mlpmatch_pl.engine.run_folder import check_splits, run_lock
 from mlpmatch_pl.engine.trainer import length_of_training
-from mlpmatch_pl.methods.schedules import poly_decay
+from mlpmatch_pl.methods.schedules import lr_factor
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
 
@@ -316,7 +316,7 @@ def test_with_other_steps_per_epoch_the_interrupted_epoch_starts_again(options, 
     again = [row for row in rows(folder)[done:] if row["train/lr"]]
     assert [(int(row["epoch"]), int(row["step"])) for row in again] == [(1, step) for step in range(steps, 2 * steps)]
     for row in again:
-        lr = 0.05 * poly_decay(int(row["step"]), 2 * steps, 0.9, late=False)
+        lr = 0.05 * lr_factor(int(row["step"]), steps=2 * steps, decay="poly", power=0.9)
         assert float(row["train/lr"]) == pytest.approx(lr)
 
 
@@ -335,15 +335,22 @@ def test_a_schedule_in_steps_keeps_its_epochs_unless_it_changes():
     assert length_of_training({"epochs": None, "steps": 12}, 3, before) == (4, 1)
 
 
+def test_another_optimizer_is_refused(stopped, tmp_path):
+    folder = copy(stopped, tmp_path)
+    for override in ("optimizer=adamw", "schedule.layer_decay=0.7"):
+        with pytest.raises(UserError, match=r"expected the optimizer of .*last\.ckpt, SGD with .*; load its weights"):
+            run(folder, override, *SILENT)
+
+
 def test_the_configured_learning_rate_is_used(stopped, tmp_path, caplog):
     folder = copy(stopped, tmp_path)
     with caplog.at_level(logging.INFO):
-        run(folder, "schedule.lr=0.5", "schedule.momentum=0.5", *SILENT)
+        run(folder, "schedule.lr=0.5", "optimizer.momentum=0.5", *SILENT)
     assert "at epoch 2 (40% of it done); the configured learning rate is used, it was 0.025" in caplog.text
     for row in rows(folder):
         if row["train/lr"]:
             step = int(row["step"])
-            lr = (0.25 if step >= 7 else 0.025) * poly_decay(step, 10, 0.9, late=False)
+            lr = (0.25 if step >= 7 else 0.025) * lr_factor(step, steps=10, decay="poly", power=0.9)
             assert float(row["train/lr"]) == pytest.approx(lr)
     assert checkpoint(folder)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.5
     assert (folder / "config-1.yaml").is_file()

@@ -1,14 +1,13 @@
-"""Schedules of lambda and of the learning rate, the length of training, and the optimizer."""
+"""Schedules of lambda and of the learning rate, and the length of training."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from mlpmatch_pl import UserError
-from mlpmatch_pl.methods.schedules import TrainingLength, build_sgd, poly_decay, volatile_weight
+from mlpmatch_pl.methods.schedules import TrainingLength, lr_factor, volatile_weight
 
 
 def weight(schedule, epoch=0, step=0, epochs=80, steps=800):
@@ -48,10 +47,23 @@ def test_a_schedule_asks_for_the_length_it_needs(schedule, unit):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_poly_decay_lags_one_step_if_late(late):
-    factors = [poly_decay(step, 10, 0.9, late) for step in range(15)]
-    assert factors[:11] == pytest.approx([(1 - max(step - late, 0) / 10) ** 0.9 for step in range(11)])
+    options = {"decay": "poly", "power": 0.9, "late": late}
+    factors = [lr_factor(step, steps=10, **options) for step in range(15)]
+    assert factors[:11] == [(1 - max(step - late, 0) / 10) ** 0.9 for step in range(11)]  # to the bit
     assert factors[11:] == [0.0] * 4
-    assert poly_decay(0, 0, 0.9, late) == 1.0
+    assert lr_factor(0, steps=0, **options) == 1.0
+
+
+def test_cosine_decay_and_warmup_equal_torchs_schedulers():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    options = {"steps": 20, "decay": "cosine", "power": 0.9}
+    for step in range(20):
+        expected = cosine.get_last_lr()[0]
+        assert lr_factor(step, **options) == pytest.approx(expected)
+        assert lr_factor(step, **options, warmup_steps=4) == pytest.approx(expected * min((step + 1) / 4, 1))
+        optimizer.step()
+        cosine.step()
 
 
 @pytest.mark.parametrize(
@@ -80,27 +92,3 @@ def test_an_unknown_number_of_steps_is_asked_for():
     assert TrainingLength(steps=10).required_steps() == 10
     with pytest.raises(UserError, match=r"expected a known number of training steps .* set max_steps of the Trainer"):
         TrainingLength(epochs=3).required_steps()
-
-
-def test_sgd_has_a_learning_rate_for_encoder_and_decoder_and_equals_a_plain_loop():
-    options = {"lr": 0.01, "lr_multi": 5.0, "momentum": 0.8, "weight_decay": 0.002}
-    updated = []
-    for fused in (False, True):
-        encoder, decoder = nn.Linear(2, 2), nn.Linear(2, 2)
-        for parameter in (*encoder.parameters(), *decoder.parameters()):
-            nn.init.constant_(parameter, 1.0)
-        optimizer = build_sgd(encoder, decoder, {**options, "fused_optimizer": fused})
-        assert bool(optimizer.defaults["fused"]) is fused
-        for _ in range(2):
-            for parameter in (*encoder.parameters(), *decoder.parameters()):
-                parameter.grad = torch.full_like(parameter, 0.1)
-            optimizer.step()
-        updated.append([encoder.weight[0, 0].item(), decoder.bias[0].item()])
-    expected = []
-    for lr in (0.01, 0.05):
-        value, velocity = 1.0, 0.0
-        for _ in range(2):
-            velocity = 0.8 * velocity + 0.1 + 0.002 * value
-            value -= lr * velocity
-        expected.append(value)
-    assert updated == [pytest.approx(expected, rel=1e-6)] * 2

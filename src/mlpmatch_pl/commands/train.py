@@ -21,7 +21,7 @@ from mlpmatch_pl.engine.build import build_callbacks, build_datamodule, build_mo
 from mlpmatch_pl.engine.loggers import build_loggers, finish_wandb
 from mlpmatch_pl.engine.logging import describe_learning_rate, describe_training, quiet
 from mlpmatch_pl.engine.results import train_and_test
-from mlpmatch_pl.engine.resume import Start, check_classes, check_unfinished, find_start, make_last
+from mlpmatch_pl.engine.resume import Start, check_classes, check_optimizer, check_unfinished, find_start, make_last
 from mlpmatch_pl.engine.run_folder import check_splits, run_lock, write_run_folder
 from mlpmatch_pl.engine.runtime_errors import translate_errors
 from mlpmatch_pl.engine.short_training import set_steps
@@ -72,6 +72,7 @@ def _build(config: dict[str, Any], output_dir: Path) -> _Training:
     if start.checkpoint is not None:
         check_architecture(start.hparams, module.hparams)
         check_classes(start, datamodule.data.class_names)
+        check_optimizer(start, module.hparams)
         check_splits(start.checkpoint, output_dir, datamodule.data)
         check_unfinished(start, output_dir, trainer.max_epochs or 0)
     if cluster_environment().local_rank() == 0:  # validates the data, before Lightning starts other processes

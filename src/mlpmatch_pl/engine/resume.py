@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmatch_pl.callbacks.checkpoints import DATA, LENGTH, METRICS
+from mlpmatch_pl.methods.optimizers import PAPER_OPTIMIZER
 from mlpmatch_pl.utils.checkpoint import BEST, LAST, PREVIOUS, read_checkpoint, write_checkpoint
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import free_name, set_aside
@@ -161,6 +162,22 @@ def check_classes(start: Start, names: Sequence[str]) -> None:
         raise UserError(
             f"expected the classes {', '.join(map(str, before))} of {start.checkpoint}, in this order, but got "
             f"{', '.join(names)}; resume with the dataset options of the run that wrote it"
+        )
+
+
+def check_optimizer(start: Start, hparams: Mapping[str, Any]) -> None:
+    """Refuse to resume with another optimizer, whose state the checkpoint lacks.
+
+    Raises:
+        UserError: If the optimizer, or its division of the network into layers, differs.
+    """
+    specs = [saved.get("optimizer", PAPER_OPTIMIZER) for saved in (start.hparams, hparams)]
+    layers = [saved.get("layer_decay", 1.0) for saved in (start.hparams, hparams)]
+    before, now = (spec if isinstance(spec, str) else spec["name"] for spec in specs)
+    if start.checkpoint is not None and (before != now or (layers[0] == 1) != (layers[1] == 1)):
+        raise UserError(
+            f"expected the optimizer of {start.checkpoint}, {before} with schedule.layer_decay={layers[0]}, but got "
+            f"{now} with {layers[1]}; load its weights with init_weights to train them with another one"
         )
 
 

@@ -80,9 +80,10 @@ _TRAINING: dict[str, Any] = {
         }
     ),
     "objective": mapping_type({"criterion": str | _CRITERION, "confidence_threshold": float}),
+    "optimizer": dict[str, Any],
     "schedule": mapping_type(
         {"epochs": int | None, "steps": int | None, "minutes": float | None, "reference_images": int}
-        | _hints(MLPMatch.__init__, "lr", "lr_multi", "momentum", "weight_decay", "power")
+        | _hints(MLPMatch.__init__, "lr", "lr_multi", "layer_decay", "decay", "power", "warmup_steps")
     ),
     "trainer": mapping_type(_TRAINER, optional=_TRAINER.keys() - {*_TRAINER_REQUIRED}),
 }

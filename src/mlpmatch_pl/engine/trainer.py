@@ -23,7 +23,7 @@ _SET_HERE = {
     "num_sanity_val_steps", "plugins", "strategy", "use_distributed_sampler",
 }  # fmt: skip
 
-MODULE_OPTIONS = ("channels_last", "compile_blocks", "activation_checkpointing", "fused_optimizer")
+MODULE_OPTIONS = ("channels_last", "compile_blocks", "activation_checkpointing")
 """Options of the group trainer, because they concern speed and memory, that are passed to the module."""
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import nn
 
 from mlpmatch_pl.utils.errors import UserError
 
 SCHEDULES = ("linear_epoch", "linear_step", "constant", "off")
 """Schedules of lambda. The paper's is ``linear_epoch``: lambda = lambda_max * e / E."""
+
+DECAYS = ("poly", "cosine")
+"""How the learning rate falls to 0. The paper's is ``poly``."""
 
 
 def volatile_weight(
@@ -52,37 +51,27 @@ def volatile_weight(
     return maximum * min(done / max(total, 1), 1.0)
 
 
-def build_sgd(encoder: nn.Module, decoder: nn.Module, hparams: Mapping[str, Any]) -> torch.optim.SGD:
-    """Build the optimizer.
-
-    Args:
-        encoder: Trained with learning rate ``lr``.
-        decoder: Trained with learning rate ``lr * lr_multi``.
-        hparams: ``lr``, ``lr_multi``, ``momentum``, ``weight_decay`` and ``fused_optimizer``, as in
-            `mlpmatch_pl.module.MLPMatch`.
-    """
-    groups = [
-        {"params": encoder.parameters(), "lr": hparams["lr"], "name": "encoder"},
-        {"params": decoder.parameters(), "lr": hparams["lr"] * hparams["lr_multi"], "name": "decoder"},
-    ]
-    options = {"momentum": hparams["momentum"], "weight_decay": hparams["weight_decay"]}
-    return torch.optim.SGD(groups, **options, fused=hparams["fused_optimizer"] or None)
-
-
-def poly_decay(step: int, steps: int, power: float, late: bool) -> float:
-    """Return the factor of the learning rate, ``(1 - step / steps) ** power``.
+def lr_factor(step: int, *, steps: int, decay: str, power: float, warmup_steps: int = 0, late: bool = False) -> float:
+    """Return the factor of the learning rate at a step.
 
     Args:
         step: Optimizer step, from 0.
         steps: Total number of steps, after which the factor is 0.
-        power: Exponent, 0.9 in the paper.
+        decay: One of `DECAYS`: ``poly`` is ``(1 - step / steps) ** power``, ``cosine`` is half a period of the cosine.
+        power: Exponent of ``poly``, 0.9 in the paper; 0 for a constant factor.
+        warmup_steps: Number of first steps in which the factor rises linearly to that of the decay.
         late: Use the value of the previous step, as the authors' code does.
 
     Example:
-        >>> [round(poly_decay(step, 10, 0.9, late=True), 4) for step in range(4)]
+        >>> [round(lr_factor(step, steps=10, decay="poly", power=0.9, late=True), 4) for step in range(4)]
         [1.0, 1.0, 0.9095, 0.8181]
+        >>> [round(lr_factor(step, steps=10, decay="cosine", power=0.9, warmup_steps=2), 4) for step in (0, 2, 5, 10)]
+        [0.5, 0.9045, 0.5, 0.0]
     """
-    return float(max(1 - max(step - late, 0) / max(steps, 1), 0.0) ** power)
+    step = max(step - late, 0)
+    left = max(1 - step / max(steps, 1), 0.0)
+    factor = left**power if decay == "poly" else (1 - math.cos(math.pi * left)) / 2
+    return float(factor * min((step + 1) / max(warmup_steps, 1), 1.0))
 
 
 @dataclass(frozen=True)
