@@ -1,4 +1,4 @@
-"""Download, convert and verify a benchmark dataset.
+"""Download, convert and verify a benchmark dataset, or draw masks from what an annotation tool exports.
 
 Rerun an interrupted command to continue. Cityscapes needs a registration; the command says how to get its archives.
 
@@ -7,6 +7,7 @@ Examples:
     python -m mlpmatch_pl.prepare dataset=voc root=/data/voc splits=unimatch    # and the published lists
     python -m mlpmatch_pl.prepare dataset=voc root=/data/voc archives=/usb      # offline
     python -m mlpmatch_pl.prepare dataset=cityscapes root=/data/cityscapes
+    python -m mlpmatch_pl.prepare dataset=annotations root=my_photos annotations=export.json
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ import unicodedata
 import numpy as np
 import pytest
 from helpers.images import save_image, save_mask
+from PIL import Image
 
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.datasets.voc import voc
@@ -221,3 +222,19 @@ def test_voc_is_read_as_most_repositories_keep_it(tmp_path, name, line):
     assert data.labeled.names == ("JPEGImages/2007_1.jpg", "JPEGImages/2007_2.jpg")
     assert [int(data.train.mask(index)[0, 0]) for index in data.labeled_indices] == [1, 2]
     assert data.val.pair(0).mask == "SegmentationClass/2007_5.png"
+
+
+@pytest.mark.parametrize(("image", "mask"), [("{}.png", "{}.npy"), ("{}.jpg", "{}_mask.npy")])
+def test_npy_masks_may_lie_beside_the_images(tmp_path, image, mask):
+    make(tmp_path, image, "masks/{}.png")
+    for path in sorted((tmp_path / "masks").glob("*.png")):
+        np.save(tmp_path / mask.format(path.stem), np.asarray(Image.open(path)))
+        path.unlink()
+    assert paired(tmp_path, images=".", masks=".")[0] == RIGHT
+
+
+def test_masks_of_all_parts_may_be_in_one_folder(tmp_path):
+    make(tmp_path, "train/{}.jpg", "masks/train/{}.png")
+    make(tmp_path, "valid/{}.jpg", "masks/valid/{}.png", count=2)
+    data = folder(str(tmp_path), [*map(str, range(8))], train="train", val="valid")
+    assert (len(data.labeled.names), len(data.unlabeled), len(data.val)) == (4, 2, 2)

@@ -377,6 +377,25 @@ def messages(root, **options):
     return [(finding.is_error, finding.message) for finding in found]
 
 
+@pytest.mark.parametrize("values", [[255, 0, 1], [1, 2, 3]])
+def test_ids_that_are_all_shifted_by_one_are_named(tmp_path, values):
+    for index, mask in enumerate(small_folder(tmp_path)):
+        Image.fromarray(np.array(values, np.uint8)[np.where(index == 0, mask, mask // 2)]).save(
+            tmp_path / f"masks/{index}.png"
+        )
+    data = folder(str(tmp_path), ["background", "road", "sky"])
+    found = [message for _, message in findings(data, crop_size=33)]
+    assert any("all ids are shifted by one" in message or "all ids were shifted by one" in message for message in found)
+
+
+def test_few_ignored_pixels_or_all_classes_are_no_sign_of_a_shift(tmp_path):
+    for index, mask in enumerate(small_folder(tmp_path)):
+        mask[:, :9] = 255
+        Image.fromarray(np.where(mask == 2, index % 2, mask).astype(np.uint8)).save(tmp_path / f"masks/{index}.png")
+    data = folder(str(tmp_path), ["background", "road", "sky"])
+    assert not any("shifted" in message for _, message in findings(data, crop_size=33))
+
+
 PALETTES = [[0, 0, 0, 9, 9, 9, 5, 5, 5], [0, 0, 0, 5, 5, 5, 9, 9, 9]]
 
 

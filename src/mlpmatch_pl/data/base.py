@@ -130,18 +130,20 @@ def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) 
         UserError: With the name of the image and the values.
 
     Example:
-        >>> require_classes(np.full((2, 2), 7, np.uint8), "a.png", 7, 255)
+        >>> require_classes(np.full((2, 2), 9, np.uint8), "a.png", 7, 255)
         Traceback (most recent call last):
         ...
-        mlpmatch_pl.utils.errors.UserError: expected mask values 0..6 or 255 (ignore), but the mask of a.png has 7; ...
+        mlpmatch_pl.utils.errors.UserError: expected mask values 0..6 or 255 (ignore), but the mask of a.png has 9; ...
     """
     wrong = (mask >= num_classes) & (mask != ignore_index)
     if wrong.any():
         values = np.unique(mask[wrong])[:5]
+        shifted = values.tolist() == [num_classes] and mask.all() and wrong.mean() > 0.001  # not a stray pixel
+        hint = " and no 0, as if all ids were shifted by one" if shifted else ""
         raise UserError(
             f"expected mask values 0..{num_classes - 1} or {ignore_index} (ignore), but the mask of {name} has "
-            f"{', '.join(map(str, values))}; correct the mask, dataset.classes or dataset.ignore_index, or map the "
-            "values by dataset.mask_values"
+            f"{', '.join(map(str, values))}{hint}; correct the mask, dataset.classes or "
+            "dataset.ignore_index, or map the values by dataset.mask_values"
         )
 
 

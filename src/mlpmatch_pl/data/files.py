@@ -164,7 +164,8 @@ class FileIndex:
     def _folder(self, path: Path) -> list[Pair]:
         if self.known:
             return [self.known.get(name, Pair(name, None)) for name in self._by_stem(path).values()]
-        if (path / self.images).is_dir():
+        beside = self.images == "." and not (path / self.masks).is_dir()  # the masks of all parts are in one folder
+        if (path / self.images).is_dir() and not beside:
             return self._paired(path / self.images, path / self.masks)
         real = Path(os.path.realpath(path))
         for root in self.roots:
@@ -238,9 +239,11 @@ class FileIndex:
         Args:
             folder: The folder.
             other: A folder whose files don't count, if it is inside.
-            twins: Whether a photo and a PNG or TIFF file may have the same name, because the latter is its mask.
+            twins: Whether a photo and a PNG or TIFF file may have the same name, because the latter is its mask. NPY
+                files are masks anyway.
             suffixes: Suffixes of the files.
         """
+        suffixes = MASK_SUFFIXES if twins else suffixes
         found: dict[str, str] = {}
         inside = os.path.join(os.path.realpath(other), "") if other else None
         if inside and not inside.startswith(os.path.join(os.path.realpath(folder), "")):
@@ -258,7 +261,9 @@ class FileIndex:
                 continue
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
             stem, suffix = posixpath.splitext(normalized(relative))
-            if stem in found and twins and _is_lossy(found[stem]) != _is_lossy(suffix):
+            if suffix.lower() == ".npy" and twins:
+                stem += _TWIN
+            elif stem in found and twins and _is_lossy(found[stem]) != _is_lossy(suffix):
                 if not _is_lossy(found[stem]):
                     found[stem], found[stem + _TWIN] = self._named(path), found[stem]
                     continue

@@ -259,6 +259,7 @@ def find_problems(
     bad = {item.part for item in inspected if item.problem is not None}  # their classes are unknown
     findings += [
         *_classes(data, good, set(whole) - bad),
+        *_shifted(data, good),
         *_palettes(good),
         *_orientations(good),
         *_copies(good),
@@ -301,6 +302,21 @@ def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Co
     if empty:
         message = f"every pixel of the mask of {empty[0]} is ignored ({len(empty)} such masks in total)"
         yield Finding(False, message)
+
+
+def _shifted(data: SegmentationData, inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
+    """Find masks whose first class is 0 although the dataset's is background, as those of COCO-Stuff."""
+    names, counts = data.class_names, [item.pixels_C1 for item in inspected if item.pixels_C1 is not None]
+    if not counts or "background" not in names[0].lower():
+        return
+    pixels = np.sum(counts, axis=0)
+    if pixels[-1] > pixels[0] and not pixels[-2]:
+        yield Finding(
+            False,
+            f"more pixels have {data.ignore_index} (ignored) than 0 ({names[0]}), and none has {len(names) - 1} "
+            f"({names[-1]}): if 0 is {names[1]} in your files, all ids are shifted by one, and dataset=folder maps "
+            f"them, as in 'dataset.mask_values={{{data.ignore_index}:0,0:1,1:2}}'",
+        )
 
 
 def _palettes(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:

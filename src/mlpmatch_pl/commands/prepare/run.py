@@ -4,6 +4,7 @@ import errno
 import shlex
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -23,14 +24,21 @@ class Options(Workspace):
         dataset: The dataset.
         splits: Family of published lists to fetch, or None.
         data: Whether to prepare images and masks; False prepares the lists alone.
+        annotations: Export of an annotation tool, a file or folder; None for root.
+        other_shapes: What to do with its shapes that are no regions; see
+            `mlpmatch_pl.commands.prepare.annotations.draw_annotations`.
+        empty: What its images without a region are, see there.
 
     Raises:
         UserError: If options contradict each other or do not exist on this machine.
     """
 
-    dataset: Literal["voc", "cityscapes", "coco", "ade20k", "camvid"]
+    dataset: Literal["voc", "cityscapes", "coco", "ade20k", "camvid", "annotations"]
     splits: Literal["unimatch"] | None = None
     data: bool = True
+    annotations: Path | None = None
+    other_shapes: Literal["refuse", "ignore"] = "refuse"
+    empty: Literal["unlabeled", "background"] = "unlabeled"
 
     def __post_init__(self) -> None:
         if self.splits is None and not self.data:
@@ -40,6 +48,8 @@ class Options(Workspace):
                 f"expected splits={self.splits} with dataset={' or dataset='.join(FOLDERS)}, "
                 f"but got dataset={self.dataset}; leave splits out"
             )
+        if self.annotations and self.dataset != "annotations":
+            raise UserError(f"expected annotations= with dataset=annotations, but got dataset={self.dataset}")
         if self.num_workers is not None and self.num_workers < 0:
             raise UserError(f"expected num_workers to be an integer >= 0 or null, but got {self.num_workers}")
         if self.mirror is not None and urlsplit(self.mirror).scheme not in ("http", "https"):
@@ -63,6 +73,13 @@ def prepare_dataset(options: Options) -> None:
         UserError: If something is missing, damaged, or incomplete at the end.
     """
     try:
+        if options.dataset == "annotations":
+            from mlpmatch_pl.commands.prepare.annotations import draw_annotations  # it imports torch
+
+            draw_annotations(
+                options.root, options.annotations, options.other_shapes, options.empty, options.num_workers
+            )
+            return
         if options.data:
             _prepare_data(options)
         if options.splits is not None:

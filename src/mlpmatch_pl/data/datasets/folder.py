@@ -15,9 +15,11 @@ from pathlib import Path
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.label_selection import LabelSelection, hold_out, make_format, select
+from mlpmatch_pl.data.layout import find_layout, read_classes
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.splits import Choice, is_path
+from mlpmatch_pl.utils.errors import UserError
 
 Names = str | Sequence[str]
 DEFAULT_VAL = 0.2
@@ -25,9 +27,9 @@ DEFAULT_VAL = 0.2
 
 def folder(
     root: Names,
-    classes: Sequence[str],
-    images: str = "images",
-    masks: str = "masks",
+    classes: Sequence[str] | None = None,
+    images: str | None = None,
+    masks: str | None = None,
     image_name: str | None = None,
     mask_name: str | None = None,
     train: Names | None = None,
@@ -57,9 +59,11 @@ def folder(
 
     Args:
         root: The folder that all other paths are relative to, or several folders.
-        classes: Class names in the order of the mask values, background included.
-        images: Folder with the images, with any subfolders.
-        masks: Folder with the masks; may be that of the images.
+        classes: Class names in the order of the mask values, background included. Default: those of ``labelmap.txt``
+            (with their colors) or ``_classes.csv`` (with their values), as annotation tools write them.
+        images: Folder with the images, with any subfolders. Default, if ``masks`` is not given either: ``images`` with
+            ``masks``, ``JPEGImages`` with ``SegmentationClass``, or the root itself with ``masks``.
+        masks: Folder with the masks; may be that of the images. Default: ``masks``.
         image_name: Pattern of the images' names without suffix, such as ``*_sat``. Default: any.
         mask_name: Pattern of the masks' names, such as ``*_mask``; ``*`` is what an image and its mask share. Default:
             the names of the images, or, if no mask has one, what pairs all masks with images by one word more or
@@ -92,14 +96,25 @@ def folder(
         UserError: If a folder, file, list or choice is invalid. The content of files is checked later, by
             `mlpmatch_pl.data.validation`.
     """
+    roots = [Path(name).expanduser() for name in _names(root)]
+    if images is None and masks is None and roots:
+        images, masks = find_layout(roots[0])
+    files = FileIndex(roots, images or "images", masks or "masks", image_name=image_name, mask_name=mask_name)
+    if classes is None:
+        found = read_classes(roots)
+        if found is None:
+            raise UserError(
+                f"expected dataset.classes, or labelmap.txt or _classes.csv in {roots[0]}, but there is none; name the "
+                "classes in the order of the mask values, as in 'dataset.classes=[background,road]'"
+            )
+        classes, ignore_colors = found.names, ignore_colors or found.ignore_colors
+        palette, mask_values = palette or found.palette or None, mask_values or found.mask_values
     form = make_format(
         classes, palette, ImageReader(in_chans, bit_depth, orientation, bands, channel_axis),
         MaskReader(
             mask_values, palette or (), ignore_colors, ignore_index, orientation, class_channels, len(classes)
         ),
     )  # fmt: skip
-    roots = [Path(name).expanduser() for name in _names(root)]
-    files = FileIndex(roots, images, masks, image_name=image_name, mask_name=mask_name)
     wanted = LabelSelection(labeled, _names(unlabeled), split_seed, cover_classes)
     test_pairs = files.held_out(str(test)) if test is not None else []
     pairs = _training_images(files, _names(train), wanted, {pair.image for pair in test_pairs})
