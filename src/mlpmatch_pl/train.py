@@ -13,11 +13,12 @@ Examples:
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpmatch_pl.commands.cli import run_command
+from mlpmatch_pl.commands.sweep import run_job, summary
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,18 +43,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def _best_miou(cfg: DictConfig) -> float:
     """Return what a sweeper such as Optuna maximizes."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(cfg, Path(HydraConfig.get().runtime.output_dir))
     best: float = train(cfg)["best"]["val/miou"]
     return best
 
 
 def main() -> None:
-    """Run the command; wrong input ends with one line and exit code 1."""
-    arguments = sys.argv[1:]
-    run_command("train", _best_miou, __doc__)
-    if {"-m", "--multirun"} & set(arguments):
-        named = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
-        folder = named[-1] if named else f"multirun/{os.environ['MLPMATCH_STAMP']}"
-        print(f"compare the runs: python -m mlpmatch_pl.report {folder}")
+    """Run the command; wrong input ends with one line and exit code 1, and a sweep with a summary."""
+    with summary(sys.argv[1:]):
+        run_command("train", _best_miou, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from helpers.processes import run_forked
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.__main__ import COMMANDS
-from mlpmatch_pl.commands.cli import check_arguments, literal_paths, print_plainly
+from mlpmatch_pl.commands.cli import check_arguments, literal_paths, print_plainly, training_arguments
 from mlpmatch_pl.engine.trainer import length_of_training
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
@@ -93,7 +93,7 @@ def test_a_finished_run_is_never_overwritten(finished, command):
 def test_a_finished_run_has_nothing_to_resume(finished, tmp_path):
     run, _ = finished
     cfg = compose_train(*TINY, f"resume={run}/checkpoints/last.ckpt", output_dir=tmp_path)
-    with pytest.raises(UserError, match=r"last\.ckpt has finished all 1; raise schedule.epochs"):
+    with pytest.raises(UserError, match=r"last\.ckpt has finished all 1; raise schedule\.steps above 5"):
         train(cfg)
 
 
@@ -117,18 +117,19 @@ def test_a_schedule_in_steps_covers_them_and_validates_the_last(steps_per_epoch)
 
 
 def test_a_sweep_gives_one_folder_per_job_and_continues_after_a_failed_one(command, tmp_path):
-    code, _, errors = command("train", "-m", *TINY, "dataset.labeled=99,4", "schedule.steps=1")
+    code, output, errors = command("train", "-m", *TINY, "dataset.labeled=99,4", "schedule.steps=1")
     assert code == 1
-    assert "error: expected dataset.labeled of at most 24" in errors
+    assert "0_shapes_mlpmatch_99_s0: expected dataset.labeled of at most 24" in output
+    assert "Traceback" not in errors
     (sweep,) = (tmp_path / "multirun").iterdir()
     results = {path.parent.name for path in sweep.rglob("metrics.json")}
     assert results == {"1_shapes_mlpmatch_4_s0"}
 
 
 def test_a_sweep_over_several_processes_is_refused(command):
-    code, _, errors = command("train", "-m", *TINY, "seed=0,1", "trainer.accelerator=cpu", "trainer.devices=2")
+    code, output, _ = command("train", "-m", *TINY, "seed=0,1", "trainer.accelerator=cpu", "trainer.devices=2")
     assert code == 1
-    assert "error: expected one device per job in a sweep, but got 2 processes; set trainer.devices=1" in errors
+    assert ": expected one device per job in a sweep, but got 2 processes; set trainer.devices=1" in output
 
 
 # Help -----------------------------------------------------------------------------------------------------------------
@@ -222,6 +223,40 @@ def test_wrong_values_are_found_before_anything_is_written(overrides, sentence, 
         chain.append(chain[-1].__cause__)
     assert any(isinstance(link, UserError) and sentence in str(link) for link in chain), chain
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        (["schedule.epochs=1"], "schedule", (1, None, None)),
+        (["schedule.epochs=1", "schedule.steps=7"], "schedule", (None, 7, None)),
+        (["schedule.steps=7", "schedule.minutes=2", "schedule.epochs=null"], "schedule", (None, None, 2)),
+        (["schedule=voc", "schedule.minutes=null"], "schedule", (80, None, None)),
+        (["trainer.limit_val_batches=2", "optimizer.nesterov=true"], "trainer.limit_val_batches", 2),
+    ],
+)
+def test_the_last_length_wins_and_trainer_arguments_need_no_plus(written, key, value):
+    found = OmegaConf.select(compose_config("train", *training_arguments(written)), key)
+    assert value == ((found.epochs, found.steps, found.minutes) if key == "schedule" else found)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("trainer.limit_val_batch=1", "the configuration has no key trainer.limit_val_batch. Did you mean limit_val_b"),
+        ("hydra/launcher=joblib", "expected the plugin of hydra/launcher=joblib, but it is not installed; run pip ins"),
+    ],
+)
+def test_an_unknown_argument_and_a_missing_plugin_are_one_line(override, sentence, command, monkeypatch):
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # plugins register themselves when they are found
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "joblib.yaml")
+    code, _, errors = command("train", *TINY, override)
+    assert code == 1
+    assert sentence in errors
+    assert len(errors.strip().splitlines()) == 1
 
 
 def test_quoted_fractions_and_list_files_are_not_refused():

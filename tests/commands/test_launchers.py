@@ -236,9 +236,11 @@ def test_a_slurm_job_without_srun_starts_its_own_processes(tmp_path, options, pr
     assert ("2 processes; BatchNorm" in done.stdout) == (processes == 2)
 
 
-def test_overfit_batches_is_refused_because_it_replaces_the_samplers(tmp_path):
-    with pytest.raises(UserError, match=r"trainer\.overfit_batches=1 would replace"):
-        train(compose_train(*RUN, "+trainer.overfit_batches=1", output_dir=tmp_path / "run"))
+def test_overfit_batches_repeats_the_same_batch(tmp_path):
+    """Lightning replaces the samplers by ones that yield plain indices."""
+    options = ("+trainer.overfit_batches=1", "schedule.steps=null", "schedule.epochs=2", "loader.strong=[]")
+    metrics = train(compose_train(*RUN, *options, "method=supervised", output_dir=tmp_path / "run"))
+    assert metrics["steps"] == 2
 
 
 def test_ohem_that_keeps_every_pixel_is_noted(tmp_path, caplog):

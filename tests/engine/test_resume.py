@@ -250,7 +250,7 @@ def test_a_damaged_best_checkpoint_is_not_tested(tmp_path, caplog):
 
 def test_a_finished_run_that_was_moved_is_extended(straight, tmp_path):
     folder, longer = copy(straight, tmp_path), ("schedule.epochs=3", "schedule.steps=null", *SILENT)
-    with pytest.raises(UserError, match=r"last\.ckpt has finished all 2; raise schedule\.epochs"):
+    with pytest.raises(UserError, match=r"last\.ckpt has finished all 2; raise schedule\.steps above 10"):
         run(folder)
     score = json.loads((folder / "metrics.json").read_text())["best"]["val/miou"]
     metrics = run(folder, *longer, "schedule.lr=0")  # learns nothing more

@@ -25,6 +25,8 @@ _FOLDERS = ("dataset.root", "dataset.images", "dataset.masks", "hydra.run.dir", 
 _PLAIN = str.maketrans(
     {"─": "-", "━": "-", "│": "|", "┃": "|", "╇": "+", "╈": "+", "\u00d7": "x", "…": "...", "\u2013": "-"}
 )
+_LENGTH = re.compile(r"\+*schedule\.(epochs|steps|minutes)=(?!null$)")
+_PLUGINS = ("joblib", "submitit_local", "submitit_slurm", "optuna")  # of the extra "sweep"
 _ITEM = re.compile(r"""\s*(?:'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,])+""")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
 
@@ -40,6 +42,10 @@ def folder_name(value: object) -> str:
 
 
 OmegaConf.register_new_resolver("mlpmatch_pl.name", folder_name, replace=True)
+
+
+class JobError(UserError):
+    """A job of a sweep failed; the summary of the sweep says why."""
 
 
 def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | None) -> None:
@@ -62,6 +68,8 @@ def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | Non
             return
         check_arguments(sys.argv[1:])
         sys.argv[1:] = literal_paths(sys.argv[1:])
+        if name in ("train", "check", "benchmark"):
+            sys.argv[1:] = training_arguments(sys.argv[1:])
         if "MLPMATCH_STAMP" not in os.environ:  # the processes that Lightning starts inherit it
             os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
         import hydra
@@ -128,6 +136,27 @@ def check_arguments(arguments: Sequence[str]) -> None:
                 f"expected the folder as hydra.run.dir=..., or hydra.sweep.dir=... with -m, but got {argument}; use "
                 "those"
             )
+
+
+def training_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return a training's arguments as Hydra needs them.
+
+    The length that is given last replaces the others. Arguments of Lightning's Trainer and of the optimizer need no
+    ``+``, whether or not the configuration names them; others are refused when it is validated.
+
+    Example:
+        >>> training_arguments(["schedule.steps=9", "schedule.epochs=2", "trainer.limit_val_batches=1"])
+        ['schedule.epochs=2', 'schedule.steps=null', 'schedule.minutes=null', '++trainer.limit_val_batches=1']
+    """
+    lengths = [(number, match[1]) for number, argument in enumerate(arguments) if (match := _LENGTH.match(argument))]
+    result = []
+    for number, argument in enumerate(arguments):
+        if lengths and (number, lengths[-1][1]) == lengths[-1]:
+            others = [key for key in ("epochs", "steps", "minutes") if key != lengths[-1][1]]
+            result += [argument, *(f"schedule.{key}=null" for key in others)]
+        elif number not in dict(lengths):
+            result.append(f"++{argument}" if argument.startswith(("trainer.", "optimizer.")) else argument)
+    return result
 
 
 def literal_paths(arguments: Sequence[str], keys: Collection[str] = _PATHS) -> list[str]:
@@ -203,16 +232,18 @@ def guarded(config_name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except JobError:
+        sys.exit(1)
     except Exception as error:
-        message = _message(error, config_name)
+        message = one_sentence(error, config_name)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 
-def _message(error: BaseException, config_name: str) -> str | None:
-    """Return what to tell the user, or None for a bug."""
+def one_sentence(error: BaseException, config_name: str) -> str | None:
+    """Return what to tell the user of an error, or None for a bug."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -229,6 +260,11 @@ def _message(error: BaseException, config_name: str) -> str | None:
             return f"the configuration has no key {match[1]}." + suggest(match[1], _similar_keys(match[1], config_name))
         if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*?)\s+Config sea",
                               text, re.S):  # fmt: skip
+            if match[2] in _PLUGINS:
+                return (
+                    f"expected the plugin of {match[1]}={match[2]}, but it is not installed; run "
+                    "pip install 'mlpmatch_pl[sweep]'"
+                )
             options = match[3].split()
             return f"there is no {match[1]}={match[2]}, only {', '.join(options)}." + suggest(match[2], options)
         if match := re.search(r"Missing mandatory value: \S+\s+full_key: (\S+)", text):

@@ -31,7 +31,7 @@ from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.checkpoint import check_architecture
 from mlpmatch_pl.utils.distributed import cluster_environment, is_first_process
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.utils.files import atomic_write, full_disk_is_user_error, remove_unfinished, set_aside
+from mlpmatch_pl.utils.files import FAILURE, atomic_write, full_disk_is_user_error, remove_unfinished, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +74,18 @@ def _build(config: dict[str, Any], output_dir: Path) -> _Training:
         check_classes(start, datamodule.data.class_names)
         check_optimizer(start, module.hparams)
         check_splits(start.checkpoint, output_dir, datamodule.data)
-        check_unfinished(start, output_dir, trainer.max_epochs or 0)
+        check_unfinished(start, output_dir, trainer.max_epochs or 0, config["schedule"])
     if cluster_environment().local_rank() == 0:  # validates the data, before Lightning starts other processes
         datamodule.prepare_data()
     return _Training(config, output_dir, datamodule, trainer, module, start)
 
 
+def _in_sweep() -> bool:
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
 def _refuse_sweep_over_processes(trainer: Trainer) -> None:
-    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep and trainer.world_size > 1:
+    if _in_sweep() and trainer.world_size > 1:
         raise UserError(
             f"expected one device per job in a sweep, but got {trainer.world_size} processes; set trainer.devices=1 "
             "and run jobs in parallel (hydra/launcher=submitit_slurm or joblib), or start one command per job, no -m"
@@ -114,6 +117,7 @@ def _open(training: _Training, cfg: DictConfig) -> None:
         remove_unfinished(folder / "checkpoints")
         make_last(start, folder)  # before the files of the previous results change
         set_aside(folder / "metrics.json")
+        (folder / FAILURE).unlink(missing_ok=True)
         write_run_folder(cfg, folder, data)
     synchronized = uses_sync_batchnorm(config["trainer"])
     describe_training(training.module, training.datamodule, trainer, folder, synchronized)
@@ -127,10 +131,11 @@ def _stopped_by_signal(training: _Training) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        log.info(
-            "%s: stopped after step %d; continue with the same command and hydra.run.dir=%s resume=auto",
-            stopped.name, training.trainer.global_step, training.output_dir,
-        )  # fmt: skip
+        again = f"hydra.run.dir={training.output_dir} resume=auto"
+        if _in_sweep():
+            again = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+        step = training.trainer.global_step
+        log.info("%s: stopped after step %d; continue with the same command and %s", stopped.name, step, again)
         if training.trainer.is_global_zero:
             raise
         raise SystemExit(0) from stopped

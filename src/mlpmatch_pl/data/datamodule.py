@@ -305,7 +305,7 @@ class SemiSupervisedDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            multiprocessing_context=self.multiprocessing_context if workers else None,
+            multiprocessing_context=self.multiprocessing_context or _start_method() if workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=ignore_signals(),
             **options,
@@ -342,6 +342,12 @@ def share_workers(total: int, loaders: int) -> dict[str, int]:
         return {"labeled": total}
     labeled = max(total // 4, 1) if total > 1 else 0
     return {"labeled": labeled, "unlabeled": total - labeled}
+
+
+def _start_method() -> str | None:
+    """Return the platform's start method in joblib's processes, whose own one cannot start workers; else None."""
+    known = multiprocessing.get_all_start_methods()
+    return None if multiprocessing.get_start_method(allow_none=True) in (None, *known) else known[0]
 
 
 def ignore_signals() -> Callable[[int], None]:

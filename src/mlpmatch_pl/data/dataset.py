@@ -48,6 +48,8 @@ class TrainDataset(Dataset[Sample | None], ABC):
         seed: Seed of all draws.
         on_bad_image: ``raise`` or ``skip``.
 
+    It is indexed by pairs of a position and the number of a draw, which seeds the views; a position alone is draw 0.
+
     Raises:
         UserError: When indexed, for an image that cannot be read, or with ``skip``, if 20 in a row cannot be read.
     """
@@ -60,8 +62,8 @@ class TrainDataset(Dataset[Sample | None], ABC):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: tuple[int | None, int]) -> Sample | None:
-        drawn, draw = item
+    def __getitem__(self, item: tuple[int | None, int] | int) -> Sample | None:
+        drawn, draw = item if isinstance(item, tuple) else (item, 0)
         if drawn is None:  # not used during burn-in, or after it
             return None
         skipped: list[tuple[str, str]] = []

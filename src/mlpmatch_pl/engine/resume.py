@@ -129,7 +129,7 @@ def _find_last(output_dir: Path, first: bool) -> Start:
     return Start()
 
 
-def check_unfinished(start: Start, output_dir: Path, epochs: int) -> None:
+def check_unfinished(start: Start, output_dir: Path, epochs: int, schedule: Mapping[str, Any]) -> None:
     """Refuse to resume a finished run. If only its test is missing, that is done.
 
     Raises:
@@ -138,16 +138,16 @@ def check_unfinished(start: Start, output_dir: Path, epochs: int) -> None:
     """
     if start.checkpoint is None or start.epoch < epochs:
         return
+    key = next(key for key in ("epochs", "minutes", "steps") if schedule[key] is not None)
+    longer = f"raise schedule.{key} above {schedule[key]}"
     if (start.epoch, start.fraction) > (epochs, 0):
         raise UserError(
             f"expected a checkpoint within the schedule's {epochs} epochs, but {start.checkpoint} has trained "
-            f"{start.epoch + start.fraction:.3g}; raise schedule.epochs or schedule.steps"
+            f"{start.epoch + start.fraction:.3g}; {longer}"
         )
     inside = start.checkpoint.resolve().is_relative_to(output_dir)
     if not inside or (output_dir / "metrics.json").exists():
-        raise UserError(
-            f"expected epochs left to train, but {start.checkpoint} has finished all {epochs}; raise schedule.epochs"
-        )
+        raise UserError(f"expected epochs left to train, but {start.checkpoint} has finished all {epochs}; {longer}")
     log.info("all %d epochs are trained; testing the best checkpoint", epochs)
 
 

@@ -32,13 +32,18 @@ def write_run_folder(cfg: DictConfig, output_dir: Path, data: SegmentationData) 
     When a run is resumed with another configuration, the previous one is kept as config-1.yaml, config-2.yaml ...
     """
     path, config = output_dir / "config.yaml", resolved_config(cfg)
-    changed = path.exists() and _settings(_load_or_none(path)) != _settings(config)
+    changed = path.exists() and not has_settings(output_dir, cfg)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     atomic_write(path, text, keep_as=free_name(path).name if changed else None)
     if HydraConfig.initialized():
         atomic_write(output_dir / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
     save_lists(output_dir, data)
     atomic_write(output_dir / SPLITS, json.dumps(describe_splits(data), indent=2) + "\n")
+
+
+def has_settings(folder: Path, cfg: DictConfig) -> bool:
+    """Tell whether the run in a folder was started with a configuration."""
+    return bool(_settings(_load_or_none(folder / "config.yaml")) == _settings(resolved_config(cfg)))
 
 
 def resolved_config(cfg: DictConfig) -> dict[str, Any]:

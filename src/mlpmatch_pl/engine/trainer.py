@@ -81,12 +81,6 @@ def _lightning_options(group: Mapping[str, Any]) -> dict[str, Any]:
             "expected the length in schedule.epochs, steps or minutes, but got trainer.max_time; let a signal end a "
             "run whose time is limited (timeout -s TERM 55m python ..., SLURM's --signal), then use resume=auto"
         )
-    if options.get("overfit_batches"):  # Lightning would replace the samplers, which also number the draws
-        raise UserError(
-            f"expected the paired samplers of this command, which trainer.overfit_batches={options['overfit_batches']} "
-            "would replace; overfit a few images with dataset.labeled=4, or shorten epochs with "
-            "+trainer.limit_train_batches"
-        )
     for option in MODULE_OPTIONS:
         options.pop(option)
     if options.get("accumulate_grad_batches", 1) < 1:

@@ -17,6 +17,7 @@ from mlpmatch_pl.utils.errors import UserError
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**18, 20  # the configuration of a run has about 3 kB and 4 levels
 OTHER_OUTPUT = "choose another output, or set overwrite=true"
 OTHER_FOLDER = "choose another folder by hydra.run.dir"
+FAILURE = "error.txt"  # in the folder of a failed job of a sweep: why it failed
 _UNFINISHED = ".unfinished"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # network and FUSE disks that cannot sync a folder

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 from PIL import Image as PILImage
 
-from mlpmatch_pl.utils.files import load_yaml
+from mlpmatch_pl.utils.files import FAILURE, load_yaml
 
 _NOT_SEARCHED = {"checkpoints", "predictions", "tensorboard", "wandb"}  # W&B writes a config.yaml of its own
 _MAX_BYTES = 2**28  # ten times the metrics.csv of a long training; run folders may come from anywhere
@@ -38,7 +38,7 @@ def find_run_folders(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         for here, subfolders, files in os.walk(folder):
             subfolders[:] = [name for name in subfolders if name not in _NOT_SEARCHED and not name.startswith(".")]
-            if "train.log" in files or {"config.yaml", "splits.json"} <= set(files):
+            if {"train.log", FAILURE} & set(files) or {"config.yaml", "splits.json"} <= set(files):
                 found[Path(here).resolve()] = Path(here)
     return sorted(
         found.values(), key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", str(path))]
@@ -61,9 +61,13 @@ def read_runs(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Problem]]:
 
 def read_run(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
     """Read a run folder into a row of `read_runs`; None if its configuration or its lists cannot be read."""
+    if (folder / FAILURE).is_file():
+        reason = read_file(folder, FAILURE, lambda path: " ".join(_text(path)[:1000].split()), problems)
+        problems.append(Problem(str(folder), f"failed: {reason}", broken=False))
     for needed in ("config.yaml", "splits.json"):
         if not (folder / needed).is_file():
-            problems.append(Problem(str(folder), f"has no {needed}: the job was refused or has not begun", False))
+            if not (folder / FAILURE).is_file():
+                problems.append(Problem(str(folder), f"has no {needed}: the job was refused or has not begun", False))
             return None
     config = read_file(folder, "config.yaml", _config, problems)
     lists = read_file(folder, "splits.json", _lists, problems)
