@@ -153,7 +153,7 @@ def test_the_histogram_has_a_bar_for_every_block(inspected):
     run, _ = inspected
     blocks = json.loads((run / "deactivated.json").read_text())["blocks"]
     with Image.open(run / "deactivated.png") as picture:
-        assert picture.size == bar_plot([list(blocks.items())], "steps").size
+        assert picture.size == bar_plot([list(blocks.items())], "title", "block", "steps").size
 
 
 def test_the_confusion_of_validation_and_test_is_drawn(inspected):

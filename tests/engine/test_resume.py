@@ -115,6 +115,12 @@ def straight(tmp_path_factory):
     return folder
 
 
+def test_processor_seconds_are_those_of_the_last_checkpoint_although_the_best_is_tested(tmp_path):
+    metrics = run(tmp_path, "callbacks.checkpoint.monitor=train/lr")  # the first is the best
+    best, last = (checkpoint(tmp_path, name)["callbacks"]["ProcessorTime"]["seconds"] for name in ("best", "last"))
+    assert best < metrics["processor_seconds"] == round(last, 1)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that was stopped in the middle of its second epoch, after seven steps of ten."""

@@ -45,7 +45,7 @@ def test_panels_are_the_views_that_the_step_passes_to_the_network():
         mixed = strong_images_of_a_step(batch, {"name": method})
         assert resolve_method(method).partner == partner
         for number in range(4):
-            row, unlabeled = 3 + number, batch["unlabeled"]
+            row, unlabeled = 2 + number, batch["unlabeled"]
             views = [unlabeled["weak"][number]]
             for view in range(2):
                 views += [unlabeled["strong"][number, view], mixed[view][number]]
@@ -54,12 +54,13 @@ def test_panels_are_the_views_that_the_step_passes_to_the_network():
             assert not torch.equal(views[1], views[2])  # a box was drawn for every image
 
 
-def test_labeled_rows_show_image_and_mask():
+def test_two_labeled_images_with_their_masks_fill_a_row():
     data, batch = batch_of()
     sheet = batch_preview(batch, data, seed=0)
     colors = np.array([*data.colors], np.uint8)
     for number in range(3):
         mask = batch["labeled"]["mask"][number].numpy()
         expected = np.where((mask == 255)[..., None], 255, colors[np.minimum(mask, 5)]).astype(np.uint8)
-        assert (panel(sheet, number, 0) == enlarged(batch["labeled"]["image"][number])).all()
-        assert (panel(sheet, number, 1) == enlarged(torch.from_numpy(expected).permute(2, 0, 1))).all()
+        row, column = number // 2, 3 * (number % 2)
+        assert (panel(sheet, row, column) == enlarged(batch["labeled"]["image"][number])).all()
+        assert (panel(sheet, row, column + 1) == enlarged(torch.from_numpy(expected).permute(2, 0, 1))).all()

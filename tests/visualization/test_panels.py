@@ -4,6 +4,7 @@ from PIL import Image
 
 from mlpmatch_pl.visualization.panels import (
     IGNORED_COLOR,
+    LISTED,
     MARGIN,
     TITLE,
     colorize,
@@ -52,10 +53,19 @@ def test_other_png_files_have_no_panels(tmp_path):
 
 def test_the_legend_shows_every_class_also_in_several_rows():
     flat = np.zeros((20, 20), np.uint8)
-    colors = [(index, 255 - index, 128) for index in range(40)]
-    names = [f"a rather long class name {index}" for index in range(40)]
+    colors = [(index, 255 - index, 128) for index in range(LISTED)]
+    names = [f"a rather long class name {index}" for index in range(LISTED)]
     sheet = prediction_panels(np.zeros((20, 20, 3), np.uint8), flat, flat, flat / 1.0, names, colors)
     assert set(colors) <= set(map(tuple, np.asarray(sheet).reshape(-1, 3).tolist()))
+
+
+def test_the_legend_of_many_classes_lists_those_in_the_picture():
+    truth = np.full((20, 20), 3, np.uint8)
+    colors = [(index, 255 - index, 128) for index in range(40)]
+    image, names = np.zeros((20, 20, 3), np.uint8), [str(index) for index in range(40)]
+    sheet = prediction_panels(image, truth, truth + 4, truth / 3, names, colors)
+    drawn = set(map(tuple, np.asarray(sheet).reshape(-1, 3).tolist()))
+    assert drawn & set(colors) == {colors[3], colors[7]}
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (2, np.uint16), (3, np.uint16), (12, np.uint16)])

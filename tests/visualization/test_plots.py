@@ -9,7 +9,7 @@ def count_pixels(picture, color, tolerance=2) -> int:
 
 
 def test_bars_are_as_high_as_their_counts():
-    picture = bar_plot([[("a", 30)], [("b", 10), ("c", 0)]], "steps")
+    picture = bar_plot([[("a", 30)], [("b", 10), ("c", 0)]], "title", "block", "steps")
     areas = [count_pixels(picture, [int(color[i : i + 2], 16) for i in (1, 3, 5)]) for color in BAR_COLORS]
     assert areas[1] / areas[0] == pytest.approx(1 / 3, rel=0.05)
 

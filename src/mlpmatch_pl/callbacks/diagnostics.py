@@ -125,7 +125,8 @@ class DeactivatedBlocks(Callback):
     def _chart(self, module: Any) -> PILImage.Image:
         stages = module.segmentor.encoder.stages
         groups = [[(str(block), self.counts[str(block)]) for block in stage] for stage in stages]
-        return bar_plot(groups, f"steps (of {self.steps}) in which a block was deactivated; colors: stages")
+        title = f"how often each block was deactivated in {self.steps} steps; colors: stages"
+        return bar_plot(groups, title, "block of the encoder", "steps")
 
     def _log(self, trainer: Trainer, chart: PILImage.Image) -> None:
         log_image(trainer, "train/deactivated_blocks", chart)

@@ -44,6 +44,7 @@ def train_and_test(
     best_path = _whole_best(trainer)
     best_val = getattr(trainer.checkpoint_callback, "best_model_score", None)
     tested = "last weights" if best_path is None else "best checkpoint"
+    costs = _costs(trainer, datamodule, seconds, steps)  # before the test, which loads the callbacks of its checkpoint
     trainer.test(module, datamodule=datamodule, ckpt_path=best_path, verbose=False)
     test = _floats(trainer.callback_metrics)
     part = "test" if datamodule.data.test else "validation"
@@ -61,7 +62,7 @@ def train_and_test(
         "test": test,
         "tested": tested,
         "evaluated_on": part,
-        **_costs(trainer, datamodule, seconds, steps),
+        **costs,
     }
 
 

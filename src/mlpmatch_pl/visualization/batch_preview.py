@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.perturbation.input import inside_boxes, partner_shift
-from mlpmatch_pl.visualization.panels import Array, colorize, sheet_of, to_rgb
+from mlpmatch_pl.visualization.panels import Array, colorize, overlay, sheet_of, to_rgb
 
-ROWS, WIDTH = 4, 224  # rows of labeled and of unlabeled images; minimum width of a view in pixels
+ROWS, WIDTH = 4, 224  # labeled and unlabeled images; minimum width of a view in pixels
+LABELED = 3  # panels of a labeled image
 Limits = tuple[float, float] | None
 
 
@@ -26,11 +27,14 @@ def batch_preview(batch: Mapping[str, Any], data: SegmentationData, seed: int) -
         data: The dataset, for class names and colors.
         seed: Seed that the training step draws CutMix partners with.
     """
-    limits = _limits(batch["labeled"]["image"])
-    rows = _labeled_rows(batch["labeled"], data, limits)
+    limits, labeled, unlabeled = _limits(batch["labeled"]["image"]), batch["labeled"], list[dict[str, Array]]()
     if "unlabeled" in batch:
-        rows += _unlabeled_rows(batch["unlabeled"], _mixed(batch["unlabeled"], seed), limits)
-    return sheet_of(rows, data.class_names, data.colors, WIDTH)
+        unlabeled = _unlabeled_rows(batch["unlabeled"], _mixed(batch["unlabeled"], seed), limits)
+    images = _labeled_images(labeled, data, limits)
+    columns = max(map(len, unlabeled), default=2 * LABELED)
+    side = max(columns // LABELED, 1)  # labeled images in a row, so that it is as long as the others
+    rows = [_merged(images[start : start + side]) for start in range(0, len(images), side)]
+    return sheet_of(rows + unlabeled, data.class_names, data.colors, WIDTH, [labeled["mask"][:ROWS].numpy()])
 
 
 def _limits(image_BCHW: Tensor) -> Limits:
@@ -41,14 +45,18 @@ def _limits(image_BCHW: Tensor) -> Limits:
     return float(low), float(high)
 
 
-def _labeled_rows(labeled: Mapping[str, Tensor], data: SegmentationData, limits: Limits) -> list[dict[str, Array]]:
-    rows = []
+def _labeled_images(labeled: Mapping[str, Tensor], data: SegmentationData, limits: Limits) -> list[dict[str, Array]]:
+    images = []
     for number in range(min(ROWS, len(labeled["image"]))):
-        image = _picture(labeled["image"][number], limits)
-        mask = colorize(labeled["mask"][number].numpy(), data.colors)
-        overlay = (image * 0.5 + mask * 0.5).astype(np.uint8)
-        rows.append({f"labeled {number + 1}": image, "mask": mask, "overlay": overlay})
-    return rows
+        image, mask = _picture(labeled["image"][number], limits), labeled["mask"][number].numpy()
+        views = (image, colorize(mask, data.colors), overlay(image, mask, data.colors))
+        names = (f"labeled {number + 1}", f"mask {number + 1}", f"overlay {number + 1}")
+        images.append(dict(zip(names, views, strict=True)))
+    return images
+
+
+def _merged(panels: list[dict[str, Array]]) -> dict[str, Array]:
+    return {title: pixels for part in panels for title, pixels in part.items()}
 
 
 def _unlabeled_rows(unlabeled: Mapping[str, Tensor], mixed_BVCHW: Tensor, limits: Limits) -> list[dict[str, Array]]:

@@ -19,7 +19,9 @@ Colors = Sequence[tuple[int, int, int]]
 IGNORED_COLOR = (255, 255, 255)
 PANEL_WIDTH = 320  # smaller images are enlarged, so that titles are readable
 MARGIN, TITLE, FONT_SIZE = 8, 22, 14  # pixels
-PAPER, INK = (250, 250, 250), (0, 0, 0)
+PAPER, INK, FRAME = (250, 250, 250), (0, 0, 0), (150, 150, 150)
+DARK = 64  # colors with less in every channel would only darken an overlay
+LISTED = 21  # with more classes, a legend lists only those in the picture
 
 
 def prediction_panels(
@@ -59,7 +61,7 @@ def prediction_panels(
     if threshold is not None:
         confident_HW = np.where(confidence_HW >= threshold, label_HW, 255)  # 255 is drawn as ignored
         panels[f"pseudo-label (confidence >= {threshold:g})"] = colorize(confident_HW, colors)
-    sheet = sheet_of([panels], class_names, colors)
+    sheet = sheet_of([panels], class_names, colors, labels=(truth_HW, label_HW))
     width, height = _panel_size(image_HWC, PANEL_WIDTH)
     lefts = range(MARGIN, sheet.width, width + MARGIN)
     boxes = {title: (left, TITLE, left + width, TITLE + height) for title, left in zip(panels, lefts, strict=True)}
@@ -71,7 +73,11 @@ def prediction_panels(
 
 
 def sheet_of(
-    rows: Sequence[Mapping[str, Array]], class_names: Sequence[str], colors: Colors, width: int = PANEL_WIDTH
+    rows: Sequence[Mapping[str, Array]],
+    class_names: Sequence[str],
+    colors: Colors,
+    width: int = PANEL_WIDTH,
+    labels: Sequence[Array] = (),
 ) -> PILImage.Image:
     """Stack rows of panels, with a legend of the classes below.
 
@@ -80,10 +86,15 @@ def sheet_of(
         class_names: Names for the legend.
         colors: RGB color of each class.
         width: Minimum width of a panel in pixels; smaller ones are enlarged.
+        labels: The classes in the panels, (H, W) each; with more than 21 class names, the legend lists only these.
     """
     drawn = [_panel_row(row, width) for row in rows]
     total = max(row.width for row in drawn)
-    drawn.append(_legend([*zip(class_names, colors, strict=True), ("ignored", IGNORED_COLOR)], total))
+    entries = list(zip(class_names, colors, strict=True))
+    if labels and len(entries) > LISTED:
+        present = np.unique(np.concatenate([np.ravel(label_HW) for label_HW in labels]))
+        entries = [entry for number, entry in enumerate(entries) if number in present]
+    drawn.append(_legend([*entries, ("ignored", IGNORED_COLOR)], total))
     sheet = PILImage.new("RGB", (total, sum(row.height for row in drawn)), PAPER)
     y = 0
     for row in drawn:
@@ -164,7 +175,9 @@ def _panel_row(panels: Mapping[str, Array], min_width: int) -> PILImage.Image:
     for column, (title, pixels) in enumerate(panels.items()):
         x = MARGIN + column * (width + MARGIN)
         smooth = PILImage.Resampling.BICUBIC if title == "image" else PILImage.Resampling.NEAREST
-        ImageDraw.Draw(row).text((x, 3), title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
+        draw = ImageDraw.Draw(row)
+        draw.text((x, 3), title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
+        draw.rectangle((x - 1, TITLE - 1, x + width, TITLE + height), outline=FRAME)  # white panels on white paper
         row.paste(PILImage.fromarray(pixels).resize((width, height), smooth), (x, TITLE))
     return row
 
@@ -200,6 +213,29 @@ def colorize(label_HW: Array, colors: Colors) -> Array:
     table[: len(colors)] = colors
     colored: Array = table[label_HW]
     return colored
+
+
+def overlay(image_HWC: Array, label_HW: Array, colors: Colors, opacity: float = 0.5) -> Array:
+    """Blend an image with the colors of its classes, (H, W, 3) uint8.
+
+    Pixels of a nearly black class, as backgrounds often are, and pixels without a class keep the image.
+
+    Args:
+        image_HWC: The image, uint8 or uint16, any number of channels.
+        label_HW: Its classes.
+        colors: RGB color of each class.
+        opacity: Share of the color, 0..1.
+
+    Example:
+        >>> image = np.full((1, 3, 3), 100, np.uint8)
+        >>> overlay(image, np.array([[0, 1, 255]]), [(40, 40, 40), (200, 0, 0)])[0].tolist()
+        [[100, 100, 100], [150, 50, 50], [100, 100, 100]]
+    """
+    shares = np.zeros((256, 1), np.float32)
+    shares[: len(colors), 0] = [opacity * (max(color) >= DARK) for color in colors]
+    share_HW1 = shares[label_HW]
+    blended: Array = (1 - share_HW1) * to_rgb(image_HWC) + share_HW1 * colorize(label_HW, colors)
+    return blended.round().astype(np.uint8)
 
 
 def _legend_rows(names: Sequence[str], width: int, font: Any) -> list[list[tuple[int, int]]]:

@@ -17,25 +17,27 @@ LONGEST_NAME = 24  # characters
 DPI = 100
 
 
-def bar_plot(groups: Sequence[Sequence[tuple[str, int]]], title: str) -> PILImage.Image:
+def bar_plot(groups: Sequence[Sequence[tuple[str, int]]], title: str, x: str, y: str) -> PILImage.Image:
     """Draw one bar per count, labeled with its name and value.
 
     Args:
         groups: Groups of (name, count); neighboring groups differ in color.
-        title: What is counted.
+        title: Title of the plot.
+        x: Name of the horizontal axis.
+        y: Name of the vertical axis.
 
     Returns:
         An RGB image.
 
     Example:
-        >>> bar_plot([[("0", 4), ("1", 2)], [("2", 0)]], "steps").mode
+        >>> bar_plot([[("0", 4), ("1", 2)], [("2", 0)]], "deactivated", "block", "steps").mode
         'RGB'
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for group in groups for name, _ in group]
-    figure = Figure(figsize=(max(5.0, 0.4 * len(names)), 2.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(max(5.0, 0.4 * len(names)), 2.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     start = 0
     for number, group in enumerate(groups):
@@ -45,6 +47,9 @@ def bar_plot(groups: Sequence[Sequence[tuple[str, int]]], title: str) -> PILImag
         start += len(group)
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set_title(title, loc="left", fontsize=9)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(axis="y", labelsize=7)
     axes.margins(x=0.02, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     canvas: Any = FigureCanvasAgg(figure)

@@ -61,7 +61,7 @@ def draw_worst(module: MLPMatch, part: EvaluatedPart, indices: Sequence[int], mi
         indices: The images to draw.
         miou_N: Mean IoU of each image.
     """
-    rows, images, data = [], part.images, part.data
+    rows, labels, images, data = [], list[Array](), part.images, part.data
     for index in indices:
         sample, name = images[index], images.source.name(index)
         label_1HW = module.inference.label(module.segmentor, sample["image"][None].to(module.device))
@@ -75,7 +75,8 @@ def draw_worst(module: MLPMatch, part: EvaluatedPart, indices: Sequence[int], mi
             "wrong pixels (red)": np.array([RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR], np.uint8)[kind_HW],
         }
         rows.append({title: _shrink(pixels, smooth=title == "image") for title, pixels in panels.items()})
-    return sheet_of(rows, data.class_names, data.colors)
+        labels += [truth_HW, label_HW]
+    return sheet_of(rows, data.class_names, data.colors, labels=labels)
 
 
 def _shrink(pixels: Array, smooth: bool) -> Array:

@@ -19,7 +19,7 @@ from mlpmatch_pl.data.base import Image
 from mlpmatch_pl.data.files import count_suffixes, image_files, is_left_out
 from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
 from mlpmatch_pl.utils.errors import UserError
-from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Colors, colorize, to_rgb
+from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Colors, colorize, overlay
 
 Array = NDArray[Any]
 PNG_LEVEL = 1  # the default, 6, is 3.5 times slower for an overlay of a photograph, and the file is not smaller
@@ -142,11 +142,9 @@ def _draw(prediction: Prediction, kind: str, colors: Colors, opacity: float) -> 
         return picture
     if kind == "confidence":
         return PILImage.fromarray((prediction.confidence_HW * 255).round().astype(np.uint8))
-    color_HWC = colorize(prediction.label_HW, colors)
     if kind == "overlay":
-        blended = (1 - opacity) * to_rgb(prediction.image_HWC).astype(np.float32) + opacity * color_HWC
-        color_HWC = blended.round().astype(np.uint8)
-    return PILImage.fromarray(color_HWC)
+        return PILImage.fromarray(overlay(prediction.image_HWC, prediction.label_HW, colors, opacity))
+    return PILImage.fromarray(colorize(prediction.label_HW, colors))
 
 
 def write_file(path: Path, content: bytes) -> None:
