@@ -100,9 +100,12 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
 def test_wandb_and_tensorboard_continue_the_same_run(tmp_path, caplog):
     """As two jobs of a sweep do it: in one process, one after the other."""
     run = [*TINY, *SILENT, "logger=wandb", "logger.tensorboard=true", "trainer.log_every_n_steps=1", "resume=auto"]
+    run += ["logger.wandb.tags=[first,tiny]", "logger.wandb.artifact=true", "logger.wandb.notes=a note"]
     caplog.set_level(logging.INFO)
     for epochs in (1, 2):
-        train(compose_train(*run, "schedule.steps=null", f"schedule.epochs={epochs}", output_dir=tmp_path))
+        best = train(compose_train(*run, "schedule.steps=null", f"schedule.epochs={epochs}", output_dir=tmp_path))[
+            "best"
+        ]
     assert sum("W&B: offline" in record.message for record in caplog.records) == 2
     assert "WANDB_MODE" not in os.environ
     run_id = (tmp_path / "wandb_id.txt").read_text().strip()
@@ -114,18 +117,38 @@ def test_wandb_and_tensorboard_continue_the_same_run(tmp_path, caplog):
             time.sleep(0.5)
         assert sorted(set(wandb_steps(path))) == [*steps]
         content = next(path.glob("*.wandb")).read_bytes()
-        for text in (b"train/loss_u_np", b"val/miou", b"4 (seed 0)"):  # the last is the labeled list
+        artifact = f"model-{run_id}".encode()
+        for text in (b"train/loss_u_np", b"val/miou", b"first", b"tiny", b"a note", artifact):
             assert text in content
+    records = list(wandb_records(path))
+    summary = values_of(item for record in records for item in record.summary.update)
+    assert (summary["best/miou"], summary["best/step"]) == (best["val/miou"], best["step"])
+    assert best["step"] in (5, 10)
+    config = values_of(item for record in records for item in record.config.update)
+    assert config["labeled"]["split"] == "4 (seed 0)"
+    assert config["trainer"]["accumulate_grad_batches"] == 1
+    assert config["method"]["lambda_max"] == 0.25
+    assert {"dataset", "loader", "schedule", "evaluation", "objective", "callbacks", "seed", "lr"} <= set(config)
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 2
-    assert tensorboard_steps(tmp_path / "tensorboard") == list(range(10))
+    assert [event.step for event in tensorboard_events(tmp_path / "tensorboard", "train/loss")] == list(range(10))
+    assert tensorboard_events(tmp_path / "tensorboard", "hp_metric")[-1].value == pytest.approx(best["val/miou"])
 
 
 def wandb_steps(folder):
-    """Read the steps of the history from W&B's own file: protobuf records in LevelDB's log format."""
+    histories = [values_of(record.history.item) for record in wandb_records(folder)]
+    return [history["trainer/global_step"] for history in histories if "trainer/global_step" in history]
+
+
+def values_of(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def wandb_records(folder):
+    """Read W&B's own file: protobuf records in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("*.wandb")
-    content, position, data, found = path.read_bytes(), 7, b"", []
+    content, position, data = path.read_bytes(), 7, b""
     while position < len(content):
         if (left := 32768 - position % 32768) < 7:  # a block's rest is padding
             position += left
@@ -134,18 +157,13 @@ def wandb_steps(folder):
         data += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or its last part
-            record = wandb_internal_pb2.Record.FromString(data)
-            items = record.history.item
-            found += [
-                json.loads(i.value_json) for i in items if "trainer/global_step" in (i.key, "/".join(i.nested_key))
-            ]
+            yield wandb_internal_pb2.Record.FromString(data)
             data = b""
-    return found
 
 
-def tensorboard_steps(folder):
+def tensorboard_events(folder, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return [event.step for event in events.Scalars("train/loss")]
+    return events.Scalars(name)

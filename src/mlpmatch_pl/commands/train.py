@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from mlpmatch_pl.callbacks.stop_signals import StopOnSignal, Stopped
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.build import build_callbacks, build_datamodule, build_module, read_config
-from mlpmatch_pl.engine.loggers import build_loggers, finish_wandb
+from mlpmatch_pl.engine.loggers import build_loggers, finish_wandb, log_results
 from mlpmatch_pl.engine.logging import describe_learning_rate, describe_training, quiet
 from mlpmatch_pl.engine.results import train_and_test
 from mlpmatch_pl.engine.resume import Start, check_classes, check_optimizer, check_unfinished, find_start, make_last
@@ -100,6 +100,7 @@ def _run(training: _Training, cfg: DictConfig) -> dict[str, Any]:
             metrics = train_and_test(trainer, training.module, datamodule, training.start)
             if trainer.is_global_zero:
                 atomic_write(training.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+                log_results(trainer, metrics, training.config)
                 log.info("results in %s", training.output_dir)
         exit_code = 0
         return metrics

@@ -1,6 +1,7 @@
 """Loggers: metrics.csv always, Weights & Biases and TensorBoard on request."""
 
 import csv
+import inspect
 import io
 import logging
 import netrc
@@ -11,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from mlpmatch_pl.data.splits import Split
+from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import atomic_write
 
@@ -87,7 +90,7 @@ def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split, s
     if options["wandb"] is not None:
         logger = _build_wandb(dict(options["wandb"]), output_dir, f"{config['method']['name']}_{output_dir.name}")
         chosen = {"split": labeled.label, "count": len(labeled.names), "sha256": labeled.sha256}
-        logger.log_hyperparams({**{key: config[key] for key in ("dataset", "loader", "schedule")}, "labeled": chosen})
+        logger.log_hyperparams({**_beside_module(config), "labeled": chosen})
         loggers.append(logger)
     if options["tensorboard"]:
         try:
@@ -97,6 +100,35 @@ def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split, s
                 "expected TensorBoard to be installed for logger=tensorboard; pip install 'mlpmatch_pl[tensorboard]'"
             ) from error
     return loggers
+
+
+def _beside_module(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the module does not log as its own hyperparameters."""
+    logged = {*inspect.signature(MLPMatch.__init__).parameters, "output_dir", "logger"}
+    others = {key: value for key, value in config.items() if key not in logged}
+    return others | {"pretrained": config["backbone"]["pretrained"]}
+
+
+def log_results(trainer: Trainer, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Log the best score and its step as the summary of a run, and the best checkpoint as an artifact on request.
+
+    Args:
+        trainer: Its loggers are W&B, whose summary gets ``best/miou`` and ``best/step``, and TensorBoard, whose
+            ``hp_metric`` becomes the score.
+        results: The content of metrics.json.
+        config: The whole configuration, with ``logger.wandb.artifact``.
+    """
+    best = results["best"]
+    if best["checkpoint"] is None:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_metrics({"hp_metric": best["val/miou"]}, results["steps"])
+        elif isinstance(logger, WandbLogger):
+            run = logger.experiment
+            run.summary.update({"best/miou": best["val/miou"], "best/step": best["step"]})
+            if config["logger"]["wandb"]["artifact"]:
+                run.log_artifact(best["checkpoint"], name=f"model-{run.id}", type="model", aliases=["best"])
 
 
 def finish_wandb(exit_code: int) -> None:
@@ -153,6 +185,7 @@ def _build_wandb(options: dict[str, Any], output_dir: Path, run_name: str) -> Lo
     if mode == "offline":
         log.info("W&B: offline, no credentials used; upload later with: wandb sync %s/wandb/offline-run-*", output_dir)
     options["name"] = options["name"] or run_name
+    options.pop("artifact")
     options["id"] = _wandb_id(output_dir)
 
     def build(mode: str) -> WandbLogger:

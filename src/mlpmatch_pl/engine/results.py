@@ -21,7 +21,7 @@ from mlpmatch_pl.engine.run_folder import describe_split
 from mlpmatch_pl.engine.trainer import images_per_update
 from mlpmatch_pl.evaluation.table import metrics_table
 from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.utils.checkpoint import is_whole
+from mlpmatch_pl.utils.checkpoint import is_whole, read_checkpoint
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind")
@@ -57,7 +57,11 @@ def train_and_test(
     return {
         **_identity(module, datamodule),
         "steps": trainer.global_step,
-        "best": {"val/miou": None if best_val is None else float(best_val), "checkpoint": best_path},
+        "best": {
+            "val/miou": None if best_val is None else float(best_val),
+            "step": None if best_path is None else read_checkpoint(Path(best_path))["global_step"],
+            "checkpoint": best_path,
+        },
         "last": last,
         "test": test,
         "tested": tested,

@@ -36,8 +36,8 @@ _SAMPLER = mapping_type({"sampler": str, "p": float, "k": int}, optional=("p", "
 _TEACHER = mapping_type({"decay": float, "ramp": bool})
 _WANDB = mapping_type(
     dict.fromkeys(("project", "name", "group", "mode", "entity", "notes", "job_type"), str | None)
-    | {"tags": Sequence[str] | None},
-    optional=("entity", "notes", "job_type", "tags"),
+    | {"tags": Sequence[str], "artifact": bool},
+    optional=("entity", "job_type"),
 )
 _LOADER = {
     key: kind
