@@ -1,5 +1,8 @@
 """The LightningModule with random tensors, trained by a Trainer, by Fabric and by a plain loop."""
 
+import copy
+import io
+import pickle
 import re
 
 import pytest
@@ -307,3 +310,45 @@ def test_values_of_the_first_batch_are_checked(step):
             UserError, match=rf"expected mask values 0\.\.2 or 255 \(ignore\), but the batch has {wrong};"
         ):
             call(image, mask)
+
+
+# In other people's programs -------------------------------------------------------------------------------------------
+
+
+def test_a_trained_module_is_pickled_copied_and_saved_whole(trained):
+    module, image = trained[1], torch.full((1, 3, 33, 33), 99.0)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin.eval()(image), module.eval()(image))
+
+
+@pytest.mark.parametrize("wrap", [lambda image: image, lambda image: {"image": image}, lambda image: (image, 0)])
+def test_predict_takes_plain_tensors_mappings_and_tuples(wrap, tmp_path):
+    images = DataLoader([wrap(torch.full((3, 20, 30), 99, dtype=torch.uint8))] * 2)
+    assert [tuple(part.shape) for part in make_trainer(tmp_path).predict(make_module(), images)] == [(1, 20, 30)] * 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "sample", "message"),
+    [
+        (
+            "validate",
+            (torch.zeros(3, 33, 33), torch.zeros(33, 33)),
+            "expected an evaluation batch of {'image': (B, C, H",
+        ),
+        ("test", {"image": torch.zeros(3, 33, 33)}, "but got the keys image; let the dataset return dictionaries"),
+        ("test", {"image": torch.rand(3, 33, 33), "mask": torch.zeros(33, 33).long()}, "the batch has float32 from"),
+        ("predict", torch.rand(3, 33, 33), "with values as stored in files, such as 0 to 255, but the batch has float"),
+        (
+            "predict",
+            {"mask": torch.zeros(3, 33, 33)},
+            "expected images (B, C, H, W) to predict, or {'image': ...}, but",
+        ),
+        ("fit", (torch.zeros(3, 33, 33), torch.zeros(33, 33)), "expected a training batch of {'labeled': ..., 'unlabe"),
+    ],
+)
+def test_other_batches_are_refused_in_one_sentence(stage, sample, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        getattr(make_trainer(tmp_path), stage)(make_module(), DataLoader([sample]))

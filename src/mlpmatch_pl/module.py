@@ -21,7 +21,13 @@ from torch import Tensor
 
 from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, SlidingWindowInference, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
-from mlpmatch_pl.methods.batch import require_image_values, require_mask_values, split_batch
+from mlpmatch_pl.methods.batch import (
+    image_and_mask,
+    image_of,
+    require_image_values,
+    require_mask_values,
+    split_batch,
+)
 from mlpmatch_pl.methods.build import build_step
 from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import resolve_method, total_loss
@@ -162,7 +168,7 @@ class MLPMatch(LightningModule):
         """
         labeled, unlabeled = split_batch(batch)
         if not self._values_checked:  # once: it waits for the device
-            self._check_values(labeled.get("image"), labeled.get("mask"))
+            self._check_values(labeled.get("image"), labeled.get("mask"), unlabeled.get("weak"))
         lambda_np = self.volatile_weight() if unlabeled else 0.0
         result = self.step(labeled, unlabeled, self.draw_step(batch_idx))
         self.own_step += self._trainer is None
@@ -176,9 +182,11 @@ class MLPMatch(LightningModule):
         self.log_dict({f"train/{key}": value for key, value in values.items()}, batch_size=len(labeled["mask"]))
         return loss
 
-    def _check_values(self, image_BCHW: Any, mask_BHW: Any) -> None:
+    def _check_values(self, image_BCHW: Any, mask_BHW: Any, weak_UCHW: Any = None) -> None:
         if isinstance(image_BCHW, Tensor) and isinstance(mask_BHW, Tensor):  # others are refused by name later
             require_image_values(image_BCHW, self.segmentor.mean_C11)
+            if isinstance(weak_UCHW, Tensor):
+                require_image_values(weak_UCHW, self.segmentor.mean_C11)
             require_mask_values(mask_BHW, len(self.class_names), self.hparams["ignore_index"])
             self._values_checked = True
 
@@ -186,13 +194,20 @@ class MLPMatch(LightningModule):
         """Count the pixels by ``self.inference``, also for the student if there is a teacher.
 
         Raises:
-            UserError: If the first batch has scaled images, or masks with values that are not classes.
+            UserError: If a batch has no ``image`` or ``mask``, or the first one scaled images or masks with values that
+                are not classes.
         """
-        if batch_idx == 0:
-            self._check_values(batch["image"], batch["mask"])
-        self.confusion.update(self.inference.label(self.network, batch["image"]), batch["mask"])
+        self._count(batch, batch_idx)
         if self.teacher is not None:
             self.student_confusion.update(self.inference.label(self.segmentor, batch["image"]), batch["mask"])
+
+    def _count(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        image, mask = image_and_mask(batch)
+        if batch_idx == 0:
+            self._check_values(image, mask)
+        prediction = self.inference.label(self.network, image)
+        self.confusion.update(prediction, mask)
+        return prediction
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
@@ -204,17 +219,26 @@ class MLPMatch(LightningModule):
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Count the pixels by ``self.inference``, and return the class of each pixel, (B, H, W)."""
-        prediction = self.inference.label(self.network, batch["image"])
-        self.confusion.update(prediction, batch["mask"])
-        return prediction
+        return self._count(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the whole test set."""
         self._log_scores("test")
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the class of each pixel by ``self.inference``, (B, H, W)."""
-        return self.inference.label(self.network, batch["image"])
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the class of each pixel by ``self.inference``, (B, H, W).
+
+        Args:
+            batch: Images (B, C, H, W) with values as stored, a tuple that starts with them, or ``{"image": images}``.
+            batch_idx: Number of the batch.
+
+        Raises:
+            UserError: If there are no images, or the first ones are scaled.
+        """
+        image = image_of(batch)
+        if batch_idx == 0:
+            require_image_values(image, self.segmentor.mean_C11)
+        return self.inference.label(self.network, image)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the decay of its learning rates over the training's steps.

@@ -563,3 +563,21 @@ def test_a_process_without_an_image_to_evaluate_is_refused_rather_than_waited_fo
     assert len(other()) == 1
     with pytest.raises(UserError, match=f"expected at least 3 {name} images, one per process, but got 2"):
         getattr(data, f"{loader}_dataloader")()
+
+
+def test_a_dataset_is_plain_data_with_its_name():
+    plain = {"name": "shapes", "labeled": 3, "train": 12, "val": 2, "size": 48}
+    module = SemiSupervisedDataModule(plain, crop_size=33, num_workers=0)
+    assert (module.data.labeled, len(module.data.unlabeled)) == (datamodule().data.labeled, 9)
+    for wrong, message in (({"name": "shape"}, "Did you mean shapes"), ({"name": "shapes", "train_": 9}, "data.train_")):
+        with pytest.raises(UserError, match=message):
+            SemiSupervisedDataModule(wrong)
+
+
+def test_the_tuner_scales_both_halves_of_a_batch(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    data = datamodule(labeled=8, train=24, unlabeled_batch_size=4)
+    trainer = Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path)
+    Tuner(trainer).scale_batch_size(module(), datamodule=data, init_val=2, max_trials=2, steps_per_trial=1)
+    assert (data.batch_size, data.unlabeled_batch_size) == (4, 8)

@@ -29,6 +29,7 @@ from mlpmatch_pl.data.dataset import (
     UnlabeledDataset,
     collate,
 )
+from mlpmatch_pl.data.datasets.named import resolve_dataset
 from mlpmatch_pl.data.sampler import BurnIn, ShardSampler, StreamSampler, rank_and_world_size
 from mlpmatch_pl.data.transforms.strong import UNIMATCH, StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
@@ -48,7 +49,8 @@ class SemiSupervisedDataModule(LightningDataModule):
     streams and all views are functions of (seed, epoch, draw).
 
     Args:
-        data: The dataset, from `mlpmatch_pl.folder`, `mlpmatch_pl.shapes` or custom sources.
+        data: The dataset, from `mlpmatch_pl.folder`, `mlpmatch_pl.shapes` or custom sources; or a mapping of its name
+            and arguments, such as ``{"name": "folder", "root": "my_images", "classes": ["road", "sky"]}``.
         method: The method that the batches are for: a preset's name, options as the module takes them, or the module's
             ``method``. It determines the number of strong views, the CutMix boxes, and whether each unlabeled image has
             a second view to paste from. A method without strong views gets labeled images only,
@@ -85,7 +87,7 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def __init__(
         self,
-        data: SegmentationData,
+        data: SegmentationData | Mapping[str, Any],
         *,
         method: str | Mapping[str, Any] | Method = "mlpmatch",
         crop_size: int = 321,
@@ -102,10 +104,11 @@ class SemiSupervisedDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.data, self.seed, self.method = data, seed, resolve_method(method)
-        self.batch_size, self.crop_size, self.batch_per = batch_size, crop_size, batch_per
+        self.data = data = resolve_dataset(data)
+        self.seed, self.method = seed, resolve_method(method)
+        self._batch_size, self.crop_size, self.batch_per = batch_size, crop_size, batch_per
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
-        self._step_sizes, self._shares = (self.batch_size, self.unlabeled_batch_size), 1
+        self._shares = 1  # that a step is divided into
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
         self.skipped = SkippedImages()
@@ -149,6 +152,16 @@ class SemiSupervisedDataModule(LightningDataModule):
     __str__ = __repr__  # Lightning's __str__ fails for a CombinedLoader
 
     @property
+    def batch_size(self) -> int:
+        """Number of labeled images in a batch of one device; the unlabeled ones follow in proportion when it is set."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self.unlabeled_batch_size = max(round(self.unlabeled_batch_size * value / self._batch_size), 1)
+        self._batch_size = value
+
+    @property
     def images_per_step(self) -> int:
         """Number of images in a batch of one device, labeled and unlabeled."""
         return self.batch_size + self.unlabeled_batch_size
@@ -173,7 +186,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         shares = devices * accumulated
         if self.batch_per == "device" or shares == self._shares:
             return
-        labeled, unlabeled = self._step_sizes
+        labeled, unlabeled = self.batch_size * self._shares, self.unlabeled_batch_size * self._shares
         if labeled % shares or unlabeled % shares:
             raise UserError(
                 f"expected {devices} devices and {accumulated} accumulated batches to share {labeled} labeled and "
@@ -242,6 +255,10 @@ class SemiSupervisedDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of whole test images, or of the validation images if there are no test images."""
         return self._eval_loader("test", self.data.test or self.data.val)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of `test_dataloader`."""
+        return self.test_dataloader()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Remove the list of skipped images from a training batch, and count them."""

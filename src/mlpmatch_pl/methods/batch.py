@@ -28,6 +28,36 @@ def split_batch(batch: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     return batch.get("labeled", {}), batch.get("unlabeled", {})
 
 
+def image_and_mask(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the images and masks of an evaluation batch.
+
+    Raises:
+        UserError: If the batch is not a mapping with both.
+    """
+    if not isinstance(batch, Mapping) or not {"image", "mask"} <= batch.keys():
+        kind = f"the keys {', '.join(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise UserError(
+            f"expected an evaluation batch of {{'image': (B, C, H, W), 'mask': (B, H, W)}}, but got {kind}; let the "
+            "dataset return dictionaries"
+        )
+    return batch["image"], batch["mask"]
+
+
+def image_of(batch: Any) -> Tensor:
+    """Return the images of a batch to predict: a tensor, the first of a tuple, or ``image`` of a mapping.
+
+    Raises:
+        UserError: If it is none of them.
+    """
+    if isinstance(batch, tuple | list) and batch:
+        batch = batch[0]
+    image = batch.get("image") if isinstance(batch, Mapping) else batch
+    if not isinstance(image, Tensor) or image.ndim != 4:
+        found = tuple(image.shape) if isinstance(image, Tensor) else f"a {type(batch).__name__}"
+        raise UserError(f"expected images (B, C, H, W) to predict, or {{'image': ...}}, but got {found}")
+    return image
+
+
 class BatchValidator:
     """Checks that batches have the tensors that a method needs. Shapes equal to the last batch's are accepted at once.
 

@@ -64,15 +64,23 @@ def _resnet_stem(model: Any, x: Tensor) -> Tensor:
     return model.maxpool(model.act1(model.bn1(model.conv1(x))))  # type: ignore[no-any-return]
 
 
+def _resnet_stages(model: Any) -> list[str]:
+    return ["layer1", "layer2", "layer3", "layer4"]
+
+
+def _efficientnet_stages(model: Any) -> list[str]:
+    return [f"blocks.{index}" for index in range(len(model.blocks))]
+
+
 def _efficientnet_stem(model: Any, x: Tensor) -> Tensor:
     return model.bn1(model.conv_stem(x))  # type: ignore[no-any-return]
 
 
 FAMILIES: dict[str, Family] = {  # by module in timm.models
-    "resnet": Family(_resnet_stem, lambda model: ["layer1", "layer2", "layer3", "layer4"], ("global_pool", "fc")),
+    "resnet": Family(_resnet_stem, _resnet_stages, ("global_pool", "fc")),
     "efficientnet": Family(  # MobileNetV2 and EfficientNet-Lite too
         _efficientnet_stem,
-        lambda model: [f"blocks.{i}" for i in range(len(model.blocks))],
+        _efficientnet_stages,
         ("conv_head", "bn2", "global_pool", "classifier"),
     ),
 }

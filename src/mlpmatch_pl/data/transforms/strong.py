@@ -20,7 +20,7 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 UNIMATCH: tuple[Mapping[str, Any], ...] = (  # as published; conf/loader/default.yaml shows it to users
     {"name": "ColorJitter", "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25, "p": 0.8},
     {"name": "ToGray", "p": 0.2},
-    {"name": "GaussianBlur", "sigma_limit": (0.1, 2.0), "p": 0.5},
+    {"name": "GaussianBlur", "sigma_limit": [0.1, 2.0], "p": 0.5},
 )
 
 log = logging.getLogger(__name__)
