@@ -77,7 +77,7 @@ def main() -> None:
 def measure(pairs: list[Pair], arguments: argparse.Namespace) -> list[dict]:
     """Time all loops alternately, print a line for each, and return the rows."""
     torch.manual_seed(0)
-    module = MLPMatch(CLASSES, backbone=arguments.backbone, decoder_channels=arguments.decoder_channels).eval()
+    module = MLPMatch(CLASSES, backbone=arguments.backbone, decoder={"channels": arguments.decoder_channels}).eval()
     segmentor = deepcopy(module.segmentor).to(arguments.device)
     module.to(arguments.device, memory_format=torch.channels_last)
     files = [file_source.Pair(*map(str, pair)) for pair in pairs]

@@ -80,7 +80,7 @@ loading() {
 
 training() {  # METHOD
   "$python" -m mlpmatch_pl.train experiment=camvid_1-8_mobilenetv2 logger=csv trainer="$trainer" method="$1" \
-    loader.crop_size="${TRAIN_CROP:-321}" loader.batch_size="${TRAIN_BATCH:-8}" backbone.decoder_channels=256 \
+    loader.crop_size="${TRAIN_CROP:-321}" loader.batch_size="${TRAIN_BATCH:-8}" decoder.channels=256 \
     schedule.steps="${TRAIN_STEPS:-2000}" hydra.run.dir="$stage/$1" && cp "$stage/$1/metrics.json" "$out/camvid_$1_$machine.json"
 }
 

@@ -54,6 +54,7 @@ COSTS = {
     **{
         f"mlpmatch, {sampler}": {"name": "mlpmatch", "network_perturbation": {"sampler": sampler}}
         for sampler in SAMPLERS
+        if sampler != "single_branch"  # of transformers
     },
 }
 
@@ -88,9 +89,9 @@ class Network:
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device, channels_last: bool) -> None:
         torch.manual_seed(0)
-        segmentor = Segmentor(arguments.classes, arguments.backbone, decoder_channels=arguments.decoder_channels).to(
-            device
-        )
+        segmentor = Segmentor(
+            arguments.classes, arguments.backbone, decoder={"channels": arguments.decoder_channels}
+        ).to(device)
         self.segmentor = segmentor.to(memory_format=torch.channels_last) if channels_last else segmentor
         self.optimizer = shared_optimizer(self.segmentor.train())
         self.criterion = build_criterion(arguments.criterion, arguments.classes)

@@ -21,7 +21,7 @@ TRAIN_KEYS = {"loss", "loss_x", "loss_x_np", "loss_s", "loss_fp", "loss_u_np", "
 
 def make_module(**options):
     torch.manual_seed(0)
-    return MLPMatch(CLASSES, **{"backbone": "test_resnet", "decoder_channels": 8, **options})
+    return MLPMatch(CLASSES, **{"backbone": "test_resnet", "decoder": {"channels": 8}, **options})
 
 
 def random_batch(index=0):
@@ -266,9 +266,9 @@ def test_checkpoints_hold_tensors_and_plain_data(trained):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoder_channels": 16}, "it has decoder_channels=8 and the configuration decoder_channels=16"),
+        ({"decoder": {"channels": 16}}, "it has decoder={'name': 'deeplabv3plus', 'channels': 8, "),
         ({"backbone": "resnet18"}, "it has backbone=test_resnet and the configuration backbone=resnet18"),
-        ({"atrous_rates": [12, 24, 36]}, "it has atrous_rates=(6, 12, 18) and the configuration atrous_rates=[12, 24"),
+        ({"decoder": {"channels": 8, "atrous_rates": [12, 24, 36]}}, "'atrous_rates': [12, 24, 36]}; resume with the"),
     ],
 )
 def test_a_checkpoint_of_another_architecture_is_refused(trained, tmp_path, options, message):
@@ -290,7 +290,7 @@ def test_resuming_continues_at_the_saved_step(trained, tmp_path):
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 def test_values_of_the_first_batch_are_checked(step):
     def call(image, mask):
-        module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder_channels=8)
+        module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder={"channels": 8})
         batch = {"image": image, "mask": mask}
         getattr(module, step)({"labeled": batch} if step == "training_step" else batch, 0)
 

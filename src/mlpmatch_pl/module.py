@@ -36,7 +36,7 @@ from mlpmatch_pl.methods.schedules import DECAYS, TrainingLength, lr_factor, vol
 from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.segmentor import Segmentor
-from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD
+from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD, resolve_decoder
 from mlpmatch_pl.utils.checkpoint import check_architecture
 from mlpmatch_pl.utils.errors import UserError, require_choice
 from mlpmatch_pl.utils.palette import check_palette
@@ -57,8 +57,10 @@ class MLPMatch(LightningModule):
         pretrained: True for timm's weights, or the path of a local state dict of the encoder.
         in_chans: Number of image channels.
         output_stride: 8, 16 or 32.
-        decoder_channels: Width of the decoder.
-        atrous_rates: Dilations of the ASPP branches.
+        decoder: Name of a decoder (``deeplabv3plus``, ``dpt``, ``linear``), or a mapping with its ``name`` and options,
+            see `mlpmatch_pl.segmentor`.
+        pos_embed: ``timm`` or ``dinov2``, see `mlpmatch_pl.segmentor.Encoder`.
+        frozen: Train the decoder alone.
         mean: Mean of each channel, for values as stored.
         std: Standard deviation of each channel, for values as stored.
         criterion: Loss of the labeled terms, see `mlpmatch_pl.methods.losses.build_criterion`.
@@ -87,7 +89,7 @@ class MLPMatch(LightningModule):
         UserError: If an argument is invalid.
 
     Example:
-        >>> module = MLPMatch(num_classes=3, backbone="test_resnet", decoder_channels=16)
+        >>> module = MLPMatch(num_classes=3, backbone="test_resnet", decoder={"channels": 16})
         >>> tuple(module(torch.zeros(2, 3, 65, 65, dtype=torch.uint8)).shape)
         (2, 3, 65, 65)
     """
@@ -101,8 +103,9 @@ class MLPMatch(LightningModule):
         pretrained: bool | str = False,
         in_chans: int = 3,
         output_stride: int = 16,
-        decoder_channels: int = 256,
-        atrous_rates: Sequence[int] = (6, 12, 18),
+        decoder: str | Mapping[str, Any] = "deeplabv3plus",
+        pos_embed: str = "timm",
+        frozen: bool = False,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         criterion: str | Mapping[str, Any] = "ce",
@@ -126,6 +129,7 @@ class MLPMatch(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        decoder = resolve_decoder(decoder)
         self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint holds the weights themselves
         _check_ranges(self.hparams)
         self.method = resolve_method(method)
@@ -135,7 +139,7 @@ class MLPMatch(LightningModule):
         check_palette(palette or (), num_classes)
         self.absent = check_absent(absent)
         self.segmentor = Segmentor(
-            num_classes, backbone, pretrained, in_chans, output_stride, decoder_channels, atrous_rates, mean, std,
+            num_classes, backbone, pretrained, in_chans, output_stride, decoder, pos_embed, frozen, mean, std,
             compile_blocks, activation_checkpointing,
         )  # fmt: skip
         if channels_last:
@@ -278,7 +282,7 @@ class MLPMatch(LightningModule):
             UserError: If there is not at least one step per epoch.
 
         Example:
-            >>> module = MLPMatch(num_classes=3, backbone="test_resnet", decoder_channels=16)
+            >>> module = MLPMatch(num_classes=3, backbone="test_resnet", decoder={"channels": 16})
             >>> module.set_length(steps=100, epochs=10)
             >>> module.own_step = 50
             >>> module.volatile_weight()

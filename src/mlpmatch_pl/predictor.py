@@ -54,7 +54,7 @@ class Predictor:
         UserError: If the network has more than 256 classes.
 
     Example:
-        >>> predictor = Predictor(MLPMatch(3, backbone="test_resnet", decoder_channels=8))
+        >>> predictor = Predictor(MLPMatch(3, backbone="test_resnet", decoder={"channels": 8}))
         >>> label_HW = predictor.predict(np.zeros((40, 50, 3), np.uint8))
         >>> label_HW.shape, label_HW.dtype, predictor.colors
         ((40, 50), dtype('uint8'), ((0, 0, 0), (128, 0, 0), (0, 128, 0)))

@@ -25,7 +25,7 @@ from mlpmatch_pl.visualization.plots import bar_plot, confusion_matrix_plot
 
 def untrained(num_classes=6, threshold=0.2):
     torch.manual_seed(0)
-    module = MLPMatch(num_classes, backbone="test_resnet", decoder_channels=8, confidence_threshold=threshold)
+    module = MLPMatch(num_classes, backbone="test_resnet", decoder={"channels": 8}, confidence_threshold=threshold)
     return module.eval()
 
 
@@ -135,7 +135,7 @@ def test_every_draw_of_a_deactivated_block_is_counted(inspected):
     run, metrics = inspected
     report = json.loads((run / "deactivated.json").read_text())
     assert report["steps"] == metrics["steps"] == 10
-    stages = MLPMatch(6, backbone="test_resnet", decoder_channels=8).segmentor.encoder.stages
+    stages = MLPMatch(6, backbone="test_resnet", decoder={"channels": 8}).segmentor.encoder.stages
     drawn = [next(iter(NetworkPerturbation("single_block", seed=0).draw(stages, step))) for step in range(10)]
     assert report["blocks"] == {str(block): drawn.count(block) for stage in stages for block in stage}
     assert sum(report["stages"]) == 10

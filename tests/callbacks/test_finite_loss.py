@@ -54,7 +54,7 @@ def spoil_strong_views(value):
 def build(method="mlpmatch", **options):
     torch.manual_seed(0)
     options = {"confidence_threshold": 0.0, **options}
-    module = MLPMatch(6, method=method, backbone="test_resnet", decoder_channels=8, lr=0.01, **options)
+    module = MLPMatch(6, method=method, backbone="test_resnet", decoder={"channels": 8}, lr=0.01, **options)
     data = shapes(labeled=3, train=12, val=2, test=1, size=48)
     datamodule = SemiSupervisedDataModule(data, method=method, crop_size=33, batch_size=2, num_workers=0)
     return module, datamodule

@@ -66,7 +66,7 @@ TINY = (
     "loader.batch_size=2",
     "loader.eval_batch_size=1",
     "loader.num_workers=0",
-    "backbone.decoder_channels=8",
+    "decoder.channels=8",
     "schedule.steps=2",
 )
 SUFFIXES = ("png", "jpg", "bmp", "tif", "webp")
@@ -470,7 +470,7 @@ class OneSize:
 @cache
 def network(num_classes: int = 3) -> Predictor:
     torch.manual_seed(0)
-    return Predictor(MLPMatch(num_classes, backbone="test_resnet", decoder_channels=8))
+    return Predictor(MLPMatch(num_classes, backbone="test_resnet", decoder={"channels": 8}))
 
 
 def try_size(drawn: tuple[int, int, int]) -> None:
@@ -540,8 +540,7 @@ HPARAMS = (
     "backbone",
     "in_chans",
     "output_stride",
-    "decoder_channels",
-    "atrous_rates",
+    "decoder",
     "mean",
     "std",
     "criterion",

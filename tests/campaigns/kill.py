@@ -32,7 +32,7 @@ from mlpmatch_pl.train import train
 TINY = (
     "dataset.train=24", "dataset.val=5", "dataset.test=3", "dataset.labeled=4", "dataset.size=48",
     "loader.crop_size=48",
-    "loader.batch_size=4", "backbone.decoder_channels=8", "schedule.steps=30", "callbacks.predictions.num_images=2",
+    "loader.batch_size=4", "decoder.channels=8", "schedule.steps=30", "callbacks.predictions.num_images=2",
     "callbacks.checkpoint.every_n_steps=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "resume=auto",
 )  # fmt: skip
 """Six epochs of five steps, with a checkpoint after every second step."""

@@ -50,7 +50,7 @@ class Bomb:
 @pytest.fixture(scope="module")
 def content() -> dict:
     """A small checkpoint of a training."""
-    module = MLPMatch(3, backbone="test_resnet", decoder_channels=8)
+    module = MLPMatch(3, backbone="test_resnet", decoder={"channels": 8})
     return {"global_step": 1, "hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
 
 
@@ -117,10 +117,12 @@ def test_code_in_a_checkpoint_never_runs(command, content, tmp_path, how, form):
         {"num_classes": 10**6, "class_names": ["x"] * 10**6},
         {"num_classes": -1},
         {"num_classes": "3"},
-        {"decoder_channels": 10**9},
-        {"decoder_channels": 4000},
-        {"atrous_rates": [1] * 10**5},
-        {"atrous_rates": [10**9, 1, 1]},
+        {"decoder": {"channels": 10**9}},
+        {"decoder": {"channels": 4000}},
+        {"decoder": {"channels": "8"}},
+        {"decoder": "os.system"},
+        {"decoder": {"atrous_rates": [1] * 10**5}},
+        {"decoder": {"atrous_rates": [10**9, 1, 1]}},
         {"in_chans": 10**7, "mean": [0.0] * 10**5, "std": [1.0] * 10**5},
         {"mean": [float("nan")] * 3},
         {"std": [0.0] * 3},

@@ -270,7 +270,7 @@ def test_memory_is_measured_for_a_second_batch_size_with_momentum(tmp_path, monk
     cfg = compose_config("benchmark", *TINY, "trainer.accumulate_grad_batches=3", output_dir=tmp_path)
     config = read_config(cfg, "benchmark")
     short = run.MeasuredTraining(config, tmp_path, build_datamodule(config, resolve_method(config["method"])))
-    module = MLPMatch(6, backbone="test_resnet", decoder_channels=8, lr=0.01)
+    module = MLPMatch(6, backbone="test_resnet", decoder={"channels": 8}, lr=0.01)
     memory = short.memory(module, int(6e9), torch.device("cuda"))
     assert memory == {"peak_bytes": 6e9, "device_bytes": 80e9, "largest_batch": 70}
     assert images == [2] * 6

@@ -213,7 +213,7 @@ def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp
     with pytest.raises(UserError, match=r"dataset with 6 classes, as .*best\.ckpt was trained on, but it has 2"):
         run_evaluate(run, tmp_path, "dataset=folder", root, "dataset.classes=[a,b]")
     data = open_part(run / "checkpoints/best.ckpt", None, None).data
-    options = {"backbone": "test_resnet", "decoder_channels": 8}
+    options = {"backbone": "test_resnet", "decoder": {"channels": 8}}
     with pytest.raises(UserError, match=r"but instead of 'blob' it has 'cross'"):
         check_compatible(MLPMatch(6, **options, class_names=[*CLASS_NAMES[:5], "blob"]), data, Path("a.ckpt"))
     check_compatible(MLPMatch(6, **options), data, Path("a.ckpt"))  # its classes have no names

@@ -44,7 +44,7 @@ SIZES = ((1, 33, 200), (5, 70, 33), (2, 65, 97), (1, 111, 96))  # batch, height,
 def make_checkpoint(path: Path, backbone="test_resnet", in_chans=3, **options) -> Path:
     torch.manual_seed(0)
     module = MLPMatch(
-        3, backbone=backbone, in_chans=in_chans, decoder_channels=8, mean=[100.0, 120.0, 90.0][:in_chans],
+        3, backbone=backbone, in_chans=in_chans, decoder={"channels": 8}, mean=[100.0, 120.0, 90.0][:in_chans],
         std=[50.0, 60.0, 70.0][:in_chans], **{"class_names": NAMES, "palette": PALETTE, **options},
     )  # fmt: skip
     calibrate(module.segmentor, in_chans)
@@ -173,7 +173,7 @@ def test_safetensors_load_in_three_lines_and_as_weights_to_start_from(checkpoint
         assert json.loads(content.metadata()["config"]) == config
     assert (config["class_names"], config["palette"]) == (NAMES, PALETTE)
     assert file.stat().st_mode & stat.S_IRGRP == file.with_suffix(".json").stat().st_mode & stat.S_IRGRP
-    other = Segmentor(3, "test_resnet", decoder_channels=8, mean=config["segmentor"]["mean"],
+    other = Segmentor(3, "test_resnet", decoder={"channels": 8}, mean=config["segmentor"]["mean"],
                       std=config["segmentor"]["std"]).eval()  # fmt: skip
     load_published(other, file)
     assert torch.equal(other(image), segmentor(image))

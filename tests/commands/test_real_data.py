@@ -79,7 +79,7 @@ def _run_short(command, tmp_path, *overrides):
     network = (
         "backbone=mobilenetv2_100",
         f"backbone.pretrained={weights}",
-        "backbone.decoder_channels=32",
+        "decoder.channels=32",
         "loader.batch_size=4",
         "schedule.epochs=null",
         "schedule.steps=3",

@@ -45,7 +45,7 @@ def datamodule(labeled=3, train=12, val=2, test=1, **options):
 
 def module(num_classes=6, **options):
     torch.manual_seed(0)
-    return MLPMatch(num_classes, **{"backbone": "test_resnet", "decoder_channels": 8, "lr": 0.01, **options})
+    return MLPMatch(num_classes, **{"backbone": "test_resnet", "decoder": {"channels": 8}, "lr": 0.01, **options})
 
 
 def batches(loader):

@@ -334,7 +334,7 @@ def fit(datamodule, path):
     )  # fmt: skip
     datamodule.prepare_data()
     path.write_bytes(b"")
-    trainer.fit(MLPMatch(3, backbone="test_resnet", decoder_channels=8), datamodule=datamodule)
+    trainer.fit(MLPMatch(3, backbone="test_resnet", decoder={"channels": 8}), datamodule=datamodule)
 
 
 @pytest.mark.filterwarnings("ignore")

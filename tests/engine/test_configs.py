@@ -31,6 +31,7 @@ from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.methods.method import PRESETS, Method, resolve_method
 from mlpmatch_pl.methods.optimizers import PAPER_OPTIMIZER
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.segmentor.segmentor import resolve_decoder
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.validation import read_options
@@ -164,12 +165,13 @@ def test_the_module_defaults_are_the_configured_defaults_of_the_paper():
     config = compose_train("backbone=resnet50s", "schedule=voc", "objective.confidence_threshold=0.95")
     defaults = {name: p.default for name, p in inspect.signature(MLPMatch).parameters.items()}
     for group, keys in {
-        "backbone": ("output_stride", "decoder_channels", "pretrained", "mean", "std", "atrous_rates"),
+        "backbone": ("output_stride", "pretrained", "pos_embed", "frozen", "mean", "std"),
         "schedule": ("lr", "lr_multi", "layer_decay", "decay", "power", "warmup_steps"),
     }.items():
         for key in keys:
             value = config[group][key]
             assert (tuple(value) if OmegaConf.is_list(value) else value) == defaults[key]
+    assert resolve_decoder(config.decoder) == resolve_decoder(defaults["decoder"])
     assert config.optimizer == {**PAPER_OPTIMIZER, "fused": None}
 
 

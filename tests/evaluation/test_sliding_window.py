@@ -17,7 +17,7 @@ from mlpmatch_pl.utils.errors import UserError
 def segmentor():
     """A network whose prediction of a pixel depends on what else is in the window, through ASPP's pooling."""
     torch.manual_seed(0)
-    network = Segmentor(4, "test_resnet", decoder_channels=8).eval()
+    network = Segmentor(4, "test_resnet", decoder={"channels": 8}).eval()
     with torch.no_grad():
         for parameter in network.decoder.parameters():
             if parameter.ndim > 1:

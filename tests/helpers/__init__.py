@@ -25,7 +25,7 @@ TINY = (
     "loader.batch_size=4",
     "loader.eval_batch_size=5",
     "loader.num_workers=0",
-    "backbone.decoder_channels=8",
+    "decoder.channels=8",
     "schedule.steps=5",
     "callbacks.predictions.num_images=2",
 )

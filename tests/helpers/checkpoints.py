@@ -11,7 +11,7 @@ from mlpmatch_pl import MLPMatch
 def make_module(num_classes: int = 4, **options) -> MLPMatch:
     """Build the same network every time, whose decoder is strong enough that all classes are predicted."""
     torch.manual_seed(0)
-    module = MLPMatch(num_classes, backbone="test_resnet", decoder_channels=8, **options)
+    module = MLPMatch(num_classes, backbone="test_resnet", decoder={"channels": 8}, **options)
     with torch.no_grad():
         for parameter in module.segmentor.decoder.parameters():
             if parameter.ndim > 1:

@@ -74,7 +74,7 @@ def trainer_of(devices, **options):
 
 def module_of(method, kind=MLPMatch):
     torch.manual_seed(0)
-    return kind(6, method=method, backbone="test_resnet", decoder_channels=8, lr=0.05, confidence_threshold=0.2)
+    return kind(6, method=method, backbone="test_resnet", decoder={"channels": 8}, lr=0.05, confidence_threshold=0.2)
 
 
 def datamodule_of(devices, scale=WHOLE, count=3, method="mlpmatch"):
@@ -149,7 +149,7 @@ def record(devices):
     """Validate and train, and return what was read, drawn and measured."""
     seen = {"LabeledDataset": [], "UnlabeledDataset": [], "EvalDataset": [], "blocks": []}
     torch.manual_seed(0)
-    module = MLPMatch(6, backbone="test_resnet", decoder_channels=8, lr=0.01)
+    module = MLPMatch(6, backbone="test_resnet", decoder={"channels": 8}, lr=0.01)
     data = shapes(labeled=LABELED, train=TRAIN, val=VAL, test=1, size=48)
     datamodule = SemiSupervisedDataModule(data, crop_size=33, batch_size=4 // devices, num_workers=0)
     options = {"use_distributed_sampler": True, "inference_mode": False, "max_epochs": RECORDED_EPOCHS}

@@ -34,7 +34,7 @@ STEPS = (3, 5)  # with different draws of stage_bernoulli
 def trained():
     """A segmentor whose residual branches matter, with its own statistics and fairly confident predictions."""
     torch.manual_seed(0)
-    segmentor = Segmentor(CLASSES, backbone="test_resnet", decoder_channels=8).double()
+    segmentor = Segmentor(CLASSES, backbone="test_resnet", decoder={"channels": 8}).double()
     for norm in batch_norms(segmentor):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.1)
@@ -568,7 +568,7 @@ def test_logged_values_are_tensors_with_the_loss_and_all_terms():
 
 
 def test_a_backbone_without_blocks_to_deactivate_is_refused():
-    segmentor = Segmentor(CLASSES, backbone="test_efficientnet", decoder_channels=8)
+    segmentor = Segmentor(CLASSES, backbone="test_efficientnet", decoder={"channels": 8})
     with pytest.raises(UserError, match="residual blocks that can be deactivated, but the configured one has none"):
         make_step(segmentor, "mlpmatch")
     make_step(segmentor, "unimatch")

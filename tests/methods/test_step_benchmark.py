@@ -33,7 +33,7 @@ METHODS = {
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    segmentor = Segmentor(CLASSES, backbone="test_resnet", decoder_channels=8).double()
+    segmentor = Segmentor(CLASSES, backbone="test_resnet", decoder={"channels": 8}).double()
     for norm in segmentor.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)  # otherwise, residual branches start at zero
@@ -167,7 +167,7 @@ def test_rounds_alternate_and_ratios_compare_sums():
 
 def test_timed_steps_are_representative():
     method = resolve_method({"name": "mlpmatch", "network_perturbation": {"sampler": "stage_bernoulli"}})
-    step = build_step(Segmentor(CLASSES, "test_resnet", decoder_channels=8), None, method, TAU, SEED)
+    step = build_step(Segmentor(CLASSES, "test_resnet", decoder={"channels": 8}), None, method, TAU, SEED)
     cost = partial(own_blocks, step)
     numbers = representative(cost)
     assert len(set(numbers)) == STEPS

@@ -17,7 +17,7 @@ TEACHER = {"decay": DECAY, "ramp": True}
 @pytest.fixture
 def student():
     torch.manual_seed(0)
-    return Segmentor(3, backbone="test_resnet", decoder_channels=8).double()
+    return Segmentor(3, backbone="test_resnet", decoder={"channels": 8}).double()
 
 
 def train_a_step(student, optimizer, step):
@@ -66,7 +66,7 @@ def test_a_decay_out_of_range_is_refused(student):
 def make_module(**method):
     torch.manual_seed(0)
     spec = {"name": "fixmatch", "teacher": TEACHER, **method}
-    return MLPMatch(3, method=spec, backbone="test_resnet", decoder_channels=8, lr=0.01)
+    return MLPMatch(3, method=spec, backbone="test_resnet", decoder={"channels": 8}, lr=0.01)
 
 
 def test_it_follows_the_optimizer_in_a_loop_of_ones_own():

@@ -23,7 +23,7 @@ CLASSES = 5
 def make(method: str, **options) -> MLPMatch:
     torch.manual_seed(0)
     return MLPMatch(
-        CLASSES, method=method, backbone="test_resnet", decoder_channels=16, confidence_threshold=0.0, **options
+        CLASSES, method=method, backbone="test_resnet", decoder={"channels": 16}, confidence_threshold=0.0, **options
     ).train()
 
 
@@ -70,7 +70,7 @@ class NeverSynchronizes(MLPMatch):
 def test_logging_does_not_synchronize_with_the_device():
     data = shapes(labeled=4, train=16, val=2, test=2, size=48)
     datamodule = SemiSupervisedDataModule(data, crop_size=48, batch_size=4, num_workers=0)
-    module = NeverSynchronizes(num_classes=6, backbone="test_resnet", output_stride=8, decoder_channels=16)
+    module = NeverSynchronizes(num_classes=6, backbone="test_resnet", output_stride=8, decoder={"channels": 16})
     trainer = Trainer(max_epochs=1, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip
     trainer.fit(module, datamodule)

@@ -23,7 +23,7 @@ from mlpmatch_pl.utils.errors import UserError
 
 def make_segmentor(**options):
     torch.manual_seed(0)
-    segmentor = Segmentor(4, backbone="test_resnet", decoder_channels=8, **options).double().train()
+    segmentor = Segmentor(4, backbone="test_resnet", decoder={"channels": 8}, **options).double().train()
     for module in segmentor.modules():  # timm initializes residual branches to zero, which would hide deactivation
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -169,9 +169,12 @@ def test_cropped_kernels_give_the_same_results(size):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 0}, "expected 1 to 4096 decoder_channels and 1 to 16 atrous_rates, but got 0 and 3"),
-        ({"atrous_rates": []}, "expected 1 to 4096 decoder_channels and 1 to 16 atrous_rates, but got 256 and 0"),
-        ({"atrous_rates": [6, 2000]}, r"expected atrous_rates from 1 to 1024, but got \[6, 2000\]"),
+        ({"channels": 0}, "expected decoder.channels from 1 to 4096, but got 0"),
+        ({"atrous_rates": []}, "expected decoder.atrous_rates as 1 to 16 numbers from 1 to 1024, but got 0"),
+        (
+            {"atrous_rates": [6, 2000]},
+            r"expected decoder.atrous_rates as 1 to 16 numbers from 1 to 1024, but got 2: \[6, 2000\]",
+        ),
     ],
 )
 def test_wrong_decoder_options_are_refused(options, message):

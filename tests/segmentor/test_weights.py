@@ -259,7 +259,7 @@ def plain_model(state, image_BCHW):
 
 def small_segmentor(num_classes=CLASSES):
     torch.manual_seed(1)
-    return Segmentor(num_classes, backbone="test_resnet", decoder_channels=CHANNELS).eval()
+    return Segmentor(num_classes, backbone="test_resnet", decoder={"channels": CHANNELS}).eval()
 
 
 def with_old_numpy_names(content):

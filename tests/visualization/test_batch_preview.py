@@ -31,7 +31,7 @@ def enlarged(image_CHW):
 
 def strong_images_of_a_step(batch, method):
     """Return the strong images that a training step passes to the network, for both views."""
-    module = MLPMatch(6, method=method, backbone="test_resnet", output_stride=8, decoder_channels=8)
+    module = MLPMatch(6, method=method, backbone="test_resnet", output_stride=8, decoder={"channels": 8})
     seen, segment = [], module.segmentor.forward
     module.segmentor.forward = lambda images: (seen.append(images.clone()), segment(images))[1]
     module.step(batch["labeled"], batch["unlabeled"], 0)

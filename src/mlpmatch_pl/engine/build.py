@@ -66,6 +66,7 @@ def build_module(
         backbone=backbone.pop("name"),
         in_chans=data.in_chans,
         **backbone,
+        decoder=config["decoder"],
         **config["objective"],
         ignore_index=data.ignore_index,
         lr=lr,

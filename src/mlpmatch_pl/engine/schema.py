@@ -19,6 +19,7 @@ from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.perturbation import CutMix
+from mlpmatch_pl.segmentor.segmentor import resolve_decoder
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.validation import arguments_type, mapping_type, validate
 
@@ -60,11 +61,11 @@ _TRAINING: dict[str, Any] = {
     "init_weights": str | None,
     "output_dir": str,
     "backbone": mapping_type(
-        {"name": str}
-        | _hints(MLPMatch.__init__, "pretrained", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
+        {"name": str} | _hints(MLPMatch.__init__, "pretrained", "output_stride", "pos_embed", "frozen", "mean", "std")
     ),
     "callbacks": dict[str, dict[str, Any] | None],
     "dataset": dict[str, Any],
+    "decoder": dict[str, Any],
     "evaluation": mapping_type(
         _hints(MLPMatch.__init__, "absent")
         | _hints(SlidingWindowInference, "mode", "window", "stride", "window_batch", "windows")
@@ -108,7 +109,8 @@ def checked(config: dict[str, Any], others: Iterable[str] = ()) -> dict[str, Any
     if not 0 <= result["seed"] < 2**32:  # numpy's range
         raise UserError(f"expected seed as an integer from 0 to {2**32 - 1}, but got {result['seed']}")
     callbacks = {name: node and checked_target(f"callbacks.{name}", node) for name, node in result["callbacks"].items()}
-    return result | {"dataset": checked_target("dataset", result["dataset"]), "callbacks": callbacks}
+    dataset, decoder = checked_target("dataset", result["dataset"]), resolve_decoder(result["decoder"])
+    return result | {"dataset": dataset, "decoder": decoder, "callbacks": callbacks}
 
 
 def checked_target(key: str, node: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
 from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 from mlpmatch_pl.perturbation.input import inside_boxes
+from mlpmatch_pl.perturbation.network import block_of
 from mlpmatch_pl.segmentor import Features, Segmentor
 from mlpmatch_pl.segmentor.blocks import frozen_batchnorm_statistics
 from mlpmatch_pl.utils.errors import UserError
@@ -220,10 +221,10 @@ class MultiLevelStep:
         return {f"s{view}": consistency_loss(*pair, self.threshold) for view, pair in pairs}
 
     def deactivated_blocks(self, step: int) -> frozenset[int]:
-        """Return the indices of the encoder's blocks that are deactivated in a step."""
+        """Return the indices of the encoder's blocks that are deactivated in a step, or branches of them."""
         stages = self.segmentor.encoder.stages
         draws = [perturbation.draw(stages, step) for perturbation in self.network_perturbations.values()]
-        return frozenset().union(*draws)
+        return frozenset(block_of(unit) for draw in draws for unit in draw)
 
 
 def mix_views(unlabeled: Batch, pseudo: PseudoLabels, partner: Partner) -> tuple[list[Tensor], list[PseudoLabels]]:

@@ -8,6 +8,7 @@ from mlpmatch_pl.methods.partner import Batch
 from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
 from mlpmatch_pl.methods.step import MultiLevelStep, StepResult, mix_views
 from mlpmatch_pl.methods.teacher import Teacher
+from mlpmatch_pl.perturbation.network import Unit, block_of
 from mlpmatch_pl.segmentor import Segmentor
 
 
@@ -51,9 +52,9 @@ class StreamStep(MultiLevelStep):
 
     def deactivated_blocks(self, step: int) -> frozenset[int]:
         """Return the indices of the blocks that are deactivated in at least one strong view."""
-        return frozenset().union(*(self._draw(step, view) for view in range(self.views)))
+        return frozenset(block_of(unit) for view in range(self.views) for unit in self._draw(step, view))
 
-    def _draw(self, step: int, view: int) -> frozenset[int]:
+    def _draw(self, step: int, view: int) -> frozenset[Unit]:
         stages = self.segmentor.encoder.stages
         draws = [perturbation.draw(stages, step, view) for perturbation in self.network_perturbations.values()]
         return frozenset().union(*draws)

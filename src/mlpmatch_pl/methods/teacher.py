@@ -29,7 +29,7 @@ class Teacher(nn.Module):
         UserError: If the decay is out of range.
 
     Example:
-        >>> student = Segmentor(2, backbone="test_resnet", decoder_channels=8)
+        >>> student = Segmentor(2, backbone="test_resnet", decoder={"channels": 8})
         >>> teacher = Teacher(student, decay=0.9)
         >>> _ = student.decoder.classifier.bias.data.fill_(1.0)
         >>> teacher.update(student, step=0)

@@ -1,7 +1,8 @@
 """Network perturbation: deactivate residual blocks (MLPMatch, arXiv 2411.05307).
 
 A residual block computes ``act(shortcut(x) + residual(x))``. Deactivating it drops the residual branch, which leaves
-``act(shortcut(x))``: stochastic depth with one draw for the whole batch.
+``act(shortcut(x))``: stochastic depth with one draw for the whole batch. A transformer block has two residual branches,
+attention and MLP; deactivated, it returns its input.
 
 Register a rule for your own residual blocks with::
 
@@ -16,10 +17,15 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, singledispatch
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.eva import EvaBlock
+from timm.models.regnet import Bottleneck as RegNetBottleneck
+from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlpmatch_pl.utils.errors import UserError, suggest
@@ -27,15 +33,37 @@ from mlpmatch_pl.utils.seeding import derive_seed
 
 Stages = Sequence[Sequence[int]]
 """Indices of the blocks that can be deactivated, grouped by encoder stage."""
+BRANCHES = ("attn", "mlp")
+
+
+class Branch(NamedTuple):
+    """A residual branch of a transformer block.
+
+    Attributes:
+        block: Index of the block.
+        name: One of `BRANCHES`.
+    """
+
+    block: int
+    name: str
+
+
+Unit = int | Branch
+"""What can be deactivated: a block, by its index, or one of its branches."""
+
+
+def block_of(unit: Unit) -> int:
+    """Return the index of the block."""
+    return unit.block if isinstance(unit, Branch) else unit
 
 
 @singledispatch
-def bypass(block: nn.Module, x_BDHW: Tensor) -> Tensor:
-    """Run a residual block without its residual branch.
+def bypass(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a residual block without its residual branches.
 
     Args:
         block: The residual block.
-        x_BDHW: Its input, (B, D, H, W). It is not modified, because the active block reads it too.
+        x: Its input, (B, D, H, W) or (B, N, D). It is not modified, because the active block reads it too.
 
     Raises:
         TypeError: If no rule is registered for the type of block.
@@ -61,25 +89,32 @@ def has_shortcut(block: nn.Module) -> bool:
 
 def _bypass_resnet(block: Any, x_BDHW: Tensor, activation: str) -> Tensor:
     # Cloned because timm's activations work in place, and the active block reads the same input.
-    shortcut = x_BDHW.clone() if block.downsample is None else block.downsample(x_BDHW)
+    identity = block.downsample is None or isinstance(block.downsample, nn.Identity)
+    shortcut = x_BDHW.clone() if identity else block.downsample(x_BDHW)
     return getattr(block, activation)(shortcut)  # type: ignore[no-any-return]
 
 
-@bypass.register
-def _(block: BasicBlock, x_BDHW: Tensor) -> Tensor:
-    return _bypass_resnet(block, x_BDHW, "act2")
-
-
-@bypass.register
-def _(block: Bottleneck, x_BDHW: Tensor) -> Tensor:
-    return _bypass_resnet(block, x_BDHW, "act3")
+for _block, _activation in (
+    (BasicBlock, "act2"),
+    (Bottleneck, "act3"),
+    (RegNetBottleneck, "act3"),
+    (Bottle2neck, "relu"),
+):
+    bypass.register(_block, partial(_bypass_resnet, activation=_activation))
 
 
 @bypass.register(DepthwiseSeparableConv)
 @bypass.register(EdgeResidual)
 @bypass.register(InvertedResidual)
-def _(block: nn.Module, x_BDHW: Tensor) -> Tensor:
-    return x_BDHW
+@bypass.register(Block)
+@bypass.register(EvaBlock)
+def _(block: nn.Module, x: Tensor) -> Tensor:
+    return x
+
+
+@bypass.register
+def _(block: ConvNeXtBlock, x_BDHW: Tensor) -> Tensor:
+    return block.shortcut(x_BDHW)  # type: ignore[no-any-return]
 
 
 @has_shortcut.register(DepthwiseSeparableConv)
@@ -89,6 +124,54 @@ def _(block: Any) -> bool:
     return bool(block.has_skip)
 
 
+@has_shortcut.register
+def _(block: RegNetBottleneck) -> bool:
+    return block.downsample is not None  # despite its name, the shortcut
+
+
+@singledispatch
+def bypass_branch(block: nn.Module, x_BND: Tensor, branch: str, *context: Any) -> Tensor:
+    """Run a transformer block without one of its two residual branches.
+
+    Args:
+        block: The block.
+        x_BND: Its input, (B, N, D).
+        branch: One of `BRANCHES`.
+        context: What the block gets beside its input, such as rotary positions.
+
+    Raises:
+        TypeError: If no rule is registered for the type of block.
+
+    Example:
+        >>> import torch
+        >>> block, x = Block(8, num_heads=2), torch.rand(1, 5, 8)
+        >>> torch.equal(bypass_branch(block, x, "attn"), x + block.mlp(block.norm2(x)))
+        True
+    """
+    raise TypeError(f"{type(block).__name__} has no attention and MLP branches; register a rule with @bypass_branch")
+
+
+def has_branches(block: nn.Module) -> bool:
+    """Return whether the branches of a block can be deactivated one by one."""
+    return bypass_branch.dispatch(type(block)) is not bypass_branch.dispatch(object)
+
+
+@bypass_branch.register
+def _(block: Block, x_BND: Tensor, branch: str) -> Tensor:
+    if branch == "attn":
+        return x_BND + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BND))))  # type: ignore[no-any-return]
+    return x_BND + block.drop_path1(block.ls1(block.attn(block.norm1(x_BND))))  # type: ignore[no-any-return]
+
+
+@bypass_branch.register
+def _(block: EvaBlock, x_BND: Tensor, branch: str, rope: Tensor | None = None) -> Tensor:
+    if branch == "attn":
+        residual, scale, drop_path = block.mlp(block.norm2(x_BND)), block.gamma_2, block.drop_path2
+    else:
+        residual, scale, drop_path = block.attn(block.norm1(x_BND), rope=rope), block.gamma_1, block.drop_path1
+    return x_BND + drop_path(residual if scale is None else scale * residual)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Context manager that bypasses residual blocks of any model.
@@ -96,7 +179,7 @@ def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
     The encoders of this package take deactivated blocks as an argument instead, which lets them share the part before.
 
     Args:
-        blocks: Blocks of the model that take one tensor each.
+        blocks: Blocks of the model. Of their arguments the first is the input; others are ignored.
 
     Raises:
         TypeError: If a block has no shortcut, or no `bypass` is registered for its type.
@@ -119,7 +202,7 @@ def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
     patched = [vars(block).get("forward") for block in chosen]  # by an outer context or another library
     try:
         for block in chosen:
-            block.forward = partial(bypass, block)
+            block.forward = partial(_bypass_call, block)
         yield
     finally:
         for block, forward in zip(chosen, patched, strict=True):
@@ -129,24 +212,32 @@ def deactivate(blocks: Iterable[nn.Module]) -> Iterator[None]:
                 block.forward = forward
 
 
-def _single_block(stages: Stages, rng: random.Random) -> frozenset[int]:
+def _bypass_call(block: nn.Module, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return bypass(block, x)
+
+
+def _single_block(stages: Stages, rng: random.Random) -> frozenset[Unit]:
     return frozenset({rng.choice(_flatten(stages))})
 
 
-def _single_stage(stages: Stages, rng: random.Random) -> frozenset[int]:
+def _single_stage(stages: Stages, rng: random.Random) -> frozenset[Unit]:
     return frozenset(rng.choice(stages))
 
 
-def _stage_bernoulli(stages: Stages, rng: random.Random, p: float = 0.25) -> frozenset[int]:
+def _stage_bernoulli(stages: Stages, rng: random.Random, p: float = 0.25) -> frozenset[Unit]:
     return frozenset(_flatten([stage for stage in stages if rng.random() < p]))
 
 
-def _n_blocks(stages: Stages, rng: random.Random, k: int = 2) -> frozenset[int]:
+def _single_branch(stages: Stages, rng: random.Random) -> frozenset[Unit]:
+    return frozenset({Branch(rng.choice(_flatten(stages)), rng.choice(BRANCHES))})
+
+
+def _n_blocks(stages: Stages, rng: random.Random, k: int = 2) -> frozenset[Unit]:
     blocks = _flatten(stages)
     return frozenset(rng.sample(blocks, min(k, len(blocks))))
 
 
-def _block_bernoulli(stages: Stages, rng: random.Random, p: float = 0.1) -> frozenset[int]:
+def _block_bernoulli(stages: Stages, rng: random.Random, p: float = 0.1) -> frozenset[Unit]:
     return frozenset(block for block in _flatten(stages) if rng.random() < p)
 
 
@@ -154,8 +245,9 @@ def _flatten(stages: Stages) -> list[int]:
     return [block for stage in stages for block in stage]
 
 
-SAMPLERS: Mapping[str, Callable[..., frozenset[int]]] = {
+SAMPLERS: Mapping[str, Callable[..., frozenset[Unit]]] = {
     "single_block": _single_block,  # paper: one bottleneck layer in the entire encoder
+    "single_branch": _single_branch,  # attention or MLP of a transformer block
     "single_stage": _single_stage,  # the other reading of "layer"
     "stage_bernoulli": _stage_bernoulli,  # the authors' code; 0.75**4 = 31.6% of the draws are empty
     "n_blocks": _n_blocks,  # ablation; worse with more than one, says the paper
@@ -206,8 +298,8 @@ class NetworkPerturbation:
         self.seed = seed
         self._sample = partial(SAMPLERS[sampler], **options)
 
-    def draw(self, stages: Stages, step: int, *view: int) -> frozenset[int]:
-        """Return the indices of the blocks to deactivate in a step; Bernoulli samplers may draw none.
+    def draw(self, stages: Stages, step: int, *view: int) -> frozenset[Unit]:
+        """Return what to deactivate in a step; Bernoulli samplers may draw nothing.
 
         Args:
             stages: Indices of the blocks that can be deactivated, by stage.

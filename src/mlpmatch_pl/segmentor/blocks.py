@@ -18,14 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mlpmatch_pl.perturbation.network import bypass
 
-BlockFunction = Callable[[nn.Module, Tensor], Tensor]
+BlockFunction = Callable[..., Tensor]
+"""Runs a block on its input, with what the encoder gives all blocks beside it, such as rotary positions."""
 
 MAX_GRAPHS = 1024  # per process, for all kinds of blocks and input sizes
 
 
-def run_block(block: nn.Module, x_BDHW: Tensor) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, *context: Any) -> Tensor:
     """Run a block as it is."""
-    return block(x_BDHW)  # type: ignore[no-any-return]
+    return block(x, *context)  # type: ignore[no-any-return]
 
 
 class BlockRunner(NamedTuple):
@@ -69,12 +70,12 @@ class Compiled:
     def __init__(self, function: BlockFunction, backend: str | Callable[..., Any]) -> None:
         self.function, self.backend = function, backend
 
-    def __call__(self, block: nn.Module, x_BDHW: Tensor) -> Tensor:
+    def __call__(self, block: nn.Module, x: Tensor, *context: Any) -> Tensor:
         """Run a block."""
         # torch falls back to eager after 8 graphs of a function, but ResNet-50 alone has 8 kinds of blocks. The limits
         # (by their names in torch 2.6) are per thread, and on a GPU checkpointed blocks are recomputed in another one.
         with torch._dynamo.config.patch(cache_size_limit=MAX_GRAPHS, accumulated_cache_size_limit=MAX_GRAPHS):
-            return self._compiled(block, x_BDHW)
+            return self._compiled(block, x, *context)
 
     @cached_property
     def _compiled(self) -> BlockFunction:
@@ -84,12 +85,12 @@ class Compiled:
         return Compiled, (self.function, self.backend)
 
 
-def _checkpoint(run: BlockFunction, block: nn.Module, x_BDHW: Tensor) -> Tensor:
+def _checkpoint(run: BlockFunction, block: nn.Module, x: Tensor, *context: Any) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), frozen_batchnorm_statistics(block)
 
     # Blocks draw no random numbers, and saving the generators' state would synchronize with a GPU.
-    return checkpoint(run, block, x_BDHW, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(run, block, x, *context, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager

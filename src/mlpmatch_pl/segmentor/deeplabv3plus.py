@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlpmatch_pl.segmentor.decoder import Decoder, require_channels
 from mlpmatch_pl.segmentor.encoder import Features
 from mlpmatch_pl.utils.errors import UserError
 
 LOW_LEVEL_CHANNELS = 48
-# Limits that keep a typo or an untrusted checkpoint from filling the memory.
-MAX_CHANNELS, MAX_RATES, MAX_RATE = 4096, 16, 1024
+MAX_RATES, MAX_RATE = 16, 1024  # keep a typo or an untrusted checkpoint from filling the memory
 
 
 class AtrousConv2d(nn.Conv2d):
@@ -80,8 +80,10 @@ class ASPP(nn.Module):
         return self.project(torch.cat([*(branch(x_BDHW) for branch in self.branches), pooled], dim=1))  # type: ignore[no-any-return]
 
 
-class DeepLabV3Plus(nn.Module):
+class DeepLabV3Plus(Decoder):
     """Decoder from features at stride 4 and at the output stride to logits at stride 4.
+
+    On a transformer, both are at the stride of its patches, and so are the logits.
 
     Args:
         in_channels: Number of channels of the low-level and of the high-level features.
@@ -98,21 +100,22 @@ class DeepLabV3Plus(nn.Module):
         (1, 5, 17, 17)
     """
 
+    levels = (0, -1)
+
     def __init__(
         self,
-        in_channels: tuple[int, int],
+        in_channels: Sequence[int],
         num_classes: int,
         channels: int = 256,
         atrous_rates: Sequence[int] = (6, 12, 18),
     ) -> None:
         super().__init__()
-        if not 1 <= channels <= MAX_CHANNELS or not 1 <= len(atrous_rates) <= MAX_RATES:
+        require_channels("decoder.channels", channels)
+        if not 1 <= len(atrous_rates) <= MAX_RATES or not all(1 <= rate <= MAX_RATE for rate in atrous_rates):
             raise UserError(
-                f"expected 1 to {MAX_CHANNELS} decoder_channels and 1 to {MAX_RATES} atrous_rates, "
-                f"but got {channels} and {len(atrous_rates)}"
+                f"expected decoder.atrous_rates as 1 to {MAX_RATES} numbers from 1 to {MAX_RATE}, but got "
+                f"{len(atrous_rates)}: {list(atrous_rates[:MAX_RATES])}"
             )
-        if not all(1 <= rate <= MAX_RATE for rate in atrous_rates):
-            raise UserError(f"expected atrous_rates from 1 to {MAX_RATE}, but got {list(atrous_rates)}")
         low_channels, high_channels = in_channels
         self.aspp = ASPP(high_channels, channels, atrous_rates)
         self.reduce = _conv_bn_relu(low_channels, LOW_LEVEL_CHANNELS, 1)
@@ -122,10 +125,8 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Features) -> Tensor:
-        """Return logits (B, num_classes, H / 4, W / 4), in the dtype of the weights also under autocast."""
+        """Return logits (B, num_classes, H / 4, W / 4)."""
         low_BDHW, high_BDHW = features.levels
         high_BDHW = _resize(self.aspp(high_BDHW), low_BDHW.shape[2:])
         fused_BDHW = self.fuse(torch.cat([self.reduce(low_BDHW), high_BDHW], dim=1))
-        # Rounding logits to 16 bits would move confidences across the threshold.
-        with torch.autocast(fused_BDHW.device.type, enabled=False):
-            return self.classifier(fused_BDHW.to(self.classifier.weight.dtype))  # type: ignore[no-any-return]
+        return self.classify(fused_BDHW)

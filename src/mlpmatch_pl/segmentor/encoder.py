@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlpmatch_pl.perturbation.network import has_shortcut
+from mlpmatch_pl.perturbation.network import Branch, Unit, block_of, bypass_branch, has_shortcut
 from mlpmatch_pl.segmentor.blocks import BlockRunner, block_runner
+from mlpmatch_pl.segmentor.families import family_of
 from mlpmatch_pl.segmentor.weights import load_pretrained
-from mlpmatch_pl.utils.errors import UserError, suggest
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Features:
 
     def __getitem__(self, images: slice) -> Features:
         """Return the features of some images of the batch."""
+        if images == slice(None):
+            return self
         return Features(tuple(level[images] for level in self.levels))
 
     @staticmethod
@@ -42,61 +44,26 @@ class Features:
         return Features(tuple(torch.cat(levels) for levels in zip(*(part.levels for part in parts), strict=True)))
 
 
-OUTPUT_STRIDES = (8, 16, 32)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of timm models.
-
-    Attributes:
-        stem: Runs the layers before the first block.
-        stages: Returns the names of the modules that hold the blocks.
-        unused: Names of the modules after the last block.
-    """
-
-    stem: Callable[[Any, Tensor], Tensor]
-    stages: Callable[[Any], list[str]]
-    unused: tuple[str, ...]
-
-
-def _resnet_stem(model: Any, x: Tensor) -> Tensor:
-    return model.maxpool(model.act1(model.bn1(model.conv1(x))))  # type: ignore[no-any-return]
-
-
-def _resnet_stages(model: Any) -> list[str]:
-    return ["layer1", "layer2", "layer3", "layer4"]
-
-
-def _efficientnet_stages(model: Any) -> list[str]:
-    return [f"blocks.{index}" for index in range(len(model.blocks))]
-
-
-def _efficientnet_stem(model: Any, x: Tensor) -> Tensor:
-    return model.bn1(model.conv_stem(x))  # type: ignore[no-any-return]
-
-
-FAMILIES: dict[str, Family] = {  # by module in timm.models
-    "resnet": Family(_resnet_stem, _resnet_stages, ("global_pool", "fc")),
-    "efficientnet": Family(  # MobileNetV2 and EfficientNet-Lite too
-        _efficientnet_stem,
-        _efficientnet_stages,
-        ("conv_head", "bn2", "global_pool", "classifier"),
-    ),
-}
-
-
 class Encoder(nn.Module):
-    """A timm backbone that returns features at stride 4 and at the output stride, plain or with deactivated blocks.
+    """A timm backbone that returns feature maps of several levels, plain or with deactivated blocks.
 
     Args:
-        backbone: Name of a timm model of the ResNet family (``resnet50``, ``resnet101s``, ...) or of an
-            inverted-residual family (``mobilenetv2_100``, ``efficientnet_lite0``, ...).
+        backbone: Name of a timm model of a family in `mlpmatch_pl.segmentor.families` (``resnet50``,
+            ``mobilenetv2_100``, ``convnext_tiny``, ``vit_small_patch14_dinov2``, ``vit_small_patch16_dinov3``, ...).
         pretrained: True to download timm's weights, or the path of a local state dict.
         in_chans: Number of image channels, to which a pretrained first convolution is adapted.
-        output_stride: 8, 16 or 32.
+        output_stride: 8, 16 or 32; transformers have their patch size instead.
+        pos_embed: Position embedding of transformers at other sizes than that of their pretraining: resized as in
+            ``timm``, or as by the authors of ``dinov2``, see `mlpmatch_pl.segmentor.families.dinov2_positions`.
+        levels: Which of the four feature maps to return, from low to high level.
+        frozen: Keep the weights and statistics, and no intermediate results for a backward pass.
         compile_blocks: Compile each block for training.
         activation_checkpointing: Keep only the blocks' inputs for the backward pass.
+
+    Attributes:
+        channels: Number of channels of each returned map.
+        strides: Pixels of the image per pixel of each map.
+        multiple: Images are padded to a height and width that are multiples of this number.
 
     Raises:
         UserError: If the backbone is unknown or not supported, or cannot have the output stride.
@@ -106,6 +73,8 @@ class Encoder(nn.Module):
         >>> encoder = Encoder("test_resnet", output_stride=16)
         >>> [tuple(level.shape) for level in encoder(torch.rand(2, 3, 65, 65)).levels]
         [(2, 32, 17, 17), (2, 96, 5, 5)]
+        >>> [tuple(level.shape) for level in Encoder("test_vit", levels=range(4))(torch.rand(2, 3, 65, 65)).levels]
+        [(2, 64, 5, 5), (2, 64, 5, 5), (2, 64, 5, 5), (2, 64, 5, 5)]
     """
 
     def __init__(
@@ -114,118 +83,144 @@ class Encoder(nn.Module):
         pretrained: bool | str = False,
         in_chans: int = 3,
         output_stride: int = 16,
+        pos_embed: str = "timm",
+        levels: Sequence[int] = (0, -1),
+        frozen: bool = False,
         compile_blocks: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.model = _create(backbone, in_chans, output_stride)
-        self._family = _family(backbone)
-        self._stages = self._family.stages(self.model)
-        info = self.model.feature_info
-        low = next(stage for stage in info if stage["reduction"] == 4)
-        self.channels: tuple[int, int] = (low["num_chs"], info[-1]["num_chs"])
-        low_stages = self._stages[: self._stages.index(low["module"]) + 1]
-        self._last_low_block = sum(len(self._stage(name)) for name in low_stages) - 1
+        self._family = family_of(backbone, pos_embed)
+        self.model = self._family.create(backbone, in_chans, output_stride)
+        chosen = [self._family.levels(self.model)[level] for level in levels]
+        self._read_after = {self.blocks[level.block] for level in chosen}
+        self.channels = tuple(level.channels for level in chosen)
+        self.strides = tuple(level.stride for level in chosen)
+        self.multiple = self._family.multiple(self.model)
         if pretrained:
             load_pretrained(self.model, backbone, pretrained, in_chans, skip=self._family.unused)
         for name in self._family.unused:  # DDP refuses parameters without gradient
-            delattr(self.model, name)
+            if hasattr(self.model, name):
+                delattr(self.model, name)
         self._training_runner = block_runner(compile_blocks, activation_checkpointing)
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Set the mode; a frozen encoder stays in eval mode, which keeps the statistics of BatchNorm."""
+        return super().train(mode and not self.frozen)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks, in the order they run."""
-        return [block for name in self._stages for block in self._stage(name)]
+        return [block for stage in self._family.stages(self.model) for block in stage]
 
     @property
     def stages(self) -> list[list[int]]:
         """Indices of the `blocks` that can be deactivated, grouped by stage, without empty stages."""
         stages, first = [], 0
-        for name in self._stages:
-            blocks = self._stage(name)
+        for blocks in self._family.stages(self.model):
             stages.append([first + i for i, block in enumerate(blocks) if has_shortcut(block)])
             first += len(blocks)
         return [stage for stage in stages if stage]
 
-    def forward(self, image_BCHW: Tensor, deactivated: frozenset[int] = frozenset()) -> Features:
+    def padded(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the height and width to which images of a size are padded."""
+        return tuple((side + self.multiple - 1) // self.multiple * self.multiple for side in size)
+
+    def forward(self, image_BCHW: Tensor, deactivated: frozenset[Unit] = frozenset()) -> Features:
         """Run a full pass.
 
         Args:
             image_BCHW: Normalized images, (B, in_chans, H, W), H and W at least 33.
-            deactivated: Indices of the blocks to bypass.
+            deactivated: Blocks to bypass, by index, or branches of them.
 
         Returns:
-            Features at stride 4 and at the output stride.
+            Feature maps of the chosen levels.
         """
-        stem = self._family.stem(self.model, image_BCHW)
-        return Features(self._run((stem,), range(len(self.blocks)), deactivated))
+        with self._gradients():
+            start = self._start(image_BCHW)
+            return Features(self._run(start, range(len(self.blocks)), deactivated).levels)
 
     def forward_forked(
         self,
         image_BCHW: Tensor,
-        deactivated: frozenset[int],
+        deactivated: frozenset[Unit],
         perturbed_context: AbstractContextManager[None] | None = None,
+        perturbed_images: slice = slice(None),
     ) -> tuple[Features, Features]:
         """Run a plain and a perturbed pass that share everything before the first deactivated block.
 
         Features and gradients equal those of two calls of `forward`, to rounding; only BatchNorm's running statistics
-        are updated once instead of twice in the shared part. With no deactivated block both are the same object.
+        are updated once instead of twice in the shared part. With no deactivated block both are the same.
 
         Args:
             image_BCHW: Normalized images, (B, in_chans, H, W).
-            deactivated: Indices of the blocks to bypass in the perturbed pass.
+            deactivated: Blocks to bypass in the perturbed pass, by index, or branches of them.
             perturbed_context: Context manager around the unshared part of the perturbed pass.
+            perturbed_images: The images of the batch that the perturbed pass gets.
 
         Returns:
             Plain and perturbed features.
         """
-        fork, end = min(deactivated, default=len(self.blocks)), len(self.blocks)
-        shared = self._run((self._family.stem(self.model, image_BCHW),), range(fork))
-        plain = Features(self._run(shared, range(fork, end)))
-        if not deactivated:
-            return plain, plain
-        with perturbed_context or nullcontext():
-            return plain, Features(self._run(shared, range(fork, end), deactivated))
+        fork, end = min(map(block_of, deactivated), default=len(self.blocks)), len(self.blocks)
+        with self._gradients():
+            shared = self._run(self._start(image_BCHW), range(fork))
+            plain = Features(self._run(shared, range(fork, end)).levels)
+            if not deactivated:
+                return plain, plain[perturbed_images]
+            with perturbed_context or nullcontext():
+                perturbed = self._run(shared.of(perturbed_images), range(fork, end), deactivated)
+                return plain, Features(perturbed.levels)
 
-    def _run(
-        self, levels: tuple[Tensor, ...], indices: range, deactivated: frozenset[int] = frozenset()
-    ) -> tuple[Tensor, ...]:
-        """Run blocks on the last level, which their output replaces; the low-level features are inserted before it."""
+    def _gradients(self) -> AbstractContextManager[Any]:
+        return torch.no_grad() if self.frozen else nullcontext()
+
+    def _start(self, image_BCHW: Tensor) -> _State:
+        height, width = image_BCHW.shape[2:]
+        padded_height, padded_width = self.padded((height, width))
+        if (padded_height, padded_width) != (height, width):
+            padding = (0, padded_width - width, 0, padded_height - height)
+            image_BCHW = F.pad(image_BCHW, padding, mode="replicate")
+        return _State(*self._family.stem(self.model, image_BCHW), image_BCHW)
+
+    def _run(self, state: _State, indices: range, deactivated: frozenset[Unit] = frozenset()) -> _State:
+        """Run blocks, and read the levels that lie among them."""
         # Evaluation has images of many sizes and no backward pass.
         runner = self._training_runner if self.training else BlockRunner()
-        blocks, (*low, x) = self.blocks, levels
+        blocks, branches = self.blocks, {unit.block: unit.name for unit in deactivated if isinstance(unit, Branch)}
+        x, context, image_BCHW, levels = state
         for index in indices:
-            x = (runner.bypass if index in deactivated else runner.run)(blocks[index], x)
-            if index == self._last_low_block:
-                low.append(x)
-        return (*low, x)
-
-    def _stage(self, name: str) -> nn.Sequential:
-        stage: nn.Sequential = self.model.get_submodule(name)
-        return stage
-
-
-def _create(backbone: str, in_chans: int, output_stride: int) -> Any:
-    if not timm.is_model(backbone):
-        supported = [name for module in FAMILIES for name in timm.list_models(module=module)]
-        raise UserError(
-            f"expected the name of a timm model as backbone, but got {backbone!r}." + suggest(backbone, supported)
-        )
-    _family(backbone)
-    if output_stride not in OUTPUT_STRIDES:
-        raise UserError(f"expected an output stride of 8, 16 or 32, but got {output_stride}")
-    model = timm.create_model(backbone, in_chans=in_chans, output_stride=output_stride)
-    reached = model.feature_info[-1]["reduction"]
-    if reached != output_stride:
-        raise UserError(f"backbone {backbone} cannot have output stride {output_stride}, only {reached}")
-    return model
+            if index in deactivated:
+                x = runner.bypass(blocks[index], x)
+            elif index in branches:
+                x = bypass_branch(blocks[index], x, branches[index], *context)
+            else:
+                x = runner.run(blocks[index], x, *context)
+            if blocks[index] in self._read_after:
+                levels = (*levels, self._family.read(self.model, x, image_BCHW))
+        return _State(x, context, image_BCHW, levels)
 
 
-def _family(backbone: str) -> Family:
-    for module, family in FAMILIES.items():
-        if timm.models.is_model_in_modules(backbone, [module]):
-            return family
-    raise UserError(
-        f"expected a backbone of the ResNet or inverted-residual families, but got {backbone}; "
-        "try resnet50, resnet101s, mobilenetv2_100 or efficientnet_lite0"
-    )
+class _State(NamedTuple):
+    """An encoder between two blocks.
+
+    Attributes:
+        x: Input of the next block.
+        context: What all blocks get beside their input.
+        image_BCHW: The images, padded.
+        levels: The feature maps read so far.
+    """
+
+    x: Tensor
+    context: tuple[Any, ...]
+    image_BCHW: Tensor
+    levels: tuple[Tensor, ...] = ()
+
+    def of(self, images: slice) -> _State:
+        """Return the state of some images of the batch."""
+        if images == slice(None):
+            return self
+        levels = tuple(level[images] for level in self.levels)
+        return _State(self.x[images], self.context, self.image_BCHW[images], levels)

@@ -5,6 +5,7 @@ Files are not trusted: only tensors and plain values are unpickled.
 
 import logging
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from mlpmatch_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Names in the published state dicts -> names here. Names within the encoder are timm's in both.
+# Names in the published state dicts -> names here. Names within the encoder are timm's for UniMatch and MLPMatch, and
+# DINOv2's for UniMatch V2, which `_convert` translates.
 PUBLISHED_NAMES = (
     (r"^module\.", ""),
     (r"^backbone\.", "encoder.model."),
@@ -30,6 +32,15 @@ PUBLISHED_NAMES = (
     (r"^head\.b4\.gap\.2\.", "decoder.aspp.pooling.1."),
     (r"^head\.project\.", "decoder.aspp.project."),
     (r"^(reduce|fuse|classifier)\.", r"decoder.\1."),
+    (r"^head\.projects\.", "decoder.project."),
+    (r"^head\.resize_layers\.", "decoder.resize."),
+    (r"^head\.scratch\.output_conv\.0\.", "decoder.smooth."),
+    (r"^head\.scratch\.output_conv\.2\.", "decoder.classifier."),
+    *((rf"^head\.scratch\.layer{level + 1}_rn\.", f"decoder.reduce.{level}.") for level in range(4)),
+    *((rf"^head\.scratch\.refinenet{level + 1}\.", f"decoder.fuse.{level}.") for level in range(4)),
+    (r"(?<=\.)resConfUnit1\.", "lateral."),
+    (r"(?<=\.)resConfUnit2\.", "refine."),
+    (r"(?<=\.)out_conv\.", "out."),
 )
 # Published checkpoints hold the best score as a numpy scalar, from numpy 1 or 2.
 _scalar = np.float64(0).__reduce__()[0]
@@ -89,6 +100,7 @@ def load_pretrained(
     """
     source = pretrained if isinstance(pretrained, str) else f"timm {backbone}"
     state = read_state_dict(pretrained) if isinstance(pretrained, str) else _download(backbone, in_chans)
+    state = _convert(state, model)
     first = next(name for name, parameter in model.named_parameters() if parameter.dim() == 4)
     if first in state and state[first].shape[1] != in_chans:
         state[first] = adapt_input_conv(in_chans, state[first])
@@ -98,7 +110,7 @@ def load_pretrained(
 
 
 def load_published(segmentor: nn.Module, path: str | Path) -> None:
-    """Load a published UniMatch or MLPMatch ``.pth`` file, or a state dict of a `Segmentor`, into a segmentor.
+    """Load a ``.pth`` file of UniMatch, UniMatch V2 or MLPMatch, or a state dict of a `Segmentor`, into a segmentor.
 
     A classifier for another number of classes is not loaded, which is logged.
 
@@ -110,6 +122,10 @@ def load_published(segmentor: nn.Module, path: str | Path) -> None:
         for pattern, replacement in PUBLISHED_NAMES:
             name = re.sub(pattern, replacement, name)
         state[name.removeprefix("segmentor.")] = value
+    prefix = "encoder.model."
+    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    state |= {prefix + name: value for name, value in _convert(encoder, segmentor.get_submodule(prefix[:-1])).items()}
     load_reported(segmentor, state, set(segmentor.state_dict()), str(path), optional=("decoder.classifier",))
 
 
@@ -142,6 +158,15 @@ def load_reported(
             f"have another shape ({', '.join(misfits[:3])}, ...); check backbone.name"
         )
     model.load_state_dict({**own, **loaded})
+
+
+def _convert(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Translate the names in an original state dict, such as Meta's of DINOv2 and DINOv3, to those of timm."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        return dict(convert(state, model)) if convert and state else state
+    except Exception:  # not a state dict of this family: the report says what is missing
+        return state
 
 
 def _download(backbone: str, in_chans: int) -> dict[str, Tensor]:

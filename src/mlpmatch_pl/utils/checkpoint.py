@@ -14,7 +14,7 @@ from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import atomic_write
 
 LAST, PREVIOUS, BEST = "last.ckpt", "last-1.ckpt", "best.ckpt"
-ARCHITECTURE = ("num_classes", "backbone", "in_chans", "output_stride", "decoder_channels", "atrous_rates")
+ARCHITECTURE = ("num_classes", "backbone", "in_chans", "output_stride", "decoder", "pos_embed")
 
 
 def write_checkpoint(content: dict[str, Any], path: Path, keep_as: str | None = None) -> None:

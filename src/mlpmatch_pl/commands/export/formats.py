@@ -57,7 +57,7 @@ class ExportedModel(nn.Module):
         returns: ``logits`` or ``probabilities``.
 
     Example:
-        >>> model = ExportedModel(Segmentor(5, "test_resnet", decoder_channels=8), "probabilities")
+        >>> model = ExportedModel(Segmentor(5, "test_resnet", decoder={"channels": 8}), "probabilities")
         >>> model(torch.zeros(1, 3, 33, 40, dtype=torch.uint8)).sum(dim=1).allclose(torch.ones(1, 33, 40))
         True
     """

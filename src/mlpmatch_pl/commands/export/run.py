@@ -33,7 +33,7 @@ PARITY = (
 )  # batch, height, width; other sizes than the traced example
 TOLERANCE = 1e-4  # relative to the largest output, or to 1; float32 sums in another order differ by about 1e-6
 ROUNDING = 4  # a difference up to this multiple of the checkpoint's own rounding error is accepted as well
-ARGUMENTS = ("num_classes", "backbone", "in_chans", "output_stride", "decoder_channels", "atrous_rates", "mean", "std")
+ARGUMENTS = ("num_classes", "backbone", "in_chans", "output_stride", "decoder", "pos_embed", "mean", "std")
 
 
 @dataclass(frozen=True)
