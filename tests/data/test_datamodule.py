@@ -569,7 +569,10 @@ def test_a_dataset_is_plain_data_with_its_name():
     plain = {"name": "shapes", "labeled": 3, "train": 12, "val": 2, "size": 48}
     module = SemiSupervisedDataModule(plain, crop_size=33, num_workers=0)
     assert (module.data.labeled, len(module.data.unlabeled)) == (datamodule().data.labeled, 9)
-    for wrong, message in (({"name": "shape"}, "Did you mean shapes"), ({"name": "shapes", "train_": 9}, "data.train_")):
+    for wrong, message in (
+        ({"name": "shape"}, "Did you mean shapes"),
+        ({"name": "shapes", "train_": 9}, "data.train_"),
+    ):
         with pytest.raises(UserError, match=message):
             SemiSupervisedDataModule(wrong)
 
