@@ -241,26 +241,32 @@ def test_damaged_regions_are_refused(name):
 def test_regions_may_cross_the_border_of_the_image():
     rows, columns, inside = draw(Region("car", "polygons", [np.array(square(-5.0, -5.0, 7.0))]), 4, 3)
     assert (rows, columns, inside.tolist()) == (slice(0, 2), slice(0, 2), [[True, True], [True, True]])
-    assert not draw(Region("car", "polygons", [np.array(square(-9.0, -9.0, 7.0))]), 4, 3)[2].size
+    for rings in ([np.array(square(-9.0, -9.0, 7.0))], []):
+        assert not draw(Region("car", "polygons", rings), 4, 3)[2].size
 
 
 TASK = {"id": 3, "data": {"image": "a.jpg"}, "annotations": []}
+NO_IMAGE = {**TASK, "data": {"text": "x"}, "annotations": [{"result": []}]}
 CVAT = '<annotations><image id="0" name="a.jpg" width="320" height="240">{}</image></annotations>'
 WRONG_FILES = {
     "a.json": {
         "{": "cannot read .*a.json",
         '{"notes": 1}': "expected COCO JSON, .* in .*, but found none",
         '{"images": [], "categories": [{}]}': "expected COCO JSON in .*a.json, but found no 'id'",
-        '{"shapes": [{"label": "x", "points": [[0, 0], [1, 1]]}]}': "but found a polygon with 2 points",
+        '{"shapes": [{"label": "x", "points": [0, 1, 2, 3, 4]}]}': "expected labelme JSON in .*a.json, but found",
+        json.dumps([TASK]): "expected annotated images in .*, but Label Studio JSON has none",
         '[{"annotation_id": 1}]': "but .*a.json is JSON-MIN",
         json.dumps([{**TASK, "annotations": [{"result": []}] * 2}]): "the task 3 in .*a.json has 2",
-        json.dumps([{**TASK, "data": {"text": "x"}}]): "but found no image in the data of the task 3",
+        json.dumps(
+            [{**TASK, "data": {"text": "x"}, "annotations": [{"result": []}]}]
+        ): "but found no image in the data of the task 3",
     },
     "a.xml": {
         "<a": "cannot read .*a.xml",
         "<annotation/>": "is XML of Pascal VOC or of the old LabelMe",
         "<annotations><track/></annotations>": "is CVAT for video",
-        CVAT.format('<polygon label="x" points="1,1;2,2"/>'): "but found a polygon with 2 points",
+        CVAT.format('<polygon label="x" points="1,1;2"/>'): "expected CVAT for images in .*a.xml, but found",
+        CVAT.format('<box label="x" xtl="1" rotation="9.5"/>'): "but found a rotated box",
         CVAT.format("<polyline points='1,1;2,2'/>"): "has 1 other shapes, the first is a polyline",
     },
     "data.yaml": {
@@ -296,3 +302,25 @@ def test_other_images_archives_and_two_exports_are_refused(tmp_path):
         prepare(tmp_path, annotations=str(tmp_path / "a.zip"))
     with pytest.raises(UserError, match="expected annotations= with dataset=annotations, but got dataset=voc"):
         prepare(tmp_path, dataset="voc", annotations=str(tmp_path))
+
+
+def test_from_an_export_to_masks_of_new_photos_in_three_commands(command, tmp_path):
+    scenes = {f"photo {number}.jpg": random_shapes(np.random.default_rng(number), 4) for number in range(8)}
+    write_labelme(tmp_path / "photos", scenes)
+    save_photos(tmp_path / "photos", [*scenes, *(f"more {number}.jpg" for number in range(4))])
+    save_photos(tmp_path / "new", ["a.jpg"])
+    tiny = ("loader.crop_size=48", "loader.batch_size=4", "loader.num_workers=0", "schedule.steps=2")
+    tiny += ("backbone=tiny", "backbone.decoder_channels=8", "hydra.run.dir=run")
+    best = "checkpoint=run/checkpoints/best.ckpt"
+    for name, arguments in (
+        ("prepare", ("dataset=annotations", "root=photos")),
+        ("train", ("dataset=folder", "dataset.root=photos", *tiny)),
+        ("predict", (best, "input=new", "output=predictions")),
+    ):
+        code, _, errors = command(name, *arguments)
+        assert code == 0, errors
+    splits = json.loads((tmp_path / "run/splits.json").read_text())
+    assert [splits[part]["count"] for part in ("labeled", "val", "unlabeled")] == [6, 2, 4]
+    assert np.asarray(Image.open(tmp_path / "predictions/index/a.png")).shape == (HEIGHT, WIDTH)
+    classes = json.loads((tmp_path / "predictions/classes.json").read_text())
+    assert [entry["name"] for entry in classes] == ["background", *SORTED]

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -71,6 +71,8 @@ def draw_annotations(root: Path, annotations: Path | None, other_shapes: str, em
         say(f"{root} has masks already; their classes are read with them")
         _say_next(root, _class_parts(root))
         return
+    if not export.entries:
+        raise UserError(f"expected annotated images in {source}, but {export.title} has none; annotate some")
     _require_pycocotools()
     found, folder = _find_images(root, source, export)
     found = [one._replace(entry=_without_others(one.entry, other_shapes)) for one in found]
@@ -78,30 +80,34 @@ def draw_annotations(root: Path, annotations: Path | None, other_shapes: str, em
     if not labeled:
         raise UserError(f"expected annotated images in {source}, but all {len(found)} have no region; annotate some")
     classes, labels = _classes(export, source)
-
-    def mask_file(image: str) -> str:
-        return f"{MASKS}/{PurePosixPath(image).relative_to(folder).with_suffix('.png')}"
-
     task = partial(_draw_png, labels=labels, by_size=export.by_size)
-    convert(f"drawing {MASKS}", task, [(root / mask_file(one.image), one) for one in labeled], workers)
+    masks = {
+        one.image: f"{MASKS}/{PurePosixPath(one.image).relative_to(folder).with_suffix('.png')}" for one in labeled
+    }
+    convert(f"drawing {MASKS}", task, [(root / masks[one.image], one) for one in labeled], workers)
     palette = default_palette(IGNORED + 1)
     write_new(root / "labelmap.txt", labelmap(classes, palette[: len(classes)], palette[IGNORED]).encode())
-    parts = defaultdict(list)
-    for one in labeled:
-        if part := _part(one):
-            parts[part].append(f"{one.image}\t{mask_file(one.image)}\n")
-    for part, lines in parts.items():
-        write_new(root / f"{MASKS}/{part}.txt", "".join(sorted(lines)).encode("utf-8", "surrogateescape"))
-    say(
-        f"{export.title}: {len(labeled):,} masks in {root / MASKS}, {len(classes)} classes: {', '.join(classes)}"
-        + (
-            f"; {len(found) - len(labeled):,} images without a region are unlabeled"
-            if len(found) > len(labeled)
-            else ""
-        )
-    )
+    parts = _write_parts(root, labeled, masks)
+    say(f"{export.title}: {len(labeled):,} masks in {root / MASKS}, {len(classes)} classes: {', '.join(classes)}")
+    if len(found) > len(labeled):
+        say(f"{len(found) - len(labeled):,} images without a region are unlabeled (empty=background: they show none)")
     layout = [] if find_layout(root) == (folder, MASKS) else [f"dataset.images={folder}", f"dataset.masks={MASKS}"]
-    _say_next(root, [*layout, *(f"dataset.{part}={MASKS}/{part}.txt" for part in sorted(parts, reverse=True))])
+    _say_next(root, [*layout, *parts])
+
+
+def _write_parts(root: Path, labeled: Collection[Annotated], masks: Mapping[str, str]) -> list[str]:
+    """Write the lists of validation and test images, if the export has such parts; returns the options for them."""
+    lines = defaultdict(list)
+    for one in labeled:
+        words = [word.lower() for word in (*PurePosixPath(one.image).parent.parts, *one.entry.words)]
+        for part, pattern in _PARTS.items():
+            if any(map(pattern.fullmatch, words)):
+                lines[part].append(f"{one.image}\t{masks[one.image]}\n")
+    if sum(map(len, lines.values())) == len(labeled):
+        return []  # nothing would be left for training
+    for part, content in lines.items():
+        write_new(root / f"{MASKS}/{part}.txt", "".join(sorted(content)).encode("utf-8", "surrogateescape"))
+    return [f"dataset.{part}={MASKS}/{part}.txt" for part in _PARTS if part in lines]
 
 
 def _files(source: Path, root: Path) -> list[Path]:
@@ -271,12 +277,6 @@ def _draw_png(task: tuple[Path, Annotated], labels: dict[str | None, int], by_si
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return path, buffer.getvalue()
-
-
-def _part(one: Annotated) -> str | None:
-    """Return ``val`` or ``test`` if the export or the image's folders say so."""
-    words = [word.lower() for word in (*PurePosixPath(one.image).parent.parts, *one.entry.words)]
-    return next((part for part, pattern in _PARTS.items() if any(map(pattern.fullmatch, words))), None)
 
 
 def _class_parts(root: Path) -> list[str]:

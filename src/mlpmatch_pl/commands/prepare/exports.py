@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from mlpmatch_pl.commands.prepare.regions import Region
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
 from mlpmatch_pl.utils.errors import UserError
 
 OTHER = "other"  # kind of a shape that is no region: its name, its bounding box or None, and the kind of that
@@ -175,11 +176,8 @@ def _wrong_is_user_error(form: _Format, file: Path) -> Iterator[None]:
 
 
 def _rings(*rings: Any) -> list[np.ndarray]:
-    """Return polygons as arrays of points."""
-    found = [np.asarray(ring, np.float64).reshape(-1, 2) for ring in rings]
-    if small := [ring for ring in found if len(ring) < 3]:
-        raise ValueError(f"a polygon with {len(small[0])} points")
-    return found
+    """Return polygons as arrays of points, without those of one or two points, which cover no pixel."""
+    return [points for ring in rings if len(points := np.asarray(ring, np.float64).reshape(-1, 2)) > 2]
 
 
 def _box(left: float, top: float, width: float, height: float) -> np.ndarray:
@@ -199,10 +197,14 @@ def _other(name: str, box: np.ndarray | None, kind: str = "polygons") -> Region:
 def _coco(file: Path, content: dict[str, Any]) -> tuple[list[str], list[Entry]]:
     categories = sorted(content["categories"], key=lambda category: int(category["id"]))
     annotations = content.get("annotations") or []
+    # Roboflow begins with a category for the whole project, the parent of the others, without annotations.
     used = {annotation["category_id"] for annotation in annotations}
     parents = {category.get("supercategory") for category in categories}
-    # Roboflow begins with a category for the whole project, the parent of the others, without annotations.
-    kept = [category for category in categories if category["id"] in used or category["name"] not in parents]
+    kept = [
+        category
+        for category in categories
+        if category["id"] in used or category["name"] not in parents or category.get("supercategory") != "none"
+    ]
     names = {category["id"]: " ".join(str(category["name"]).split()) for category in categories}
     regions: dict[Any, list[Region]] = defaultdict(list)
     for annotation in annotations:
@@ -233,7 +235,7 @@ def _coco_region(annotation: Mapping[str, Any], names: Mapping[Any, str]) -> Reg
     shape = annotation.get("segmentation")
     if isinstance(shape, dict):
         return Region(label, "coco", {"size": shape["size"], "counts": shape["counts"]})
-    if shape:
+    if shape and any(shape):
         return Region(label, "polygons", _rings(*shape))
     box = annotation.get("bbox")
     return _other("box", _box(*map(float, box)) if box else None)
@@ -284,6 +286,8 @@ def _cvat(file: Path, tree: ET.Element) -> tuple[list[str], list[Entry]]:
 
 def _cvat_region(shape: ET.Element) -> Region:
     get = shape.attrib
+    if float(get.get("rotation", 0)):
+        raise ValueError(f"a rotated {shape.tag}")
     if shape.tag == "mask":
         box = (int(get[key]) for key in ("left", "top", "width", "height"))
         return Region(get["label"], "cvat", ([int(count) for count in get["rle"].split(",")], *box))
@@ -304,11 +308,13 @@ def _yolo(file: Path, content: dict[str, Any]) -> tuple[list[str], list[Entry]]:
         raise ValueError("keypoints (kpt_shape)")
     names = content["names"]
     names = dict(enumerate(names)) if isinstance(names, list) else {int(key): name for key, name in names.items()}
-    texts = [path for path in sorted(file.parent.rglob("*.txt")) if path.name not in _CLASS_LISTS]
-    inside = [path for path in texts if "labels" in path.relative_to(file.parent).parts]
+    base = file.parent.parent if file.parent.name == "labels" else file.parent
+    texts = [path for path in sorted(base.rglob("*.txt")) if path.name not in _CLASS_LISTS]
+    inside = [path for path in texts if "labels" in path.relative_to(base).parts]
+    images = {path.with_suffix("") for path in base.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
     entries = []
-    for path in inside or [path for path in texts if path.parent != file.parent]:
-        parts = ["images" if part == "labels" else part for part in path.relative_to(file.parent).parts]
+    for path in inside or [path for path in texts if path.with_suffix("") in images]:
+        parts = ["images" if part == "labels" else part for part in path.relative_to(base).parts]
         regions = []
         for line in path.read_text(encoding="utf-8-sig").splitlines():
             if line.strip():
@@ -343,12 +349,14 @@ def _label_studio(file: Path, content: list[dict[str, Any]]) -> tuple[list[str],
                 f"expected one annotation of each image, but the task {task.get('id')} in {file} has {len(done)}; mark "
                 "one as ground truth, or delete the others"
             )
-        results = done[0]["result"] if done else []
+        if not done:
+            continue
+        results = done[0]["result"]
         size = next(
             ((int(one["original_height"]), int(one["original_width"])) for one in results if "original_width" in one),
             None,
         )
-        entries.append(Entry(_task_image(task), file, size, _label_studio_regions(results), bool(done)))
+        entries.append(Entry(_task_image(task), file, size, _label_studio_regions(results), True))
     return [label for entry in entries for label in _labels(entry.regions)], entries
 
 
@@ -389,6 +397,8 @@ def _label_studio_regions(results: list[dict[str, Any]]) -> list[Region]:
 
 
 def _label_studio_other(name: str, value: Mapping[str, Any]) -> Region:
+    if value.get("rotation"):
+        raise ValueError(f"a rotated {name}")
     x, y, box = value.get("x", 0), value.get("y", 0), None
     if "points" in value:
         box = _bounds(value["points"])

@@ -80,7 +80,9 @@ def _polygons(rings: Sequence[NDArray[np.float64]], height: int, width: int) -> 
     """Draw the union of polygons, each (points, 2) with x and y."""
     from pycocotools import mask as rle
 
-    points = np.concatenate(rings)
+    points = np.concatenate([*rings, np.empty((0, 2))])
+    if not len(points):
+        return slice(0, 0), slice(0, 0), np.zeros((0, 0), np.bool_)
     if not np.isfinite(points).all() or np.abs(points).max() > _FAR * max(height, width):
         raise UserError(f"it has a point far outside of the {width} x {height} pixels")
     left, top = np.floor(points.min(0)).clip(0, (width, height)).astype(int).tolist()
