@@ -221,7 +221,6 @@ WRONG_REGIONS = {
     "damaged run lengths": ("coco", {"size": [2, 3], "counts": "zz~~9"}, "are damaged"),
     "too few packed run lengths": ("coco", {"size": [900, 900], "counts": "52203"}, "are damaged"),
     "too few run lengths of CVAT": ("cvat", ([1, 2], 0, 0, 2, 2), "sum up to 3 instead of 2 x 2"),
-    "a mask outside": ("cvat", ([1, 3], 2, 0, 2, 2), "at x=2, y=0 is not inside the 3 x 2 pixels"),
     "no PNG": ("png", ("AAAA", 0, 0), "its mask is damaged"),
     "far points": ("polygons", [np.array([[0, 0], [1e9, 0], [0, 5]])], "far outside"),
     "no numbers": ("polygons", [np.array([[0, 0], [np.nan, 0], [0, 5]])], "far outside"),
@@ -241,6 +240,10 @@ def test_damaged_regions_are_refused(name):
 def test_regions_may_cross_the_border_of_the_image():
     rows, columns, inside = draw(Region("car", "polygons", [np.array(square(-5.0, -5.0, 7.0))]), 4, 3)
     assert (rows, columns, inside.tolist()) == (slice(0, 2), slice(0, 2), [[True, True], [True, True]])
+    rows, columns, inside = draw(Region("car", "cvat", ([1, 2, 1], 2, -1, 2, 2)), 4, 3)
+    assert (rows, columns, inside.tolist()) == (slice(0, 1), slice(2, 3), [[True]])
+    for left, top in ((3, 0), (-2, 0), (0, 9), (0, -7)):
+        assert not draw(Region("car", "cvat", ([0, 4], left, top, 2, 2)), 4, 3)[2].size
     for rings in ([np.array(square(-9.0, -9.0, 7.0))], []):
         assert not draw(Region("car", "polygons", rings), 4, 3)[2].size
 

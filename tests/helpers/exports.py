@@ -185,7 +185,8 @@ def write_label_studio(path, scenes):
     for number, (name, shapes) in enumerate(scenes.items()):
         results = [{"type": "choices", "value": {"choices": ["day"]}, "id": "c"}]
         for order, shape in enumerate(shapes):
-            common = {"id": f"r{order}", "original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0}
+            common = {} if number % 2 else {"id": f"r{order}"}  # results of scripts have none
+            common |= {"original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0}
             if shape.hole is None:
                 points = (shape.outer / (WIDTH, HEIGHT) * 100).tolist()
                 value = {"points": points, "closed": True, "polygonlabels": [shape.label]}

@@ -374,8 +374,8 @@ def _task_image(task: Mapping[str, Any]) -> str:
 def _label_studio_regions(results: list[dict[str, Any]]) -> list[Region]:
     regions: dict[Any, Region] = {}
     labels: dict[Any, list[str]] = {}
-    for result in results:
-        value, id_ = result.get("value", {}), result.get("id")
+    for number, result in enumerate(results):
+        value, id_ = result.get("value", {}), result.get("id", number)  # results of scripts may have none
         if not isinstance(value, dict) or not ({"points", "rle", "x"} & value.keys()):
             continue  # of the whole image, such as a choice
         if names := next((value[key] for key in value if key.endswith("labels") and value[key]), None):

@@ -148,12 +148,10 @@ def _png(stored: tuple[str, int, int], height: int, width: int) -> tuple[slice, 
 
 
 def _placed(inside: Bits, left: int, top: int, height: int, width: int) -> tuple[slice, slice, Bits]:
-    rows, columns = inside.shape
-    if left < 0 or top < 0 or top + rows > height or left + columns > width:
-        raise UserError(
-            f"its mask of {columns} x {rows} pixels at x={left}, y={top} is not inside the {width} x {height} pixels"
-        )
-    return slice(top, top + rows), slice(left, left + columns), inside
+    """Cut a mask off where it crosses the border of the image."""
+    inside = inside[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    left, top = max(left, 0), max(top, 0)
+    return slice(top, top + inside.shape[0]), slice(left, left + inside.shape[1]), inside
 
 
 def _brush(stored: Sequence[int], height: int, width: int) -> tuple[slice, slice, Bits]:
