@@ -210,6 +210,9 @@ class MLPMatch(LightningModule):
         if batch_idx == 0:
             self._check_values(image, mask)
         prediction = self.inference.label(self.network, image)
+        if "inner" in batch:  # a block of a large image, see `EvalDataset`
+            top, bottom, left, right = batch["inner"][0].tolist()
+            prediction = prediction[:, top:bottom, left:right]
         self.confusion.update(prediction, mask)
         return prediction
 

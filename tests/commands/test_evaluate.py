@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import TINY, compose_config, compose_train
 from helpers.images import save_image, save_mask
@@ -147,6 +148,28 @@ def test_windows_scales_and_flips_are_those_of_a_plain_loop(run, tmp_path):
     assert np.abs(sum(plain_counts(module, SCENES)) - expected).sum() > 0.01 * expected.sum()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*FILES} - {"worst.png"})
     assert "boundary_iou" not in json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+
+
+def test_a_large_tiff_is_scored_in_blocks_as_in_one_piece(run, tmp_path, monkeypatch, caplog):
+    for index in range(2):
+        scene = Shapes("test", 7, 150 if index else 48)
+        for part, pixels in (("images", scene.image(index)), ("masks", scene.mask(index))):
+            (tmp_path / part).mkdir(exist_ok=True)
+            tifffile.imwrite(tmp_path / part / f"{index}.tif", pixels, tile=(64, 48), compression="zlib")
+    options = ("dataset=folder", f"dataset.root='{tmp_path}'", SHAPES, "inference.mode=slide", "inference.window=48")
+    whole = run_evaluate(run, tmp_path / "whole", *options, "evaluation.boundary=null")
+    monkeypatch.setattr(SlidingWindowInference.blocks, "__defaults__", (64,))
+    blocks = run_evaluate(run, tmp_path / "blocks", *options)
+    assert "no boundary IoU, as 1 large images are read in blocks" in caplog.text
+    difference = np.abs(read_confusion(tmp_path / "blocks") - read_confusion(tmp_path / "whole")).sum()
+    assert difference <= 1e-4 * read_confusion(tmp_path / "whole").sum()
+    assert read_confusion(tmp_path / "blocks").sum() == 150**2 + 48**2
+    assert blocks["count"] == whole["count"] == 2
+    assert [worst["miou"] for worst in blocks["worst"]] == pytest.approx(
+        [worst["miou"] for worst in whole["worst"]], abs=1e-3
+    )
+    with Image.open(tmp_path / "blocks/worst.png") as sheet, Image.open(tmp_path / "whole/worst.png") as both:
+        assert sheet.height < both.height  # without the large one
 
 
 def test_results_are_overwritten_only_if_asked(run, evaluated, tmp_path):

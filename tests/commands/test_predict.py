@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import compose_config, run_command
 from helpers.checkpoints import make_module, save_checkpoint
@@ -16,6 +17,7 @@ from PIL import Image
 
 from mlpmatch_pl.commands.cli import literal_paths
 from mlpmatch_pl.commands.predict import run as prediction
+from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.predict import predict
 from mlpmatch_pl.predictor import Predictor
@@ -203,6 +205,77 @@ def test_an_output_that_cannot_be_written_is_named(checkpoint, photos, tmp_path)
     (tmp_path / "out/index").write_text("a file")
     with pytest.raises(UserError, match=r"expected to write .*out/index/plain\.png, but"):
         run_predict(checkpoint, photos / NAMES[0], tmp_path / "out")
+
+
+# TIFF files -----------------------------------------------------------------------------------------------------------
+
+GEO = [
+    (33550, "d", 3, (0.5, 0.5, 0.0), True),
+    (33922, "d", 6, (0, 0, 0, 500000.0, 4100000.0, 0), True),
+    (34735, "H", 8, (1, 1, 0, 1, 3072, 0, 1, 32610), True),
+]
+
+
+def geo_tags(path):
+    with tifffile.TiffFile(path) as file:
+        tags = file.pages[0].tags
+        return {code: (tags[code].dtype, tags[code].value) for code, *_ in GEO if code in tags}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A tiled GeoTIFF of 530 x 610 pixels."""
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (53, 61, 3), dtype=np.uint8))
+    path = tmp_path_factory.mktemp("scenes") / "scene.tif"
+    pixels = np.array(small.resize((610, 530), Image.BICUBIC))
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(64, 64), compression="zlib", extratags=GEO)
+    return path
+
+
+def test_predictions_of_a_geotiff_lie_at_its_place(checkpoint, scene, tmp_path):
+    run_predict(checkpoint, scene, tmp_path / "out", ALL)
+    Image.fromarray(tifffile.imread(scene)).save(tmp_path / "scene.png")
+    run_predict(checkpoint, tmp_path / "scene.png", tmp_path / "plain", ALL)
+    for kind in ("index", "color", "overlay", "confidence"):
+        path = tmp_path / f"out/{kind}/scene.tif"
+        assert geo_tags(path) == geo_tags(scene)
+        assert len(geo_tags(path)) == 3
+        np.testing.assert_array_equal(tifffile.imread(path), np.array(Image.open(tmp_path / f"plain/{kind}/scene.png")))
+    with Image.open(tmp_path / "out/index/scene.tif") as index:  # colors, as other programs show them
+        np.testing.assert_array_equal(np.array(index.convert("RGB")), tifffile.imread(tmp_path / "out/color/scene.tif"))
+    assert written(tmp_path / "out/probabilities") == ["scene.npz"]
+
+
+@pytest.mark.parametrize("windows", ["inside", "cut"])
+def test_a_large_tiff_has_the_prediction_of_one_piece(windows, checkpoint, scene, tmp_path, monkeypatch, capsys):
+    options = ("save=[index,color,overlay,confidence]", "inference.mode=slide", "inference.window=96")
+    options += ("inference.stride=60", f"inference.windows={windows}")
+    run_predict(checkpoint, scene, tmp_path / "whole", *options)
+    monkeypatch.setattr(SlidingWindowInference.blocks, "__defaults__", (256,))
+    largest = []
+    read = ImageReader.__call__
+
+    def measured(self, path, window=None):
+        pixels = read(self, path, window)
+        largest.append(pixels.shape[0])
+        return pixels
+
+    monkeypatch.setattr(ImageReader, "__call__", measured)
+    run_predict(checkpoint, scene, tmp_path / "blocks", *options)
+    assert len(largest) == 9 + 3  # blocks, and the rows of tiles of the overlay
+    assert max(largest) < 256 + 2 * 96
+    for kind in ("index", "color", "overlay", "confidence"):
+        path = tmp_path / f"blocks/{kind}/scene.tif"
+        found, expected = (tifffile.imread(tmp_path / part / kind / "scene.tif") for part in ("blocks", "whole"))
+        assert found.shape == expected.shape
+        differ = np.abs(found.astype(int) - expected) > (kind == "confidence")
+        assert differ.mean() < 1e-4
+        assert geo_tags(path) == geo_tags(scene)
+    assert len(np.unique(tifffile.imread(tmp_path / "blocks/index/scene.tif"))) > 2
+    assert not [path for path in (tmp_path / "blocks").iterdir() if path.name.startswith(".")]
+    with pytest.raises(UserError):
+        run_predict(checkpoint, scene, tmp_path / "no", "save=probabilities", *options[1:])
+    assert "expected save without probabilities for a TIFF file as large as" in capsys.readouterr().err
 
 
 # Wrong input ----------------------------------------------------------------------------------------------------------

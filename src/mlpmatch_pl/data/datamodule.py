@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from ctypes import c_bool
 from functools import cache, partial
 from multiprocessing import util
@@ -250,11 +250,24 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of whole validation images, each exactly once over all ranks."""
-        return self._eval_loader("validation", self.data.val)
+        return self.eval_loader("validation", self._whole(self.data.val))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of whole test images, or of the validation images if there are no test images."""
-        return self._eval_loader("test", self.data.test or self.data.val)
+        return self.eval_loader("test", self._whole(self.data.test or self.data.val))
+
+    def eval_loader(self, name: str, dataset: EvalDataset) -> DataLoader[Any]:
+        """Return a loader of evaluation images, each exactly once over all ranks.
+
+        Args:
+            name: What they are, for messages.
+            dataset: The images.
+        """
+        rank, world_size = self._rank_and_world_size()
+        _require_images(name, dataset, world_size or rank_and_world_size()[1])
+        return self._loader(
+            dataset, self.eval_batch_size, ShardSampler(len(dataset), rank, world_size), self._workers()
+        )
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of `test_dataloader`."""
@@ -306,12 +319,8 @@ class SemiSupervisedDataModule(LightningDataModule):
             )
         return round(self.method.burn_in * total)
 
-    def _eval_loader(self, name: str, source: ImageSource) -> DataLoader[Any]:
-        rank, world_size = self._rank_and_world_size()
-        _require_images(name, source, world_size or rank_and_world_size()[1])
-        dataset = EvalDataset(source, len(self.data.class_names), self.data.ignore_index)
-        sampler = ShardSampler(len(source), rank, world_size)
-        return self._loader(dataset, self.eval_batch_size, sampler, self._workers())
+    def _whole(self, source: ImageSource) -> EvalDataset:
+        return EvalDataset(source, len(self.data.class_names), self.data.ignore_index)
 
     def _loader(
         self, dataset: Dataset[Any], batch_size: int, sampler: Sampler[Any], workers: int, **options: Any
@@ -396,7 +405,7 @@ def _exit_with_main(exiting: Any, signum: int, frame: FrameType | None) -> None:
         os._exit(0)  # as PyTorch's own handler does
 
 
-def _require_images(name: str, source: ImageSource, world_size: int) -> None:
+def _require_images(name: str, source: Sized, world_size: int) -> None:
     if len(source) < world_size:
         raise UserError(
             f"expected at least {world_size} {name} images, one per process, but got {len(source)}; use fewer devices"

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from mlpmatch_pl.data.base import Image, ImageSource, require_classes, require_same_size, transparent_pixels
+from mlpmatch_pl.data.readers.windows import Window
 from mlpmatch_pl.data.transforms.strong import StrongView
 from mlpmatch_pl.data.transforms.weak import WeakView
+from mlpmatch_pl.evaluation.sliding_window import Block, SlidingWindowInference
 from mlpmatch_pl.perturbation import CutMix
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.seeding import derive_seed
@@ -188,19 +190,47 @@ class UnlabeledDataset(TrainDataset):
 
 
 class EvalDataset(Dataset[Sample]):
-    """Images at their own size with their masks, for evaluation: ``image``, ``mask`` and ``index``."""
+    """Images at their own size with their masks, for evaluation: ``image``, ``mask`` and ``index``.
 
-    def __init__(self, source: ImageSource, num_classes: int, ignore_index: int) -> None:
+    Args:
+        source: Images.
+        num_classes: Number of classes.
+        ignore_index: Mask value of ignored pixels.
+        inference: How they are inferred. With sliding windows, a large TIFF file is as many samples as it has blocks,
+            see `SlidingWindowInference.blocks`: ``image`` is what the windows cover, ``mask`` that of the block, and
+            ``inner`` where the block lies in the image.
+
+    Attributes:
+        samples: Index of the image of each sample, and its size and block if it is one.
+    """
+
+    def __init__(
+        self, source: ImageSource, num_classes: int, ignore_index: int, inference: SlidingWindowInference | None = None
+    ) -> None:
         self.source, self.num_classes, self.ignore_index = source, num_classes, ignore_index
+        self.samples: list[tuple[int, tuple[int, int], Block | None]] = []
+        tiff_size = getattr(source, "tiff_size", None) if inference and inference.window else None
+        for index in range(len(source)):
+            size: tuple[int, int] = (tiff_size and tiff_size(index)) or (0, 0)
+            blocks: Sequence[Block | None] = inference.blocks(*size) if inference else []
+            self.samples += [(index, size, block) for block in blocks or [None]]
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        image, mask = self.source.image(index), self.source.mask(index)
-        require_same_size(image, mask, self.source.name(index))
-        require_classes(mask, self.source.name(index), self.num_classes, self.ignore_index)
-        return {"image": image_tensor(image), "mask": torch.from_numpy(mask.copy()), "index": index}
+    def __getitem__(self, position: int) -> Sample:
+        index, size, block = self.samples[position]
+        name = self.source.name(index)
+        if block is None:
+            image, mask, inner = self.source.image(index), self.source.mask(index), {}
+            require_same_size(image, mask, name)
+        else:
+            source: Any = self.source  # reads windows
+            image = source.image(index, Window(block.read_rows, block.read_columns, size))
+            mask = source.mask(index, Window(block.rows, block.columns, size))
+            inner = {"inner": torch.tensor(block.inner)}
+        require_classes(mask, name, self.num_classes, self.ignore_index)
+        return {"image": image_tensor(image), "mask": torch.from_numpy(mask.copy()), "index": index, **inner}
 
 
 class SkippedImages:

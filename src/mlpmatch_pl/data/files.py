@@ -28,6 +28,7 @@ from mlpmatch_pl.data.pairing import (
 from mlpmatch_pl.data.readers.image import HEIF_SUFFIXES, IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader, read_orientation
 from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.data.readers.stored import read_palette
+from mlpmatch_pl.data.readers.windows import Window, tiff_facts
 from mlpmatch_pl.utils.errors import UserError
 
 # Files that usually lie beside images: text, metadata, world files
@@ -476,12 +477,17 @@ class FileSource:
         image, mask = self.pair(index)
         return f"{image}\t{mask}" if mask else image
 
-    def image(self, index: int) -> Image:
-        """Read an image, (H, W, channels)."""
-        return self.read_image(os.path.join(self.root, self.name(index)))
+    def image(self, index: int, window: Window | None = None) -> Image:
+        """Read an image, (H, W, channels), or a window of a TIFF file."""
+        return self.read_image(os.path.join(self.root, self.name(index)), window)
 
-    def mask(self, index: int) -> Mask:
-        """Read a mask, (H, W).
+    def tiff_size(self, index: int) -> tuple[int, int] | None:
+        """Return height and width of a TIFF file, of which windows can be read; None for others."""
+        facts = tiff_facts(os.path.join(self.root, self.name(index)))
+        return facts and facts.size
+
+    def mask(self, index: int, window: Window | None = None) -> Mask:
+        """Read a mask, (H, W), or a window of it.
 
         Raises:
             UserError: If the image has none, or it cannot be read.
@@ -489,15 +495,15 @@ class FileSource:
         image, mask = self.pair(index)
         if mask is None:
             raise UserError(f"expected a mask for the image {image}, but it has none")
-        labels = self.read_mask(os.path.join(self.root, mask))
-        hidden = self.transparent(index)
+        labels = self.read_mask(os.path.join(self.root, mask), window)
+        hidden = self.transparent(index, window)
         if hidden is not None and hidden.shape == labels.shape:
             labels = np.where(hidden, np.uint8(self.read_mask.ignore_index), labels)
         return labels
 
-    def transparent(self, index: int) -> NDArray[np.bool_] | None:
+    def transparent(self, index: int, window: Window | None = None) -> NDArray[np.bool_] | None:
         """Return the wholly transparent pixels of an image, (H, W), or None; they are ignored in its mask."""
-        return self.read_image.transparent(os.path.join(self.root, self.name(index)))
+        return self.read_image.transparent(os.path.join(self.root, self.name(index)), window)
 
     def file_facts(self, index: int) -> FileFacts:
         """Return the orientation tag of the image and the palette of the mask, where they matter."""

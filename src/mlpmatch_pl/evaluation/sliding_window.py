@@ -16,6 +16,7 @@ from mlpmatch_pl.utils.errors import UserError, require_choice, suggest
 SMALLEST = 33  # the smallest side that every encoder and decoder here accepts
 LARGEST_SCALE = 16
 MODES = ("whole", "slide")
+BLOCK = 2560  # side of the blocks of large images
 
 
 def predict_logits(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
@@ -45,6 +46,29 @@ def confidence_and_class(logits_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return the highest softmax probability and its class, each (B, H, W)."""
     probability, label = logits_BCHW.float().softmax(dim=1).max(dim=1)
     return probability, label
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a large image that is inferred by itself, with the same windows as in the whole image.
+
+    Attributes:
+        rows: Its rows.
+        columns: Its columns.
+        read_rows: The rows of all windows that cover it.
+        read_columns: Likewise.
+    """
+
+    rows: slice
+    columns: slice
+    read_rows: slice
+    read_columns: slice
+
+    @property
+    def inner(self) -> tuple[int, int, int, int]:
+        """First and last row (excluded) and column of the block in what is read."""
+        top, left = self.read_rows.start, self.read_columns.start
+        return self.rows.start - top, self.rows.stop - top, self.columns.start - left, self.columns.stop - left
 
 
 @dataclass(frozen=True)
@@ -142,17 +166,44 @@ class SlidingWindowInference:
         if self.mode == "whole" and self._has_one_view:
             # Nothing is averaged, and softmax keeps the order.
             return predict_logits(segmentor, image_BCHW).argmax(dim=1)
-        return self.confidence_and_label(segmentor, image_BCHW)[1]
+        return self.confidence_and_label(segmentor, image_BCHW)[1].long()
 
     @torch.no_grad()
     def confidence_and_label(self, segmentor: nn.Module, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the highest probability at each pixel, float32, and its class, int64, both (B, H, W)."""
+        """Return the highest probability at each pixel, float32, and its class, int16, both (B, H, W)."""
         if self.window is None or self.stride is None or not self._has_one_view:
             confidence_BHW, label_BHW = self(segmentor, image_BCHW).max(dim=1)
-            return confidence_BHW, label_BHW
+            return confidence_BHW, label_BHW.short()
         # The probabilities of all classes are never in memory for the whole image.
-        bands = [band.max(dim=1) for band in self._bands(segmentor, image_BCHW, self.window, self.stride)]
-        return torch.cat([band.values for band in bands], dim=1), torch.cat([band.indices for band in bands], dim=1)
+        confidence_BHW = torch.empty(image_BCHW[:, 0].shape, dtype=torch.float32, device=image_BCHW.device)
+        label_BHW, top = torch.empty_like(confidence_BHW, dtype=torch.short), 0
+        for band_BCHW in self._bands(segmentor, image_BCHW, self.window, self.stride):
+            rows = slice(top, top + band_BCHW.shape[2])
+            confidence_BHW[:, rows], label_BHW[:, rows] = band_BCHW.max(dim=1)
+            top = rows.stop
+        return confidence_BHW, label_BHW
+
+    def blocks(self, height: int, width: int, side: int = BLOCK) -> list[Block]:
+        """Divide a large image into blocks, row by row; none if it is not large, or needs to be in memory as a whole.
+
+        Example:
+            >>> blocks = SlidingWindowInference("slide", window=6).blocks(8, 20, side=10)
+            >>> [(block.columns.stop, block.read_columns) for block in blocks]
+            [(10, slice(0, 14, None)), (20, slice(8, 20, None))]
+        """
+        if self.window is None or self.stride is None or not self._has_one_view or height * width <= side**2:
+            return []
+        window, stride = self.window, self.stride
+
+        def parts(size: int) -> Iterator[tuple[slice, slice]]:
+            starts = self._starts(size, window, stride)
+            for first in range(0, size, side):
+                last = min(first + side, size)
+                covering = [start for start in starts if start < last and start + window > first]
+                yield slice(first, last), slice(covering[0], min(covering[-1] + window, size))
+
+        columns = list(parts(width))
+        return [Block(row[0], column[0], row[1], column[1]) for row in parts(height) for column in columns]
 
     @property
     def _has_one_view(self) -> bool:

@@ -15,6 +15,7 @@ from mlpmatch_pl.data.datasets.folder import DEFAULT_VAL
 from mlpmatch_pl.engine.build import build_data
 from mlpmatch_pl.engine.run_folder import describe_splits
 from mlpmatch_pl.engine.schema import checked_target
+from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.files import load_yaml
@@ -41,11 +42,10 @@ class EvaluatedPart:
     split: dict[str, Any]
     same_as_run: bool | None
 
-    @property
-    def images(self) -> EvalDataset:
-        """The images with their masks."""
+    def images(self, inference: SlidingWindowInference | None = None) -> EvalDataset:
+        """Return the images with their masks; with ``inference``, large ones in blocks."""
         source = self.data.test or self.data.val if self.part == "test" else self.data.val
-        return EvalDataset(source, len(self.data.class_names), self.data.ignore_index)
+        return EvalDataset(source, len(self.data.class_names), self.data.ignore_index, inference)
 
 
 def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | None) -> EvaluatedPart:

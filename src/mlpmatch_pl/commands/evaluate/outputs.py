@@ -61,7 +61,7 @@ def draw_worst(module: MLPMatch, part: EvaluatedPart, indices: Sequence[int], mi
         indices: The images to draw.
         miou_N: Mean IoU of each image.
     """
-    rows, labels, images, data = [], list[Array](), part.images, part.data
+    rows, labels, images, data = [], list[Array](), part.images(), part.data
     for index in indices:
         sample, name = images[index], images.source.name(index)
         label_1HW = module.inference.label(module.segmentor, sample["image"][None].to(module.device))

@@ -22,6 +22,7 @@ from mlpmatch_pl.commands.evaluate.dataset import EvaluatedPart, Part, check_com
 from mlpmatch_pl.commands.evaluate.outputs import FILES, write_results
 from mlpmatch_pl.commands.evaluate.scores import CollectScores
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
+from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
 from mlpmatch_pl.evaluation import Scores, SlidingWindowInference
@@ -112,16 +113,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     check_compatible(module, part.data, options.checkpoint)
     _describe(part)
 
-    scores = CollectScores(part, options.evaluation.boundary, options.worst)
+    images = part.images(options.inference)
+    in_blocks = {index for index, _, block in images.samples if block}
+    boundary = options.evaluation.boundary
+    if in_blocks and boundary is not None:
+        log.warning("note: no boundary IoU, as %d large images are read in blocks", len(in_blocks))
+        boundary = None
+    scores = CollectScores(part, boundary, options.worst, in_blocks)
     trainer = _build_trainer(options, scores)
-    loader = _build_loader(options, part, trainer)
+    loader = _build_loader(options, part, images, trainer)
     with _translate_errors():
         trainer.test(module, dataloaders=loader, verbose=False)
 
     absent = options.evaluation.absent or module.absent
     confusion_CC, boundary_3C = module.last_counts_CC, scores.boundary_3C
     boundary_C = None if boundary_3C is None else boundary_iou(boundary_3C)
-    names = [part.images.source.name(index) for index in range(len(part.images))]
+    names = [images.source.name(index) for index in range(len(images.source))]
     result = {
         "checkpoint": str(options.checkpoint.resolve()),
         "part": part.part,
@@ -131,7 +138,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             "weights": options.weights,
             "inference": asdict(options.inference),
             "absent": absent,
-            "boundary": options.evaluation.boundary,
+            "boundary": boundary,
         },
         **_summarize(Scores.of(confusion_CC, absent), boundary_C, part.data.class_names, absent),
         "worst": [{"image": names[index], "miou": float(scores.miou_N[index])} for index in scores.worst],
@@ -186,13 +193,15 @@ def _build_trainer(options: EvaluateOptions, scores: Callback) -> Trainer:
     )
 
 
-def _build_loader(options: EvaluateOptions, part: EvaluatedPart, trainer: Trainer) -> DataLoader[Any]:
+def _build_loader(
+    options: EvaluateOptions, part: EvaluatedPart, images: EvalDataset, trainer: Trainer
+) -> DataLoader[Any]:
     datamodule = SemiSupervisedDataModule(
         part.data, method="supervised", strong=(), eval_batch_size=options.batch_size, num_workers=options.num_workers
     )
     datamodule.trainer = trainer
     # The trainer gets the loader, not the data module, whose prepare_data validates the training images as well.
-    return datamodule.test_dataloader() if part.part == "test" else datamodule.val_dataloader()
+    return datamodule.eval_loader(PART_NAMES[part.part], images)
 
 
 @contextmanager

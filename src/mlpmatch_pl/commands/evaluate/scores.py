@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -34,27 +35,29 @@ class ImageScores(Metric):
     """
 
     full_state_update = False
-    miou_N: Tensor
+    areas_N2C: Tensor
     boundary_3C: Tensor
 
     def __init__(self, num_images: int, num_classes: int, boundary: float | None) -> None:
         super().__init__()
         self.num_classes, self.boundary = num_classes, boundary
-        self.add_state("miou_N", torch.zeros(num_images), dist_reduce_fx="sum")
+        # Intersection and union
+        self.add_state("areas_N2C", torch.zeros(num_images, 2, num_classes, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("boundary_3C", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, label_BHW: Tensor, mask_BHW: Tensor, index_B: Tensor) -> None:
-        """Add a batch of images with these indices, each of which is added once."""
+        """Add a batch of images with these indices, or of parts of images."""
         matrices_BCC = image_confusion_matrices(label_BHW, mask_BHW, self.num_classes)
         hit_BC = matrices_BCC.diagonal(dim1=1, dim2=2)
-        iou_BC = hit_BC / (matrices_BCC.sum(2) + matrices_BCC.sum(1) - hit_BC)
-        self.miou_N[index_B] = iou_BC.nanmean(dim=1)
+        union_BC = matrices_BCC.sum(2) + matrices_BCC.sum(1) - hit_BC
+        self.areas_N2C.index_add_(0, index_B, torch.stack([hit_BC, union_BC], dim=1))
         if self.boundary is not None:
             self.boundary_3C += boundary_counts(label_BHW, mask_BHW, self.num_classes, self.boundary)
 
     def compute(self) -> tuple[Tensor, Tensor | None]:
         """Return the mean IoU of each image, (N,), and the boundary counts, (3, C); NaN for images without pixels."""
-        return self.miou_N, None if self.boundary is None else self.boundary_3C
+        miou_N = (self.areas_N2C[:, 0] / self.areas_N2C[:, 1]).nanmean(dim=1)
+        return miou_N, None if self.boundary is None else self.boundary_3C
 
 
 class CollectScores(Callback):
@@ -63,7 +66,8 @@ class CollectScores(Callback):
     Args:
         part: What is tested.
         boundary: See `ImageScores`.
-        num_worst: Number of images to draw.
+        num_worst: Number of images to draw, without those that are read in blocks.
+        in_blocks: Indices of these.
 
     Attributes:
         miou_N: Mean IoU of each image, on the CPU.
@@ -79,8 +83,10 @@ class CollectScores(Callback):
     seconds: float
     picture: PILImage.Image | None = None
 
-    def __init__(self, part: EvaluatedPart, boundary: float | None, num_worst: int) -> None:
-        self.part, self.num_worst = part, num_worst
+    def __init__(
+        self, part: EvaluatedPart, boundary: float | None, num_worst: int, in_blocks: Collection[int] = ()
+    ) -> None:
+        self.part, self.num_worst, self.in_blocks = part, num_worst, in_blocks
         self.metric = ImageScores(part.split["count"], len(part.data.class_names), boundary)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,8 +107,9 @@ class CollectScores(Callback):
         self.boundary_3C = None if boundary_3C is None else boundary_3C.cpu()
         self.seconds = time.monotonic() - self._started
         self.worst = lowest(self.miou_N, self.num_worst)
-        if self.worst and trainer.is_global_zero:
-            self.picture = draw_worst(pl_module, self.part, self.worst, self.miou_N)
+        drawn = [index for index in self.worst if index not in self.in_blocks]
+        if drawn and trainer.is_global_zero:
+            self.picture = draw_worst(pl_module, self.part, drawn, self.miou_N)
 
 
 def lowest(miou_N: Tensor, number: int) -> list[int]:

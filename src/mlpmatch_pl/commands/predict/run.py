@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,18 @@ from typing import Literal
 
 import torch
 
+from mlpmatch_pl.commands.predict.blocks import predict_blocks
 from mlpmatch_pl.commands.predict.outputs import (
     KINDS,
     ImageFile,
     Kind,
     Prediction,
+    draw,
     encode,
     find_images,
     refuse_same_outputs,
     write_file,
+    write_tiff,
 )
 from mlpmatch_pl.data.base import Image
 from mlpmatch_pl.data.files import count_suffixes
@@ -92,6 +96,7 @@ def run(options: PredictOptions) -> None:
     unread: list[str] = []
     images = find_images(str(options.input), options.output, unread)
     refuse_same_outputs(images)
+    images = [image.with_head(options.inference) for image in images]
     record = Record(options)
     if options.overwrite == "missing" or (options.overwrite is False and record.is_interrupted()):
         record.refuse_others()
@@ -196,14 +201,16 @@ def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: Pr
     failures: list[str] = []
     read = partial(_read, predictor.read_image)
     save = partial(_save, predictor.colors, options)
-    with progress("predicting", len(images)) as advance:
+    whole, large = ([image for image in images if bool(image.blocks) is is_large] for is_large in (False, True))
+    with progress("predicting", len(whole) + sum(len(image.blocks) for image in large)) as advance:
 
         def predictions() -> Iterator[tuple[ImageFile, Prediction]]:
-            for image, pixels in zip(images, ordered_map(read, images, THREADS, AHEAD), strict=True):
+            for image, pixels in zip(whole, ordered_map(read, whole, THREADS, AHEAD), strict=True):
                 try:
                     if isinstance(pixels, UserError):
                         raise pixels
-                    prediction = _infer(predictor, pixels, image.path, options.save)
+                    with _memory_is_user_error(image.path, pixels.shape[:2]):
+                        prediction = _infer(predictor, pixels, options.save)
                 except UserError as error:
                     failures.append(str(error))
                     advance(1)
@@ -212,21 +219,32 @@ def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: Pr
 
         for _ in ordered_map(save, predictions(), THREADS, AHEAD):
             advance(1)
+        for image in large:
+            try:
+                with _memory_is_user_error(image.path, image.tiff.size if image.tiff else (0, 0)):
+                    predict_blocks(predictor, image, options, advance)
+            except UserError as error:
+                failures.append(str(error))
     return failures
 
 
-def _infer(predictor: Predictor, image_HWC: Image, path: Path, save: Sequence[str]) -> Prediction:
+@contextmanager
+def _memory_is_user_error(path: Path, size: Sequence[int]) -> Iterator[None]:
     try:
-        probability_CHW = predictor.infer(image_HWC)
-        confidence_HW, label_HW = probability_CHW.max(dim=0)
+        yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        height, width = image_HWC.shape[:2]
         raise UserError(
-            f"expected an image that fits into memory, but {path} is {width} x {height} pixels; set "
-            "inference.mode=slide and inference.window, lower inference.scales, or set device=cpu"
+            f"expected an image that fits into memory, but {path} is {size[1]} x {size[0]} pixels; set "
+            "inference.mode=slide and inference.window, lower inference.scales or inference.window_batch, or set "
+            "device=cpu"
         ) from error
+
+
+def _infer(predictor: Predictor, image_HWC: Image, save: Sequence[str]) -> Prediction:
+    probability_CHW = predictor.infer(image_HWC)
+    confidence_HW, label_HW = probability_CHW.max(dim=0)
     return Prediction(
         image_HWC,
         label_HW.to(torch.uint8).cpu().numpy(),
@@ -245,4 +263,10 @@ def _read(reader: ImageReader, image: ImageFile) -> Image | UserError:
 def _save(colors: Colors, options: PredictOptions, item: tuple[ImageFile, Prediction]) -> None:
     image, prediction = item
     for kind in options.save:
-        write_file(image.output(options.output, kind), encode(prediction, kind, colors, options.opacity))
+        path = image.output(options.output, kind)
+        if image.tiff and kind != "probabilities":
+            pixels = draw(prediction, kind, colors, options.opacity)
+            channels = 1 if pixels.ndim == 2 else 3
+            write_tiff(path, [pixels], image.tiff, channels, colors if kind == "index" else None)
+        else:
+            write_file(path, encode(prediction, kind, colors, options.opacity))

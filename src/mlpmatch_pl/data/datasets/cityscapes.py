@@ -9,6 +9,7 @@ from mlpmatch_pl.data.base import Mask, SegmentationData
 from mlpmatch_pl.data.datasets.base import DatasetInfo, Selection, find_root, public_dataset
 from mlpmatch_pl.data.files import FileIndex, Pair
 from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.data.readers.windows import Window
 from mlpmatch_pl.data.splits import Choice
 from mlpmatch_pl.utils.errors import UserError
 
@@ -41,9 +42,9 @@ class CityscapesMasks(MaskReader):
         super().__init__()
         self._label_ids = MaskReader({**{value: label for label, value in enumerate(_IDS)}, "other": self.ignore_index})
 
-    def __call__(self, path: str | Path) -> Mask:
+    def __call__(self, path: str | Path, window: Window | None = None) -> Mask:
         """Read a mask, see `MaskReader`."""
-        return self._label_ids(path) if str(path).endswith(_LABEL_IDS) else super().__call__(path)
+        return (self._label_ids if str(path).endswith(_LABEL_IDS) else super().__call__)(path, window)
 
     def describe(self) -> str:
         """Return the options as a string."""

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from mlpmatch_pl.data.base import Image
+from mlpmatch_pl.data.readers.windows import Window, read_window
 from mlpmatch_pl.utils.errors import UserError, require_choice
 
 try:
@@ -41,6 +42,9 @@ _PIL_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError
 # Values of TIFF tags
 _MIN_IS_WHITE, _CONVERTED = 0, (3, 5, 6, 8)  # photometric; _CONVERTED: palette, CMYK, YCbCr, CIE L*a*b*
 ALPHA = {1, 2}  # extra samples
+_NEEDS_CODEC = (
+    "its compression needs another package: pip install imagecodecs, or save it with deflate or without compression"
+)
 _UNNAMED = "QIZT"  # axes of tifffile for pages, or for a dimension without a name
 TURNS: dict[int, Callable[[Array], Array]] = {  # orientation
     2: lambda pixels: pixels[:, ::-1],
@@ -99,13 +103,17 @@ class ImageReader:
         self.orientation = require_choice("dataset.orientation", orientation, ORIENTATIONS)
         self.channel_axis = require_choice("dataset.channel_axis", channel_axis, ("auto", "first", "last"))
 
-    def __call__(self, path: str | Path) -> Image:
+    def __call__(self, path: str | Path, window: Window | None = None) -> Image:
         """Read an image: (H, W, in_chans), uint8 or uint16, RGB if there are three channels.
+
+        Args:
+            path: The file.
+            window: The part of a TIFF file to read, without decoding the rest.
 
         Raises:
             UserError: If the file cannot be read, or has another number of channels or bit depth.
         """
-        pixels = self._read(path)
+        pixels = self._read(path, window)
         if self.bands:
             pixels = self._select(pixels, path)
         image: Image = pixels[..., None] if pixels.ndim == 2 else pixels
@@ -118,12 +126,12 @@ class ImageReader:
         values = {"orientation": self.orientation, "bands": list(self.bands), "channel_axis": self.channel_axis}
         return {key: value for key, value in values.items() if value not in ("apply", [], "auto")}
 
-    def _read(self, path: str | Path) -> Array:
+    def _read(self, path: str | Path, window: Window | None) -> Array:
         turned = self.orientation == "apply"
         suffix = os.path.splitext(path)[1].lower()
         if suffix in (".tif", ".tiff"):
             expected = 0 if self.bands else self.in_chans
-            pixels = _read_tiff(path, expected, turned, self.channel_axis)
+            pixels = _read_tiff(path, expected, turned, self.channel_axis, window)
         elif suffix == ".gif" or suffix in HEIF_SUFFIXES:
             pixels = _read_pillow(path, turned, as_rgb=True)
         elif self.in_chans == 2 and not self.bands:  # OpenCV reads gray with alpha as four channels
@@ -147,7 +155,7 @@ class ImageReader:
         indices = [band - 1 for band in self.bands]
         return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels)[..., indices])
 
-    def transparent(self, path: str | Path) -> NDArray[np.bool_] | None:
+    def transparent(self, path: str | Path, window: Window | None = None) -> NDArray[np.bool_] | None:
         """Return the wholly transparent pixels of a file whose alpha channel is dropped, (H, W); None if it has none.
 
         Files without an alpha channel are told by a look at their first bytes.
@@ -156,6 +164,8 @@ class ImageReader:
         if self.in_chans != 3 or self.bands or suffix in (".jpg", ".jpeg", ".bmp", ".jp2"):
             return None
         try:
+            if window is not None:
+                return _transparent_window(path, window)
             if suffix == ".png":
                 with open(path, "rb") as file:
                     head = file.read(1024)
@@ -194,6 +204,18 @@ def _transparent(path: str | Path, turned: bool) -> NDArray[np.bool_] | None:
         alpha = pillow_pixels(file, turned, mode="RGBA")[..., 3]
     hidden = alpha == 0
     return hidden if hidden.any() else None
+
+
+def _transparent_window(path: str | Path, window: Window) -> NDArray[np.bool_] | None:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        series: Any = file.series[0]
+        if not ALPHA & set(series.keyframe.extrasamples):
+            return None
+        pixels = channels_last(read_window(file, window, path, MAX_PIXELS), series.axes, path)
+    hidden: NDArray[np.bool_] = pixels[..., -1] == 0
+    return hidden
 
 
 def _number(channels: int) -> str:
@@ -236,7 +258,12 @@ def _require_max_pixels_of(content: NDArray[np.uint8], path: str | Path) -> None
 def require_max_pixels(pixels: int, path: str | Path) -> None:
     """Raise a `UserError` for a file with more than `MAX_PIXELS` pixels."""
     if pixels > MAX_PIXELS:
-        raise UserError(f"expected an image of at most {MAX_PIXELS:,} pixels, but {path} has more; cut it into tiles")
+        windows = ""
+        if str(path).lower().endswith((".tif", ".tiff")):
+            windows = "; evaluate and predict read windows of it with inference.mode=slide and inference.window, or"
+        raise UserError(
+            f"expected an image of at most {MAX_PIXELS:,} pixels, but {path} has more{windows or ';'} cut it into tiles"
+        )
 
 
 def _read_rgb_png(content: NDArray[np.uint8]) -> Array | None:
@@ -304,7 +331,7 @@ def _count_channels(path: str | Path) -> int:
         return 0
 
 
-def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str) -> Array:
+def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str, window: Window | None) -> Array:
     """Read a TIFF file whose channels are interleaved, planar, or a page each.
 
     Args:
@@ -312,6 +339,7 @@ def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str)
         expected: Number of channels. 3: gray files become RGB, and alpha is dropped; 0: unknown.
         turned: Whether the orientation tag is applied.
         channel_axis: See `ImageReader`.
+        window: The part to read; None for all of it.
     """
     import tifffile
 
@@ -319,13 +347,17 @@ def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str)
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
             page: Any = series.keyframe
-            if page.photometric in _CONVERTED:
+            if window is not None:
+                _require_readable_in_windows(page, turned, path)
+                pixels = read_window(file, window, path, MAX_PIXELS)
+            elif page.photometric in _CONVERTED:
                 return _read_pillow(path, turned, as_rgb=True)
-            require_max_pixels(max(page.imagewidth * page.imagelength, series.size // MAX_LARGE_CHANNELS), path)
-            pixels = series.asarray()
+            else:
+                require_max_pixels(max(page.imagewidth * page.imagelength, series.size // MAX_LARGE_CHANNELS), path)
+                pixels = series.asarray()
             if pixels.ndim == 3 and series.axes[0] in _UNNAMED:
                 last = channel_axis == "last" or (
-                    channel_axis == "auto" and _ask_for_axis(pixels.shape, expected, path)
+                    channel_axis == "auto" and _ask_for_axis(series.shape, expected, path)
                 )
                 pixels = pixels if last else np.moveaxis(pixels, 0, -1)
             else:
@@ -335,6 +367,8 @@ def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str)
         raise
     except Exception as error:  # a damaged file makes tifffile raise nearly anything
         if lacks_codec(error):
+            if window is not None:
+                raise UserError(f"cannot read windows of the image {path}; {_NEEDS_CODEC}") from error
             return _read_tiff_without_codec(path, page, expected == 3, turned, error)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
@@ -344,6 +378,24 @@ def _read_tiff(path: str | Path, expected: int, turned: bool, channel_axis: str)
         pixels = _as_rgb(pixels, has_alpha=bool(ALPHA & set(page.extrasamples)))
     turn = TURNS.get(tags[274].value if 274 in tags else 1) if turned else None
     return np.ascontiguousarray(turn(pixels) if turn else pixels)
+
+
+def _require_readable_in_windows(page: Any, turned: bool, path: str | Path) -> None:
+    if page.photometric in _CONVERTED:
+        raise UserError(
+            f"expected a gray, RGB or multi-channel file to read windows from, but {path} has other colors "
+            f"({page.photometric.name}); convert it"
+        )
+    require_upright(page, turned, path)
+
+
+def require_upright(page: Any, turned: bool, path: str | Path) -> None:
+    """Raise a `UserError` for a TIFF file that its orientation tag turns."""
+    if turned and 274 in page.tags and page.tags[274].value != 1:
+        raise UserError(
+            f"expected an upright file to read windows from, but the orientation tag of {path} is "
+            f"{page.tags[274].value}; save it upright"
+        )
 
 
 def lacks_codec(error: Exception) -> bool:
@@ -393,8 +445,5 @@ def _read_tiff_without_codec(path: str | Path, page: Any, as_rgb: bool, turned: 
     elif channels == 3 and read_orientation(path) == 1:  # Pillow has no 16-bit RGB; OpenCV multiplies colors by alpha
         pixels = _read_opencv(path, cv2.IMREAD_UNCHANGED)
     if pixels is None:
-        raise UserError(
-            f"cannot read the image {path}, because its compression needs another package; pip install imagecodecs, or "
-            "save it with deflate or without compression"
-        ) from error
+        raise UserError(f"cannot read the image {path}; {_NEEDS_CODEC}") from error
     return _as_rgb(pixels, has_alpha=False) if as_rgb else pixels

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mlpmatch_pl.data.base import Mask
 from mlpmatch_pl.data.readers.image import ORIENTATIONS
 from mlpmatch_pl.data.readers.stored import StoredMask, read_stored
+from mlpmatch_pl.data.readers.windows import Window
 from mlpmatch_pl.utils.errors import UserError, require_choice
 from mlpmatch_pl.utils.palette import require_colors
 
@@ -76,13 +77,17 @@ class MaskReader:
         """Whether the numbers in palette files are classes although nothing says so."""
         return not self._values and not self._colors and not self.class_channels
 
-    def __call__(self, path: str | Path) -> Mask:
+    def __call__(self, path: str | Path, window: Window | None = None) -> Mask:
         """Read a mask: (H, W) uint8, classes and the ignore index.
+
+        Args:
+            path: The file.
+            window: The part to read; the rest of a TIFF file is not decoded.
 
         Raises:
             UserError: If the file cannot be read, or has ids or colors without a class.
         """
-        stored = read_stored(path, self.orientation == "apply")
+        stored = read_stored(path, self.orientation == "apply", window)
         if stored.lossy:
             raise UserError(
                 f"expected a mask whose compression keeps its values, but {path} is {stored.lossy}"

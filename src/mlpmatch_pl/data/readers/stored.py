@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from mlpmatch_pl.data.readers.image import ALPHA, TURNS, channels_last, lacks_codec, pillow_pixels, require_max_pixels
+from mlpmatch_pl.data.readers.image import (
+    ALPHA,
+    MAX_PIXELS,
+    TURNS,
+    channels_last,
+    lacks_codec,
+    pillow_pixels,
+    require_max_pixels,
+    require_upright,
+)
+from mlpmatch_pl.data.readers.windows import Window, read_window
 from mlpmatch_pl.utils.errors import UserError
 
 Array = NDArray[Any]
@@ -41,12 +51,13 @@ class StoredMask:
     lossy: str = ""
 
 
-def read_stored(path: str | Path, apply_orientation: bool = True) -> StoredMask:
+def read_stored(path: str | Path, apply_orientation: bool = True, window: Window | None = None) -> StoredMask:
     """Read a mask file.
 
     Args:
         path: The file: TIFF, NPY, or a format that Pillow reads.
         apply_orientation: Whether the orientation tag is applied.
+        window: The part to return; the rest of a TIFF file is not decoded.
 
     Raises:
         UserError: If it cannot be read.
@@ -56,16 +67,24 @@ def read_stored(path: str | Path, apply_orientation: bool = True) -> StoredMask:
         if suffix == "npy":
             pixels = np.lib.format.open_memmap(path, mode="r")
             require_max_pixels(pixels.size, path)
-            return StoredMask(np.array(pixels))
+            return _cropped(StoredMask(np.array(pixels)), window, path)
         if suffix in ("tif", "tiff"):
-            return _read_tiff(path, apply_orientation)
-        return _read_pillow(path, apply_orientation)
+            return _read_tiff(path, apply_orientation, window)
+        return _cropped(_read_pillow(path, apply_orientation), window, path)
     except UserError:
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read the mask {path}: it is damaged or not an image; replace or remove it") from error
     except _PIL_ERRORS as error:
         raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
+
+
+def _cropped(stored: StoredMask, window: Window | None, path: str | Path) -> StoredMask:
+    if window is None:
+        return stored
+    window.require_size(stored.pixels.shape[:2], path)
+    transparent = None if stored.transparent is None else stored.transparent[window.rows, window.columns]
+    return replace(stored, pixels=stored.pixels[window.rows, window.columns], transparent=transparent)
 
 
 def read_palette(path: str | Path) -> bytes:
@@ -142,21 +161,25 @@ def _is_reversible(content: bytes) -> bool:
     return start > 0 and content[start + 13 : start + 14] == b"\x01"
 
 
-def _read_tiff(path: str | Path, apply_orientation: bool) -> StoredMask:
+def _read_tiff(path: str | Path, apply_orientation: bool, window: Window | None) -> StoredMask:
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
             page: Any = series.keyframe
-            require_max_pixels(series.size, path)
+            if window is None or page.compression in _LOSSY_TIFF:
+                require_max_pixels(series.size, path)
+            else:
+                require_upright(page, apply_orientation, path)
             if page.compression in _LOSSY_TIFF:
                 return StoredMask(_load_pillow(path, page, apply_orientation), lossy="JPEG or another lossy TIFF")
             turn = TURNS.get(page.tags[274].value if 274 in page.tags else 1) if apply_orientation else None
             try:
-                pixels = channels_last(series.asarray(), series.axes, path)
+                pixels = series.asarray() if window is None else read_window(file, window, path, MAX_PIXELS)
+                pixels = channels_last(pixels, series.axes, path)
             except Exception as error:
-                if not lacks_codec(error):
+                if not lacks_codec(error) or window is not None:
                     raise
                 pixels, turn = _load_pillow(path, page, apply_orientation), None
             colormap = page.colormap
