@@ -231,7 +231,7 @@ def test_running_out_of_memory_is_one_sentence(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp_path):
+def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp_path, caplog):
     root = f"dataset.root='{folder_root}'"
     with pytest.raises(UserError, match=r"dataset with 6 classes, as .*best\.ckpt was trained on, but it has 2"):
         run_evaluate(run, tmp_path, "dataset=folder", root, "dataset.classes=[a,b]")
@@ -245,6 +245,10 @@ def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp
         check_compatible(four, data, Path("a.ckpt"))
     with pytest.raises(UserError, match="images of 16 bits per channel"):
         check_compatible(MLPMatch(6, **options, bit_depth=16), data, Path("a.ckpt"))
+    caplog.clear()
+    check_compatible(MLPMatch(6, **options, image_options={"orientation": "ignore"}), data, Path("a.ckpt"))
+    assert "read with dataset.orientation=ignore for the training, and are read with its default now" in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_a_checkpoint_without_its_run_needs_a_dataset(tmp_path):
     with pytest.raises(UserError, match=r"expected the run's config\.yaml .* none; name the dataset"):
         open_part(tmp_path / "checkpoints/best.ckpt", None, None)
     part = open_part(tmp_path / "best.ckpt", {"_target_": "mlpmatch_pl.data.datasets.shapes.shapes", "test": 3}, "test")
-    assert (part.split["count"], part.same_as_run, len(part.images)) == (3, None, 3)
+    assert (part.split["count"], part.same_as_run, len(part.images())) == (3, None, 3)
     for content, message in (("{broken", "cannot read the run's configuration"), ("seed: 1", "but it has no dataset")):
         (tmp_path / "config.yaml").write_text(content)
         with pytest.raises(UserError, match=message):

@@ -188,7 +188,9 @@ def test_a_checkpoint_without_colors_gets_default_ones(tmp_path):
 
 
 def test_sixteen_bit_images_go_in_as_float32_only(tmp_path):
-    path = make_checkpoint(tmp_path / "best.ckpt", in_chans=1, bit_depth=16)
+    options = {"orientation": "ignore", "bands": [4]}
+    path = make_checkpoint(tmp_path / "best.ckpt", in_chans=1, bit_depth=16, image_options=options)
+    assert describe(load(path, "cpu"), ExportOptions(path, "safetensors"))["image_options"] == options
     assert export_checkpoint(ExportOptions(path, "safetensors")).largest > 0
     with pytest.raises(UserError, match=r"expected input_dtype=float32 .* 16-bit images, but got uint8"):
         export_checkpoint(ExportOptions(path, "safetensors", input_dtype="uint8", overwrite=True))

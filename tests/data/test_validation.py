@@ -459,3 +459,23 @@ def test_frames_of_one_scene_on_both_sides_are_a_warning(tmp_path, classes, grou
     messages = [message for _, message in findings(data)]
     assert any("dataset.group_by=folder" in message for message in messages) == warned
     assert any("5 of 5 validation images look nearly the same" in message for message in messages) == warned
+
+
+@pytest.mark.parametrize("transparent", ["masks", "images"])
+def test_a_class_that_is_hidden_by_transparency_is_explained(transparent, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        mask = np.zeros((40, 40), np.uint8)
+        mask[5:20, 5:20], mask[20:30, 5:20] = 1, 2
+        opaque = np.where(mask, 255, 0).astype(np.uint8)
+        image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        colors = np.array([[0, 0, 0], [200, 0, 0], [0, 200, 0]], np.uint8)[mask]
+        files = {"images": image, "masks": colors}
+        files[transparent] = np.dstack([files[transparent], opaque])
+        for part, pixels in files.items():
+            save_image(tmp_path / part / f"{index}.png", pixels)
+    data = folder(str(tmp_path), ["sky", "a", "b"], palette=[[0, 0, 0], [200, 0, 0], [0, 200, 0]], val=1)
+    files = list(scan_files(data, all_jobs(data), thorough=False))
+    (message,) = (finding.message for finding in find_problems(data, files, 40) if "labeled" in finding.message)
+    assert message.startswith("no labeled mask has the class sky; transparent pixels are ignored, as in images/")
+    assert "(3 such files in total): remove the transparency" in message

@@ -6,8 +6,10 @@ import pickle
 import re
 import zipfile
 
+import huggingface_hub
 import numpy as np
 import pytest
+import requests
 import timm
 import torch
 import torch.nn.functional as F
@@ -173,17 +175,27 @@ def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path, inside):
     assert marker.exists()
 
 
-def test_a_failed_download_suggests_a_local_file(monkeypatch):
-    create = timm.create_model
+@pytest.fixture
+def no_connection(monkeypatch):
+    def fail(*_, **__):
+        raise requests.ConnectionError("no network")
 
-    def offline(name, pretrained=False, **options):
-        if pretrained:
-            raise ConnectionError("no network")
-        return create(name, **options)
+    monkeypatch.setattr(requests, "head", fail)
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"could not download timm's weights of test_resnet \(ConnectionError\)"):
+
+def test_without_a_connection_a_local_file_is_suggested_at_once(no_connection, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(UserError, match=r"timm's weights of test_resnet \(no connection to https://.*\); set backbone"):
         Encoder("test_resnet", pretrained=True)
+
+
+def test_weights_that_were_downloaded_before_need_no_connection(no_connection, monkeypatch, tmp_path):
+    state = timm_state("test_resnet")
+    save_file(state, tmp_path / "model.safetensors")
+    cached = {("timm/test_resnet.r160_in1k", "model.safetensors"): str(tmp_path / "model.safetensors")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name: cached[name])
+    loaded = Encoder("test_resnet", pretrained=True).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
 
 
 def published_decoder_shapes(low_channels, high_channels, num_classes):

@@ -160,10 +160,12 @@ class FileFacts:
     Attributes:
         orientation: Orientation tag of the image if it is applied, 1 (upright) to 8.
         palette: Colors in the mask if the numbers are read as classes, three bytes each.
+        transparent: Whether pixels are ignored because the image or the mask is transparent there.
     """
 
     orientation: int = 1
     palette: bytes = b""
+    transparent: bool = False
 
 
 def file_facts(source: ImageSource, index: int) -> FileFacts:

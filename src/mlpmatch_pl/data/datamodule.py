@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence, Sized
 from ctypes import c_bool
 from functools import cache, partial
@@ -381,6 +382,7 @@ def ignore_signals() -> Callable[[int], None]:
 
     Terminals and clusters send these signals to all processes at once, but the main process finishes its step first,
     and needs their batches. When it exits itself, it sends SIGTERM to the remaining workers; only then do they exit.
+    When it is killed, they exit too: workers of a forkserver would keep it, and it them, alive.
     """
     return partial(_ignore_signals, _exit_flag(os.getpid()))
 
@@ -398,6 +400,14 @@ def _exit_flag(pid: int) -> Any:
 def _ignore_signals(exiting: Any, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, partial(_exit_with_main, exiting))
+    threading.Thread(target=_exit_after_main, daemon=True).start()
+
+
+def _exit_after_main() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None  # this is a worker
+    main.join()
+    os._exit(1)
 
 
 def _exit_with_main(exiting: Any, signum: int, frame: FrameType | None) -> None:

@@ -27,7 +27,7 @@ from mlpmatch_pl.data.pairing import (
 )
 from mlpmatch_pl.data.readers.image import HEIF_SUFFIXES, IMAGE_SUFFIXES, MASK_SUFFIXES, ImageReader, read_orientation
 from mlpmatch_pl.data.readers.mask import MaskReader
-from mlpmatch_pl.data.readers.stored import read_palette
+from mlpmatch_pl.data.readers.stored import has_transparent_pixels, read_palette
 from mlpmatch_pl.data.readers.windows import Window, tiff_facts
 from mlpmatch_pl.utils.errors import UserError
 
@@ -506,12 +506,13 @@ class FileSource:
         return self.read_image.transparent(os.path.join(self.root, self.name(index)), window)
 
     def file_facts(self, index: int) -> FileFacts:
-        """Return the orientation tag of the image and the palette of the mask, where they matter."""
+        """Return the orientation tag of the image, the palette of the mask, and the transparency of both."""
         image, mask = self.pair(index)
-        turned = self.read_image.orientation == "apply"
+        image_path, mask_path = os.path.join(self.root, image), os.path.join(self.root, mask or "")
         return FileFacts(
-            read_orientation(os.path.join(self.root, image)) if turned else 1,
-            read_palette(os.path.join(self.root, mask)) if mask and self.read_mask.trusts_palette_ids else b"",
+            read_orientation(image_path) if self.read_image.orientation == "apply" else 1,
+            read_palette(mask_path) if mask and self.read_mask.trusts_palette_ids else b"",
+            self.transparent(index) is not None or (mask is not None and has_transparent_pixels(mask_path)),
         )
 
     def stamp(self, index: int) -> str:

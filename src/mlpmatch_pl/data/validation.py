@@ -279,6 +279,13 @@ def pixels_by_class(inspected: Iterable[ScannedFile], part: str, num_classes: in
 def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Collection[str]) -> Iterator[Finding]:
     names = data.class_names
     labeled, _ = pixels_by_class(inspected, "labeled", len(names))
+    hidden = [item.name for item in inspected if item.part == "labeled" and item.facts.transparent]
+    advice = ""
+    if hidden:
+        advice = (
+            f"; transparent pixels are ignored, as in {hidden[0]} ({len(hidden)} such files in total): remove the "
+            "transparency of images and masks where they show a class"
+        )
     found = [name for name, pixels in zip(names, labeled[:-1], strict=True) if pixels]
     if len(found) < 2 and "labeled" in whole:
         ignored = f" and {data.ignore_index} (ignore)" if labeled[-1] else ""
@@ -286,7 +293,7 @@ def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Co
             True,
             f"expected at least two classes in the labeled masks, but they have only {', '.join(found) or 'no class'}"
             f"{ignored}; if other values in your files are classes, map them, as in "
-            "'dataset.mask_values={0:0,255:1}', else label images that show other classes",
+            f"'dataset.mask_values={{0:0,255:1}}', else label images that show other classes{advice}",
         )
         return
     evaluated, _ = pixels_by_class(inspected, "val", len(names))
@@ -297,6 +304,8 @@ def _classes(data: SegmentationData, inspected: Sequence[ScannedFile], whole: Co
             message = f"no {word} mask has the {noun} {', '.join(missing)}"
             if part == "labeled" and data.labeled.label.endswith(")") and "every class" not in data.labeled.label:
                 message += "; dataset.cover_classes=true chooses labeled images that have every class"
+            if part == "labeled":
+                message += advice
             yield Finding(False, message)
     empty = [item.name for item in inspected if item.pixels_C1 is not None and not item.pixels_C1[:-1].any()]
     if empty:

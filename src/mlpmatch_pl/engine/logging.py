@@ -75,6 +75,7 @@ def quiet() -> None:
     """Hide messages of Lightning that do not apply here."""
     for chatty in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
     if not is_first_process():
         logging.getLogger("mlpmatch_pl").setLevel(logging.WARNING)
     for message in (

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,23 @@ def _convert(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _download(backbone: str, in_chans: int) -> dict[str, Tensor]:
+    import requests
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import ENDPOINT
+
     try:
-        state: dict[str, Tensor] = timm.create_model(backbone, pretrained=True, in_chans=in_chans).state_dict()
+        hub_id = timm.get_pretrained_cfg(backbone).hf_hub_id
+        cached = hub_id and try_to_load_from_cache(hub_id, "model.safetensors")
+        if not isinstance(cached, str):
+            with suppress(requests.exceptions.SSLError):  # the hub may know other certificates
+                requests.head(ENDPOINT, timeout=10)  # fails at once without a connection: the hub tries for 50 seconds
+        overlay = {"pretrained_cfg_overlay": {"file": cached}} if isinstance(cached, str) else {}
+        model = timm.create_model(backbone, pretrained=True, in_chans=in_chans, **overlay)
+        state: dict[str, Tensor] = model.state_dict()
         return state
     except Exception as error:
+        reason = f"no connection to {ENDPOINT}" if isinstance(error, requests.ConnectionError) else type(error).__name__
         raise UserError(
-            f"could not download timm's weights of {backbone} ({type(error).__name__}); set backbone.pretrained to a "
-            "local file (backbone.pretrained=weights.pth) or to false"
+            f"could not download timm's weights of {backbone} ({reason}); set backbone.pretrained to a local file "
+            "(backbone.pretrained=weights.pth) or to false"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.files import load_yaml
+
+log = logging.getLogger(__name__)
 
 Part = Literal["val", "test"]
 FOLDER = "mlpmatch_pl.data.datasets.folder.folder"
@@ -87,6 +90,8 @@ def _whole(dataset: dict[str, Any], part: Part | None) -> dict[str, Any]:
 def check_compatible(module: MLPMatch, data: SegmentationData, checkpoint: Path) -> None:
     """Refuse a dataset with other classes or another kind of images than the network was trained on.
 
+    Another orientation or choice of channels is noted: the files may differ.
+
     Raises:
         UserError: For the first difference.
     """
@@ -110,6 +115,13 @@ def check_compatible(module: MLPMatch, data: SegmentationData, checkpoint: Path)
             raise UserError(
                 f"expected images of {own} {name}, as {checkpoint} was trained on, but the dataset's have {other}"
             )
+    read, reads = dict(module.hparams.get("image_options") or {}), dict(data.image_options)
+    for key in sorted({key for key in {**read, **reads} if read.get(key) != reads.get(key)}):
+        log.warning(
+            "note: images were read with dataset.%s=%s for the training, and are read with %s now; set it if the files "
+            "are of the same kind",
+            key, *(options.get(key, "its default") for options in (read, reads)),
+        )  # fmt: skip
 
 
 def _run_folder(checkpoint: Path) -> Path | None:

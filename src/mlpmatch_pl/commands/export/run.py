@@ -152,8 +152,8 @@ def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
     """Return the metadata stored in a file, as plain data.
 
     Returns:
-        The arguments of `Segmentor` (including mean, std and in_chans), class_names, palette, bit_depth of the training
-        images, the file's input and output, and the version of this package.
+        The arguments of `Segmentor` (including mean, std and in_chans), class_names, palette, bit_depth and other
+        options of the reader of the training images, the file's input and output, and the version of this package.
 
     Raises:
         UserError: If the training images do not fit into the input dtype.
@@ -168,6 +168,7 @@ def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
         "class_names": list(predictor.class_names),
         "palette": _plain(predictor.colors),
         "bit_depth": predictor.bit_depth,
+        "image_options": predictor.read_image.options,
         "input_dtype": options.input_dtype,
         "smallest_size": SMALLEST,
         "returns": options.returns,

@@ -98,6 +98,18 @@ def read_palette(path: str | Path) -> bytes:
         return b""
 
 
+def has_transparent_pixels(path: str | Path) -> bool:
+    """Tell whether a mask file has transparent pixels; False if it cannot be read."""
+    try:
+        with PILImage.open(path) as file:
+            if "A" not in file.getbands() and "transparency" not in file.info:
+                return False
+        transparent = read_stored(path).transparent
+    except (UserError, *_PIL_ERRORS):
+        return False
+    return transparent is not None and bool(transparent.any())
+
+
 def _read_pillow(path: str | Path, apply_orientation: bool) -> StoredMask:
     with PILImage.open(path) as file:
         lossy = _lossy(file, path)
