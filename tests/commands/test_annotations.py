@@ -218,10 +218,11 @@ def test_a_repeated_command_changes_nothing_and_another_export_is_refused(tmp_pa
 WRONG_REGIONS = {
     "run lengths for another size": ("coco", {"size": [3, 2], "counts": [2, 4]}, "are for 2 x 3 pixels"),
     "too few run lengths": ("coco", {"size": [2, 3], "counts": [2, 3]}, "sum up to 5 instead of 3 x 2"),
-    "damaged run lengths": ("coco", {"size": [2, 3], "counts": "zz~~9"}, "are damaged"),
+    "damaged run lengths": ("coco", {"size": [2, 3], "counts": "zz~~9"}, "damaged"),
     "too few packed run lengths": ("coco", {"size": [900, 900], "counts": "52203"}, "are damaged"),
     "too few run lengths of CVAT": ("cvat", ([1, 2], 0, 0, 2, 2), "sum up to 3 instead of 2 x 2"),
-    "no PNG": ("png", ("AAAA", 0, 0), "its mask is damaged"),
+    "no PNG": ("png", ("AAAA", 0, 0), "it is damaged"),
+    "no numbers in a brush": ("brush", [0, "x"], "it is damaged"),
     "far points": ("polygons", [np.array([[0, 0], [1e9, 0], [0, 5]])], "far outside"),
     "no numbers": ("polygons", [np.array([[0, 0], [np.nan, 0], [0, 5]])], "far outside"),
     "a brush for another size": ("brush", brush(np.zeros((HEIGHT, WIDTH), bool)), "values instead of 4 x 3 x 2"),

@@ -7,6 +7,7 @@ further options. Pixels in no region are background, class 0; the other classes 
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ from mlpmatch_pl.commands.prepare.regions import Region, draw_mask
 from mlpmatch_pl.data.files import image_files
 from mlpmatch_pl.data.layout import CLASSES_CSV, find_layout, is_ignored, labelmap, read_classes
 from mlpmatch_pl.data.pairing import nearest, normalized
-from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
+from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, require_max_pixels
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.palette import default_palette
 from mlpmatch_pl.utils.progress import say
@@ -223,6 +224,7 @@ def _size(path: Path, entry: Entry) -> tuple[int, int]:
             tag = image.getexif().get(274, 1)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         if entry.size:
+            require_max_pixels(math.prod(entry.size), path)
             return entry.size  # check compares the sizes of image and mask
         raise UserError(f"cannot read the size of {path} ({error}), and {entry.source} does not say it") from error
     except OSError as error:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
-import yaml
 
 from mlpmatch_pl.commands.prepare.regions import Region
 from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES
 from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.files import load_yaml
 
 OTHER = "other"  # kind of a shape that is no region: its name, its bounding box or None, and the kind of that
 FORMATS = (
@@ -30,7 +30,7 @@ FORMATS = (
 )
 _SUFFIXES = (".json", ".xml", ".yaml", ".yml", ".names", ".txt")
 _CLASS_LISTS = ("classes.txt", "obj.names")
-_WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, ET.ParseError, yaml.YAMLError)
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, ET.ParseError)
 _REGION_TYPES = ("any", "polygon", "mask", "rectangle", "ellipse", "")  # of labels in CVAT
 
 
@@ -125,7 +125,7 @@ def _recognize(file: Path) -> tuple[_Format, Any] | None:
         if suffix == ".xml":
             return _recognize_xml(file)
         if suffix in (".yaml", ".yml"):
-            content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+            content = load_yaml(file)
             if isinstance(content, dict) and "names" in content:
                 return _YOLO, content
         elif file.name in _CLASS_LISTS and not any(file.parent.glob("*.y*ml")):

@@ -20,6 +20,7 @@ from mlpmatch_pl.utils.errors import UserError
 # pycocotools rounds corners to a fifth of a pixel, so polygons are drawn up to 9 times larger, with up to so many
 # pixels, and sampled at the centers of pixels.
 _FINE, _FINE_PIXELS = 9, 2**24
+_DAMAGE = (TypeError, ValueError, LookupError, ArithmeticError, OSError, SyntaxError)
 _FAR = 10  # points this many times the image's size away are not of this image
 Bits = NDArray[np.bool_]
 
@@ -47,7 +48,12 @@ def draw(region: Region, height: int, width: int) -> tuple[slice, slice, Bits]:
     Raises:
         UserError: If the region does not fit to an image of this size.
     """
-    return DRAW[region.kind](region.data, height, width)
+    try:
+        return DRAW[region.kind](region.data, height, width)
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"it is damaged ({' '.join(str(error).split())})") from error
 
 
 def draw_mask(
@@ -114,10 +120,7 @@ def _coco_runs(stored: dict[str, Any], height: int, width: int) -> tuple[slice, 
         if min(counts, default=0) < 0 or sum(counts) != height * width:
             raise UserError(f"its run lengths sum up to {sum(counts)} instead of {width} x {height} pixels")
         stored = rle.frPyObjects(stored, height, width)
-    try:
-        pixels = rle.decode(stored)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"its run lengths are damaged ({error})") from error
+    pixels = rle.decode(stored)
     if pixels.sum(dtype=np.int64) != rle.area(stored):  # pycocotools leaves what damaged ones lack as it finds it
         raise UserError("its run lengths are damaged")
     return slice(0, height), slice(0, width), pixels.astype(np.bool_)
@@ -137,11 +140,8 @@ def _png(stored: tuple[str, int, int], height: int, width: int) -> tuple[slice, 
     from PIL import Image
 
     content, left, top = stored
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-            inside = np.asarray(image) != 0
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError("its mask is damaged") from error
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        inside = np.asarray(image) != 0
     if inside.ndim != 2:
         raise UserError(f"its mask has the shape {inside.shape} instead of one channel")
     return _placed(inside, left, top, height, width)
