@@ -179,6 +179,20 @@ def test_parts_of_an_export_become_lists(tmp_path, capsys):
     assert names == [["train/a.jpg", "train/b.jpg"], ["valid/c.jpg"], ["test/d.jpg"]]
 
 
+def test_exports_of_masks_need_no_drawing(tmp_path, capsys):
+    for part in ("train", "valid", "test"):
+        save_photos(tmp_path / part, ["a.jpg"])
+        Image.new("L", (WIDTH, HEIGHT), 1).save(tmp_path / part / "a_mask.png")
+        (tmp_path / part / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, car\n")
+    prepare(tmp_path)
+    options = dict(re.findall(r"dataset\.(\w+)=(\S+)", capsys.readouterr().out))
+    assert options == {"root": str(tmp_path), "train": "train", "val": "valid", "test": "test"}
+    data = folder(**options)
+    assert [source.name(0) for source in (data.train, data.val, data.test)] == [
+        "train/a.jpg", "valid/a.jpg", "test/a.jpg"
+    ]  # fmt: skip
+
+
 def test_images_are_found_by_the_folders_that_names_share(tmp_path):
     for day in ("mon", "tue"):
         save_photos(tmp_path / "photos" / day, ["a.jpg"])
@@ -210,6 +224,12 @@ def test_a_repeated_command_changes_nothing_and_another_export_is_refused(tmp_pa
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     prepare(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    coco(tmp_path, {**polygon(10, 10), "iscrowd": 1}, names=("b.jpg",))
+    text = (tmp_path / "instances.json").read_text()
+    (tmp_path / "instances.json").write_text(text.replace("car", "bus"))
+    with pytest.raises(UserError, match=r"expected to create .*labelmap.txt, but a different file exists there"):
+        prepare(tmp_path)
+    assert not (tmp_path / "masks/b.png").exists()  # its classes would not be those of a.png
     coco(tmp_path, polygon(20, 20))
     with pytest.raises(UserError, match=r"expected to create .*a.png, but a different file exists there"):
         prepare(tmp_path)

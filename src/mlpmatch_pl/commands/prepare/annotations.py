@@ -24,7 +24,7 @@ from mlpmatch_pl.commands.prepare.exports import FORMATS, OTHER, Entry, Export, 
 from mlpmatch_pl.commands.prepare.files import convert, name_some, write_new
 from mlpmatch_pl.commands.prepare.regions import Region, draw_mask
 from mlpmatch_pl.data.files import image_files
-from mlpmatch_pl.data.layout import CLASSES_CSV, find_layout, is_ignored, labelmap, read_classes
+from mlpmatch_pl.data.layout import CLASSES_CSV, LABELMAP, find_layout, is_ignored, labelmap, read_classes
 from mlpmatch_pl.data.pairing import nearest, normalized
 from mlpmatch_pl.data.readers.image import IMAGE_SUFFIXES, require_max_pixels
 from mlpmatch_pl.utils.errors import UserError
@@ -81,13 +81,13 @@ def draw_annotations(root: Path, annotations: Path | None, other_shapes: str, em
     if not labeled:
         raise UserError(f"expected annotated images in {source}, but all {len(found)} have no region; annotate some")
     classes, labels = _classes(export, source)
+    palette = default_palette(IGNORED + 1)  # first, because masks drawn with other classes must not be mixed
+    write_new(root / LABELMAP, labelmap(classes, palette[: len(classes)], palette[IGNORED]).encode())
     task = partial(_draw_png, labels=labels, by_size=export.by_size)
     masks = {
         one.image: f"{MASKS}/{PurePosixPath(one.image).relative_to(folder).with_suffix('.png')}" for one in labeled
     }
     convert(f"drawing {MASKS}", task, [(root / masks[one.image], one) for one in labeled], workers)
-    palette = default_palette(IGNORED + 1)
-    write_new(root / "labelmap.txt", labelmap(classes, palette[: len(classes)], palette[IGNORED]).encode())
     parts = _write_parts(root, labeled, masks)
     say(f"{export.title}: {len(labeled):,} masks in {root / MASKS}, {len(classes)} classes: {', '.join(classes)}")
     if len(found) > len(labeled):

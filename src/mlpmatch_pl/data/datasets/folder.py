@@ -105,7 +105,8 @@ def folder(
         if found is None:
             raise UserError(
                 f"expected dataset.classes, or labelmap.txt or _classes.csv in {roots[0]}, but there is none; name the "
-                "classes in the order of the mask values, as in 'dataset.classes=[background,road]'"
+                "classes in the order of the mask values, as in 'dataset.classes=[background,road]', or draw masks "
+                "from an annotation tool's export by 'python -m mlpmatch_pl.prepare dataset=annotations'"
             )
         classes, ignore_colors = found.names, ignore_colors or found.ignore_colors
         palette, mask_values = palette or found.palette or None, mask_values or found.mask_values
