@@ -334,7 +334,7 @@ def test_from_an_export_to_masks_of_new_photos_in_three_commands(command, tmp_pa
     save_photos(tmp_path / "photos", [*scenes, *(f"more {number}.jpg" for number in range(4))])
     save_photos(tmp_path / "new", ["a.jpg"])
     tiny = ("loader.crop_size=48", "loader.batch_size=4", "loader.num_workers=0", "schedule.steps=2")
-    tiny += ("backbone=tiny", "backbone.decoder_channels=8", "hydra.run.dir=run")
+    tiny += ("backbone=tiny", "decoder.channels=8", "hydra.run.dir=run")
     best = "checkpoint=run/checkpoints/best.ckpt"
     for name, arguments in (
         ("prepare", ("dataset=annotations", "root=photos")),
