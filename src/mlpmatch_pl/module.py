@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlpmatch_pl.evaluation import ConfusionMatrix, Scores, SlidingWindowInference, predict_logits
 from mlpmatch_pl.evaluation.confusion import check_absent
@@ -35,7 +35,7 @@ from mlpmatch_pl.methods.optimizers import PAPER_OPTIMIZER, build_optimizer
 from mlpmatch_pl.methods.schedules import DECAYS, TrainingLength, lr_factor, volatile_weight
 from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.methods.teacher import Teacher
-from mlpmatch_pl.segmentor import Segmentor
+from mlpmatch_pl.segmentor import NetworkAdapter, Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD, resolve_decoder
 from mlpmatch_pl.utils.checkpoint import check_architecture
 from mlpmatch_pl.utils.errors import UserError, require_choice
@@ -53,6 +53,9 @@ class MLPMatch(LightningModule):
         method: A preset (``mlpmatch``, ``mlpmatch_official``, ``mlpmatch_burn_in``, ``unimatch``,
             ``unimatch_official``, ``fixmatch``, ``supervised``) or a mapping with its ``name`` and the values to
             change, see `mlpmatch_pl.methods.method.Method`.
+        segmentor: A network of your own, of segmentation_models_pytorch or of torchvision, see
+            `mlpmatch_pl.segmentor.adapter.NetworkAdapter`; it replaces the one that the next six arguments but
+            ``in_chans`` describe. Pass it to ``load_from_checkpoint``, too.
         backbone: Name of a timm model, see `mlpmatch_pl.segmentor.Encoder`.
         pretrained: True for timm's weights, or the path of a local state dict of the encoder.
         in_chans: Number of image channels.
@@ -99,6 +102,7 @@ class MLPMatch(LightningModule):
         num_classes: int,
         *,
         method: str | Mapping[str, Any] = "mlpmatch",
+        segmentor: nn.Module | None = None,
         backbone: str = "resnet50s",
         pretrained: bool | str = False,
         in_chans: int = 3,
@@ -130,7 +134,8 @@ class MLPMatch(LightningModule):
     ) -> None:
         super().__init__()
         decoder = resolve_decoder(decoder)
-        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint holds the weights themselves
+        self.save_hyperparameters(ignore=["pretrained", "segmentor"])  # a checkpoint holds the weights themselves
+        self.save_hyperparameters({"segmentor": type(segmentor).__name__ if segmentor is not None else None})
         _check_ranges(self.hparams)
         self.method = resolve_method(method)
         self.class_names = list(map(str, range(num_classes)) if class_names is None else class_names)
@@ -138,9 +143,18 @@ class MLPMatch(LightningModule):
             raise UserError(f"expected {num_classes} class names, but got {len(self.class_names)}")
         check_palette(palette or (), num_classes)
         self.absent = check_absent(absent)
-        self.segmentor = Segmentor(
-            num_classes, backbone, pretrained, in_chans, output_stride, decoder, pos_embed, frozen, mean, std,
-            compile_blocks, activation_checkpointing,
+        if isinstance(segmentor, str):  # the name in a checkpoint
+            raise UserError(
+                f"expected the network of the checkpoint, a {segmentor}; pass it as "
+                "MLPMatch.load_from_checkpoint(path, segmentor=network)"
+            )
+        self.segmentor = (
+            Segmentor(
+                num_classes, backbone, pretrained, in_chans, output_stride, decoder, pos_embed, frozen, mean, std,
+                compile_blocks, activation_checkpointing,
+            )
+            if segmentor is None
+            else NetworkAdapter(segmentor, num_classes, in_chans, mean, std)
         )  # fmt: skip
         if channels_last:
             self.segmentor.to(memory_format=torch.channels_last)

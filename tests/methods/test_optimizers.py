@@ -68,7 +68,7 @@ def test_wrong_optimizers_are_refused(spec, message):
         build_optimizer(spec, nn.Linear(1, 1), nn.Linear(1, 1), lr=0.1)
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "mobilenetv2_035"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "mobilenetv2_035", "test_vit"])
 def test_layer_decay_lowers_the_rate_from_layer_to_layer_and_covers_all_parameters(backbone):
     encoder, decoder = Encoder(backbone), nn.Linear(1, 1)
     *layers, last = build_optimizer("AdamW", encoder, decoder, 0.1, lr_multi=10, layer_decay=0.5).param_groups

@@ -44,9 +44,8 @@ def build_optimizer(
     """
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
-    groups = [{"params": list(encoder.parameters()), "lr": lr, "name": "encoder"}]
-    if layer_decay != 1:
-        groups = _layers(encoder, lr, layer_decay)
+    groups = _layers(encoder, lr, layer_decay) if layer_decay != 1 else []
+    groups = groups or [{"params": list(encoder.parameters()), "lr": lr, "name": "encoder"}]
     groups.append({"params": list(decoder.parameters()), "lr": lr * lr_multi, "name": "decoder"})
     factory = _find(name)
     try:
@@ -80,7 +79,7 @@ def _layers(encoder: nn.Module, lr: float, layer_decay: float) -> list[dict[str,
 
     layers = param_groups_layer_decay(encoder.model, weight_decay_exclude_1d=False, layer_decay=layer_decay)
     layers.sort(key=lambda layer: layer["lr_scale"], reverse=True)
-    highest = layers[0]["lr_scale"]  # below 1 where timm counts the removed head
+    highest = layers[0]["lr_scale"] if layers else 1.0  # below 1 where timm counts the removed head; none: it is frozen
     return [
         {"params": layer["params"], "lr": lr * layer["lr_scale"] / highest, "name": f"encoder_{index}"}
         for index, layer in enumerate(layers)

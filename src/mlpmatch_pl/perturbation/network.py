@@ -27,6 +27,8 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torchvision.models import mobilenetv2, mobilenetv3
+from torchvision.models import resnet as torchvision_resnet
 
 from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.seeding import derive_seed
@@ -99,10 +101,14 @@ for _block, _activation in (
     (Bottleneck, "act3"),
     (RegNetBottleneck, "act3"),
     (Bottle2neck, "relu"),
+    (torchvision_resnet.BasicBlock, "relu"),
+    (torchvision_resnet.Bottleneck, "relu"),
 ):
     bypass.register(_block, partial(_bypass_resnet, activation=_activation))
 
 
+@bypass.register(mobilenetv2.InvertedResidual)
+@bypass.register(mobilenetv3.InvertedResidual)
 @bypass.register(DepthwiseSeparableConv)
 @bypass.register(EdgeResidual)
 @bypass.register(InvertedResidual)
@@ -170,6 +176,23 @@ def _(block: EvaBlock, x_BND: Tensor, branch: str, rope: Tensor | None = None) -
     else:
         residual, scale, drop_path = block.attn(block.norm1(x_BND), rope=rope), block.gamma_1, block.drop_path1
     return x_BND + drop_path(residual if scale is None else scale * residual)  # type: ignore[no-any-return]
+
+
+@has_shortcut.register(mobilenetv2.InvertedResidual)
+@has_shortcut.register(mobilenetv3.InvertedResidual)
+def _(block: Any) -> bool:
+    return bool(block.use_res_connect)
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of any model that may be deactivated, by name, in the order of their definition.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> [*find_blocks(resnet18())][:3]
+        ['layer1.0', 'layer1.1', 'layer2.0']
+    """
+    return {name: module for name, module in model.named_modules() if has_shortcut(module)}
 
 
 @contextmanager

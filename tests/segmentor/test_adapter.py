@@ -1,0 +1,107 @@
+"""Networks of torchvision and your own, trained with all perturbations."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.batches import make_batch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
+
+from mlpmatch_pl import MLPMatch, UserError
+from mlpmatch_pl.perturbation.network import deactivate, find_blocks
+from mlpmatch_pl.segmentor import NetworkAdapter
+
+MEAN, STD = (124.0, 116.0, 104.0), (58.0, 57.0, 57.0)
+
+
+class OwnNetwork(nn.Module):
+    """Two residual blocks, and the methods that the protocol names."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), BasicBlock(8, 8), BasicBlock(8, 8))
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def encode(self, image):
+        return [self.encoder(image)]
+
+    def decode(self, features, size):
+        return self.head(features[0])
+
+    def blocks(self):
+        return [self.encoder[1:]]
+
+
+def torchvision_network(build, **options):
+    torch.manual_seed(0)
+    return build(weights=None, weights_backbone=None, num_classes=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"), [(deeplabv3_mobilenet_v3_large, {"aux_loss": True}), (lraspp_mobilenet_v3_large, {})]
+)
+def test_torchvisions_networks_predict_as_they_do_themselves(build, options):
+    network = torchvision_network(build, **options)
+    plain = copy.deepcopy(network).eval()
+    adapter = NetworkAdapter(network, 3, 3, MEAN, STD).eval()
+    image = torch.randint(0, 255, (2, 3, 50, 70), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        assert torch.allclose(adapter(image), plain((image - mean) / std)["out"], atol=1e-5)
+        bypassed = min(adapter.encoder.stages[0])
+        name, block = [*find_blocks(plain.backbone).items()][bypassed]
+        block.forward = lambda x: x  # these blocks have an identity shortcut
+        assert torch.allclose(
+            adapter.decode(adapter.encode(image, frozenset({bypassed})), (50, 70)),
+            plain((image - mean) / std)["out"],
+            atol=1e-5,
+        ), name
+
+
+def test_torchvisions_blocks_are_bypassed():
+    network, x = resnet18().eval().layer2, torch.rand(1, 64, 9, 9)
+    with deactivate(network):
+        assert torch.equal(network(x), F.relu(network[0].downsample(x)))
+
+
+@pytest.mark.parametrize("method", ["mlpmatch", "mlpmatch_official", "unimatch"])
+def test_a_network_of_ones_own_is_trained_with_all_perturbations(method):
+    module = MLPMatch(3, segmentor=OwnNetwork(), method=method, lr=0.01, lr_multi=5.0)
+    module.set_length(10, 1)
+    encoder, decoder = module.configure_optimizers()["optimizer"].param_groups
+    assert [len(group["params"]) for group in (encoder, decoder)] == [14, 2]
+    assert (encoder["initial_lr"], decoder["initial_lr"]) == (0.01, 0.05)
+    with pytest.warns(UserWarning, match="reference is not registered"):
+        module.training_step(make_batch(2, 2, size=(33, 33), classes=3), 0).backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (resnet18(), "with the methods encode, decode and blocks, a model of segmentation_models_pytorch or"),
+        (OwnNetwork(classes=4), "expected a network with 3 classes, but OwnNetwork has 4"),
+    ],
+)
+def test_other_networks_are_refused(network, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        MLPMatch(3, segmentor=network)
+
+
+def test_a_checkpoint_asks_for_its_network(tmp_path):
+    from lightning.pytorch import Trainer
+
+    module = MLPMatch(3, segmentor=OwnNetwork())
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(UserError, match=r"the network of the checkpoint, a OwnNetwork; pass it as MLPMatch.load_from"):
+        MLPMatch.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+    again = MLPMatch.load_from_checkpoint(tmp_path / "own.ckpt", segmentor=OwnNetwork(), weights_only=True).eval()
+    image = torch.rand(1, 3, 40, 40) * 255
+    assert torch.equal(again(image), module.eval()(image))
