@@ -171,6 +171,21 @@ def test_if_a_process_is_killed_the_other_ends_with_one_sentence_and_the_run_res
             1,
             r"`devices=1` and `num_nodes=1` in Lightning, but .* does not match the world size \(2\)",
         ),
+        (
+            {"LOCAL_RANK": "1"},
+            1,
+            "expected WORLD_SIZE, MASTER_ADDR, MASTER_PORT beside LOCAL_RANK=1 in the environment",
+        ),
+        (
+            {"LOCAL_RANK": "0"},
+            2,
+            "expected WORLD_SIZE, MASTER_ADDR, MASTER_PORT beside LOCAL_RANK=0 in the environment",
+        ),
+        (
+            {"RANK": "3", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            2,
+            "expected RANK from 0 to below WORLD_SIZE=2, but got 3; start the processes with torchrun, or remove",
+        ),
         ({**SRUN, "SLURM_NTASKS_PER_NODE": "4"}, 2, "`devices=2` in Lightning, but .*`--ntasks-per-node=4`"),
         ({**SRUN, "SLURM_NNODES": "2"}, 2, "`num_nodes=1` in Lightning, but .*`--nodes=2`"),
         ({**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}, 2, "`devices=2` in Lightning, but .*"),

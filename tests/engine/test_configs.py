@@ -302,6 +302,21 @@ def test_every_method_trains_from_its_configuration(method, tmp_path):
     assert 0 <= metrics["test"]["test/miou"] <= 1
 
 
+def test_a_monitor_that_is_never_logged_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"as monitor of BestCheckpoint, .* but got 'val/mIoU'\. Did you mean val/miou"):
+        train(compose_train(*TINY, "callbacks.checkpoint.monitor=val/mIoU", output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_stopping_learning_rates_and_the_profiler_are_groups_and_options(tmp_path, caplog):
+    options = ("callbacks=[early_stopping,lr_monitor]", "+trainer.profiler=simple", "schedule.steps=25")
+    never = ("callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=1")
+    metrics = train(compose_train(*TINY, *options, *never, "trainer.log_every_n_steps=1", output_dir=tmp_path))
+    assert metrics["steps"] == 10  # the second epoch is not better by 1
+    assert "lr-SGD/encoder" in (tmp_path / "metrics.csv").read_text()
+    assert "FIT Profiler Report" in caplog.text
+
+
 # MLPMatch in four steps, two epochs of two; every pixel is confident, so that every term counts.
 FOUR_STEPS = (
     *TINY, "dataset.train=12", "dataset.val=1", "dataset.test=1", "schedule.steps=4", "trainer.log_every_n_steps=1",

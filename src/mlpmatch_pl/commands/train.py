@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from mlpmatch_pl.callbacks.stop_signals import StopOnSignal, Stopped
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-from mlpmatch_pl.engine.build import build_callbacks, build_datamodule, build_module, read_config
+from mlpmatch_pl.engine.build import build_callbacks, build_datamodule, build_module, check_monitors, read_config
 from mlpmatch_pl.engine.loggers import build_loggers, finish_wandb, log_results
 from mlpmatch_pl.engine.logging import describe_learning_rate, describe_training, quiet
 from mlpmatch_pl.engine.results import train_and_test
@@ -69,6 +69,7 @@ def _build(config: dict[str, Any], output_dir: Path) -> _Training:
     trainer = build_trainer(config, output_dir, datamodule, callbacks, start.length)
     _refuse_sweep_over_processes(trainer)
     module = build_module(config, method, datamodule, trainer)
+    check_monitors(callbacks, module)
     if start.checkpoint is not None:
         check_architecture(start.hparams, module.hparams)
         check_classes(start, datamodule.data.class_names)

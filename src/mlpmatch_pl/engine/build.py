@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hydra.utils import instantiate
@@ -16,7 +17,7 @@ from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.methods.method import Method
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.segmentor.weights import load_published
-from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.errors import UserError, suggest
 
 
 def read_config(cfg: DictConfig, *others: str) -> dict[str, Any]:
@@ -98,3 +99,20 @@ def build_callbacks(config: dict[str, Any]) -> list[Callback]:
             built = instantiate(node, _convert_="all")
             callbacks += built if isinstance(built, list) else [built]
     return callbacks
+
+
+def check_monitors(callbacks: Iterable[Callback], module: MLPMatch) -> None:
+    """Refuse a monitor that is never logged: Lightning would notice after the first epoch.
+
+    Raises:
+        UserError: For the first such monitor of a checkpoint, early stopping or the like.
+    """
+    scores = ["miou", "acc", "dice", *(f"iou/{name}" for name in module.class_names)]
+    known = [f"val/{score}" for score in [*scores, *(["student_miou"] if module.teacher else [])]]
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and not str(monitor).startswith("train/") and monitor not in known:
+            raise UserError(
+                f"expected a metric of the validation as monitor of {type(callback).__name__}, such as val/miou, but "
+                f"got {monitor!r}." + suggest(str(monitor), known)
+            )

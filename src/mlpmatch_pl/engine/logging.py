@@ -76,6 +76,7 @@ def quiet() -> None:
     for chatty in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the report of trainer.profiler=...
     if not is_first_process():
         logging.getLogger("mlpmatch_pl").setLevel(logging.WARNING)
     for message in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from mlpmatch_pl.callbacks.checkpoints import AtomicCheckpointIO, Resume
 from mlpmatch_pl.callbacks.progress import DataWait, ProcessorTime, ProgressBar, ProgressLines, Throughput
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-from mlpmatch_pl.utils.distributed import cluster_environment
+from mlpmatch_pl.utils.distributed import cluster_environment, refuse_leftovers
 from mlpmatch_pl.utils.errors import UserError
 
 _SET_HERE = {
@@ -93,6 +94,7 @@ def _lightning_options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _trainer(options: dict[str, Any], output_dir: str, callbacks: list[Callback]) -> Trainer:
     # DDP broadcasts the first process's BatchNorm statistics, which are saved, before every step and validation. That
     # must stay on, although with SyncBatchNorm all processes have the same.
+    refuse_leftovers(os.environ, _several(options))
     ddp = DDPStrategy(gradient_as_bucket_view=True) if _several(options) else "auto"
     try:
         environment = cluster_environment()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from mlpmatch_pl.utils.errors import UserError
+
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
@@ -25,6 +27,35 @@ def cluster_environment() -> ClusterEnvironment:
     if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
+
+
+def refuse_leftovers(environment: Mapping[str, str], several: bool) -> None:
+    """Refuse ranks that no launcher has set: processes would wait for others that nobody starts, or write nothing.
+
+    Args:
+        environment: The environment variables.
+        several: Whether several processes are to train.
+
+    Raises:
+        UserError: If ranks are set without what a launcher sets beside them, or are out of range.
+
+    Example:
+        >>> refuse_leftovers({"LOCAL_RANK": "1"}, several=False)
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected WORLD_SIZE, MASTER_ADDR, MASTER_PORT beside LOCAL_RANK=1 in ...
+    """
+    ranks = {name: environment[name] for name in ("RANK", "LOCAL_RANK") if name in environment}
+    if not several and set(ranks.values()) <= {"0"}:  # as Lightning leaves it behind in its own process
+        return
+    advice = "start the processes with torchrun, or remove what is left over: unset RANK LOCAL_RANK WORLD_SIZE"
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    world = environment.get("WORLD_SIZE", "")
+    for name, value in ranks.items():
+        if missing:
+            raise UserError(f"expected {', '.join(missing)} beside {name}={value} in the environment; {advice}")
+        if not value.isdecimal() or not world.isdecimal() or int(value) >= int(world):
+            raise UserError(f"expected {name} from 0 to below WORLD_SIZE={world}, but got {value}; {advice}")
 
 
 def tasks_without_srun(environment: Mapping[str, str]) -> int:
