@@ -231,7 +231,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     for name in ("text.ckpt", "weights.pth"):
         with pytest.raises(UserError, match=f"expected a training checkpoint, but .*{name} cannot be read as one"):
             load(tmp_path / name)
-    with pytest.raises(UserError, match="is a folder; name a file such as"):
+    with pytest.raises(UserError, match=r"config.json and model.safetensors, .* name a checkpoint"):
         load(tmp_path)
     with pytest.raises(UserError, match=r"none\.ckpt does not exist"):
         load(tmp_path / "none.ckpt")

@@ -1,4 +1,4 @@
-"""Export a checkpoint to ONNX, torch.export or safetensors, and compare the file with the checkpoint.
+"""Export a checkpoint to ONNX, torch.export, safetensors or a Hub folder, and compare the file with the checkpoint.
 
 Normalization and upsampling are part of the exported network: images go in as stored, and results have their size.
 Batch, height and width are dynamic, from 1 x 33 x 33.
@@ -7,6 +7,7 @@ Examples:
     python -m mlpmatch_pl.export checkpoint=runs/x/checkpoints/best.ckpt                # best.onnx beside it
     python -m mlpmatch_pl.export checkpoint=best.ckpt format=torch_export output=model.pt2 returns=probabilities
     python -m mlpmatch_pl.export checkpoint=best.ckpt format=safetensors output=weights.safetensors
+    python -m mlpmatch_pl.export checkpoint=runs/x/checkpoints/best.ckpt format=hub output=model license=cc-by-nc-4.0
 """
 
 from __future__ import annotations

@@ -39,10 +39,11 @@ from mlpmatch_pl.segmentor import NetworkAdapter, Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD, resolve_decoder
 from mlpmatch_pl.utils.checkpoint import check_architecture
 from mlpmatch_pl.utils.errors import UserError, require_choice
+from mlpmatch_pl.utils.hub import HubMixin
 from mlpmatch_pl.utils.palette import check_palette
 
 
-class MLPMatch(LightningModule):
+class MLPMatch(LightningModule, HubMixin):
     """Semi-supervised segmentation with multi-level perturbation and volatile learning.
 
     All arguments are plain data, so that checkpoints hold them and load with ``weights_only=True``, without Hydra.

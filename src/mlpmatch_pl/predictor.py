@@ -24,6 +24,7 @@ from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.checkpoint import read_checkpoint
 from mlpmatch_pl.utils.errors import UserError
+from mlpmatch_pl.utils.hub import STUDENT, TEACHER, read_folder
 from mlpmatch_pl.utils.palette import default_palette
 from mlpmatch_pl.utils.validation import validate
 
@@ -31,7 +32,6 @@ AnyImage = str | Path | PILImage.Image | NDArray[Any] | Tensor
 Weights = Literal["teacher", "student"]
 MAX_CLASSES = 256  # that fit into uint8
 _CLASSIFIER = "segmentor.decoder.classifier.weight"
-_TEACHER = "teacher.network."
 
 
 class Predictor:
@@ -185,7 +185,7 @@ def load(
     Nothing in the file is executed (``weights_only=True``).
 
     Args:
-        path: The checkpoint, for example ``runs/x/checkpoints/best.ckpt``.
+        path: The checkpoint, for example ``runs/x/checkpoints/best.ckpt``, or a folder written by ``format=hub``.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` is the first CUDA device, or the CPU if there is none.
         inference: Whole images if omitted.
         weights: ``teacher`` or ``student``, for a method with a teacher. Default: the teacher if there is one.
@@ -218,12 +218,12 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
     """
     if weights not in (None, *get_args(Weights)):
         raise UserError(f"expected weights as {' or '.join(get_args(Weights))}, or None, but got {weights!r}")
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if not path.exists():
         raise UserError(
-            f"expected a checkpoint, but {path} {found}; name a file such as checkpoints/best.ckpt in a run folder"
+            f"expected a checkpoint, but {path} does not exist; name a file such as checkpoints/best.ckpt in a run "
+            "folder"
         )
-    content = read_checkpoint(path)
+    content = read_folder(path) if path.is_dir() else read_checkpoint(path)
     types = get_type_hints(MLPMatch.__init__)
     try:
         # Without "pretrained", no other file is read and nothing is downloaded, whatever the arguments say.
@@ -252,7 +252,7 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
             f"expected a checkpoint whose arguments and weights match, but those of {path} do not ({reason}); name a "
             "file written by mlpmatch_pl.train"
         ) from error
-    if weights == "teacher" and not any(name.startswith(_TEACHER) for name in content["state_dict"]):
+    if weights == "teacher" and not any(name.startswith(TEACHER) for name in content["state_dict"]):
         raise UserError(f"expected a checkpoint with a teacher for weights=teacher, but {path} has none; omit weights")
     # 10 % faster on the CPU, where channels last saves conversions between layouts. Folding BatchNorm into the
     # convolutions gave 3 to 4 % more, and is not worth its code.
@@ -261,10 +261,10 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
 
 def _one_network(state: Mapping[str, Tensor], weights: Weights | None) -> dict[str, Tensor]:
     """Return the weights of the teacher or the student as those of the segmentor."""
-    averaged = {name: tensor for name, tensor in state.items() if name.startswith(_TEACHER)}
+    averaged = {name: tensor for name, tensor in state.items() if name.startswith(TEACHER)}
     kept = {name: tensor for name, tensor in state.items() if name not in averaged}
     if weights != "student":
-        kept |= {name.replace(_TEACHER, "segmentor.", 1): tensor for name, tensor in averaged.items()}
+        kept |= {STUDENT + name.removeprefix(TEACHER): tensor for name, tensor in averaged.items()}
     return kept
 
 

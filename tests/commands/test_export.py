@@ -196,11 +196,10 @@ def test_sixteen_bit_images_go_in_as_float32_only(tmp_path):
         export_checkpoint(ExportOptions(path, "safetensors", input_dtype="uint8", overwrite=True))
 
 
-def wrong_write(segmentor, config, file):
+def wrong_write(module, config, file):
+    changed = deepcopy(module)
     with torch.no_grad():
-        changed = Segmentor(**config["segmentor"])
-        changed.load_state_dict(segmentor.state_dict())
-        changed.decoder.classifier.bias[1] += 0.01
+        changed.segmentor.decoder.classifier.bias[1] += 0.01
     FORMATS["safetensors"].write(changed, config, file)
 
 
@@ -292,7 +291,7 @@ def test_files_are_overwritten_only_if_asked(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "onxx"}, "expected format as 'onnx', 'torch_export' or 'safetensors', but got 'onxx'. Did you"),
+        ({"format": "onxx"}, "expected format as 'onnx', 'torch_export', 'safetensors' or 'hub', but got 'onxx'. Did you"),
         ({"input_dtype": "float16"}, "expected input_dtype as 'float32' or 'uint8', but got 'float16'. Did you mean"),
         ({"output": "a.pt2"}, r"expected an output with the suffix .onnx for format=onnx, but got a.pt2; change"),
         ({"format": "safetensors", "returns": "probabilities"}, "expected returns=logits for format=safetensors"),
@@ -392,3 +391,35 @@ def test_help_comes_without_heavy_imports(tmp_path):
     done = run_command("--help", cwd=tmp_path, module="mlpmatch_pl.export", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert all(key in done.stdout for key in ExportOptions.__dataclass_fields__)
+
+
+def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path):
+    run = tmp_path / "run"
+    metrics = {
+        "method": "mlpmatch", "seed": 3, "steps": 70, "unlabeled": 90, "tested": "best checkpoint",
+        "evaluated_on": "test", "labeled": {"count": 4, "split": "1/8", "sha256": "a1b2"}, "best": {"val/miou": 0.5},
+        "test": {"test/miou": 0.375, "test/iou/road": 0.25}, "versions": {"torch": "9.9"},
+    }  # fmt: skip
+    (run / "predictions").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "config.yaml").write_text("dataset: {_target_: mlpmatch_pl.data.datasets.camvid.camvid}")
+    for number in range(5):
+        (run / "predictions" / f"{number}.png").write_bytes(b"picture")
+    path = make_checkpoint(run / "checkpoints" / "best.ckpt")
+    options = {"format": "hub", "output": tmp_path / "my.model", "license": "cc-by-4.0"}
+    assert export_checkpoint(ExportOptions(path, **options)).difference == 0
+    names = {file.name for file in (tmp_path / "my.model").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "0.png", "1.png", "2.png"}
+    card = (tmp_path / "my.model" / "README.md").read_text()
+    for text in (
+        "license: cc-by-4.0", "| dataset | camvid |", "| labeled images | 4 (1/8, sha256 a1b2) |", "| steps | 70 |",
+        "| unlabeled images | 90 |", "| val/miou | 50.00 |", "| test/miou | 37.50 |", "| test/iou/road | 25.00 |",
+        "](2.png)", "ground, road",
+    ):  # fmt: skip
+        assert text in card
+    with pytest.raises(UserError, match=r"my\.model"):
+        export_checkpoint(ExportOptions(path, **options))
+    (tmp_path / "my.model" / "old.png").touch()
+    export_checkpoint(ExportOptions(path, **options, overwrite=True))
+    assert {file.name for file in (tmp_path / "my.model").iterdir()} == names

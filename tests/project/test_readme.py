@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mlpmatch_pl.commands.benchmark.run import Options as Benchmark
-from mlpmatch_pl.commands.cli import literal_paths
+from mlpmatch_pl.commands.cli import literal_paths, training_arguments
 from mlpmatch_pl.commands.evaluate.run import EvaluateOptions as Evaluate
 from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
@@ -37,11 +37,17 @@ NEEDED = {  # by a command beside an override that stands alone
     "prepare": ("dataset=voc", "root=x"),
     "report": ("runs=x",),
 }
+COMPLETE = {  # beside a choice of the group that stands alone
+    "folder": ("dataset.root=x", "dataset.classes=[a,b]"),
+    "annotations": ("root=x", "annotations=y"),
+    "named": ("optimizer.name=Adam",),
+}
 REFUSED = ("overwrite=no",)  # what the pages show as refused
 NOT_COMPOSED = {  # by their beginning
     "pip install": "would change the environment; tests/test_packaging.py installs the wheel",
     "export MLPMATCH_DATA=": "the environment of the commands below it; the tests set it",
     "benchmarks/gpu.sh": "needs a CUDA device",
+    "hf upload": "a command of the Hugging Face Hub, which needs an account",
     "python -m mlpmatch_pl.train schedule.step=": "shows the answer to a mistyped key; tests/test_docs.py runs it",
 }
 
@@ -61,13 +67,14 @@ LINES = sorted({line for page in PAGES for line in lines_of(page) if not line.st
 PYTHON = [(page.name, code) for page in PAGES for code in blocks("python", page)]
 
 
-def overrides_in_text() -> list[str]:
-    """Overrides that the pages mention in tables and prose, such as `dataset.in_chans=5`."""
+def overrides_in_text() -> list[tuple[str, ...]]:
+    """Overrides that the pages mention together in tables and prose, such as `dataset.in_chans=5`."""
     keys = "|".join(sorted(set().union(*map(keys_of, NEEDED))))
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     spans = [span for text in texts for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
-    parts = [part for span in spans for part in _split(span) if re.fullmatch(rf"({keys})(\.[\w.]+)?=[^<]+", part)]
-    return sorted({part for part in parts if "..." not in part} - {*REFUSED})
+    pattern = rf"({keys})(\.[\w.]+)?=[^<]+"
+    found = {tuple(part for part in _split(span) if re.fullmatch(pattern, part) and "..." not in part) for span in spans}
+    return sorted(found - {(), *((refused,) for refused in REFUSED)})
 
 
 @cache
@@ -79,6 +86,7 @@ def compose_for(command: str, *values: str) -> DictConfig:
     if command == "prepare":
         with initialize_config_dir(str(ROOT / "src/mlpmatch_pl/commands/prepare"), version_base="1.3"):
             return compose("prepare", list(values))
+    values = tuple(training_arguments(list(values))) if command in LIKE_TRAIN else values
     return compose_config(command, *values, output_dir=Path("out") if command in LIKE_TRAIN else None)
 
 
@@ -153,13 +161,15 @@ def compose_command(command: str, arguments: list[str]) -> None:
     pass_the_door(command, compose_for(command, *literal_paths(values)))
 
 
-@pytest.mark.parametrize("override", overrides_in_text())
-def test_every_override_in_the_pages_is_known_and_of_its_type(override, monkeypatch):
+@pytest.mark.parametrize("overrides", overrides_in_text(), ids=" ".join)
+def test_every_override_in_the_pages_is_known_and_of_its_type(overrides, monkeypatch):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
-    for command in (name for name in NEEDED if re.split("[.=]", override)[0] in keys_of(name)):
-        needed = () if override.startswith(("dataset=", "experiment=")) else NEEDED[command]
+    keys = {re.split("[.=]", override)[0] for override in overrides}
+    groups = [override.partition("=")[2] for override in overrides if override.startswith(("dataset=", "experiment="))]
+    for command in (name for name in NEEDED if keys <= keys_of(name)):
+        needed = NEEDED[command] if not groups else COMPLETE.get(groups[0], ())
         try:
-            pass_the_door(command, compose_for(command, *literal_paths([*needed, override])))
+            pass_the_door(command, compose_for(command, *literal_paths([*needed, *overrides])))
             return
         except (UserError, HydraException) as error:  # by this command; overwrite=missing is for predict alone
             refused = error

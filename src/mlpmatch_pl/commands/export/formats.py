@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mlpmatch_pl.evaluation.sliding_window import SMALLEST
+from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.segmentor import Segmentor
 
 EXAMPLE = (2, 65, 97)  # batch, height, width; torch.export would treat a batch size of 1 as constant
-Name = Literal["onnx", "torch_export", "safetensors"]
+Name = Literal["onnx", "torch_export", "safetensors", "hub"]
 Returns = Literal["logits", "probabilities"]
 InputDtype = Literal["float32", "uint8"]
 DTYPES: dict[InputDtype, torch.dtype] = {"float32": torch.float32, "uint8": torch.uint8}
@@ -37,15 +38,15 @@ class Format:
     """A file format.
 
     Attributes:
-        suffixes: Suffix of the file, then of files written beside it.
+        suffixes: Suffix of the file, then of files written beside it; empty for a folder.
         packages: Packages needed beyond this package's dependencies.
-        write: Writes a segmentor and its config (see `mlpmatch_pl.commands.export.run.describe`) to a file.
+        write: Writes a module and its config (see `mlpmatch_pl.commands.export.run.describe`) to a file.
         read: Returns a function that runs a written file.
     """
 
     suffixes: tuple[str, ...]
     packages: tuple[str, ...]
-    write: Callable[[Segmentor, dict[str, Any], Path], None]
+    write: Callable[[MLPMatch, dict[str, Any], Path], None]
     read: Callable[[Path], Model]
 
 
@@ -152,11 +153,11 @@ def _dynamic_sizes() -> dict[int, Any]:
     return {0: Dim("batch", min=1), 2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)}
 
 
-def _write_onnx(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
+def _write_onnx(module: MLPMatch, config: dict[str, Any], file: Path) -> None:
     import onnx
 
     program = torch.onnx.export(
-        trace(segmentor, config),
+        trace(module.segmentor, config),
         dynamo=True,
         dynamic_shapes={"image_BCHW": _dynamic_sizes()},  # names the dimensions
         input_names=["image"],
@@ -181,16 +182,16 @@ def _read_onnx(file: Path) -> Model:
     return lambda image_BCHW: torch.from_numpy(session.run(None, {"image": image_BCHW.numpy()})[0])
 
 
-def _write_program(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
-    torch.export.save(trace(segmentor, config), file, extra_files={"config.json": json.dumps(config)})
+def _write_program(module: MLPMatch, config: dict[str, Any], file: Path) -> None:
+    torch.export.save(trace(module.segmentor, config), file, extra_files={"config.json": json.dumps(config)})
 
 
 def _read_program(file: Path) -> Model:
     return torch.export.load(file).module()
 
 
-def _write_weights(segmentor: Segmentor, config: dict[str, Any], file: Path) -> None:
-    state = {name: value.contiguous() for name, value in segmentor.state_dict().items()}
+def _write_weights(module: MLPMatch, config: dict[str, Any], file: Path) -> None:
+    state = {name: value.contiguous() for name, value in module.segmentor.state_dict().items()}
     file.write_bytes(
         save(state, metadata={"config": json.dumps(config)})
     )  # save_file makes it readable for the owner only
@@ -204,8 +205,21 @@ def _read_weights(file: Path) -> Model:
     return segmentor
 
 
+def _write_folder(module: MLPMatch, config: dict[str, Any], folder: Path) -> None:
+    folder.mkdir()
+    card = dict(config["card"])
+    for picture in (pictures := card.pop("pictures")):
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    module.save_pretrained(folder, model_card_kwargs={**card, "pictures": [picture.name for picture in pictures]})
+
+
+def _read_folder(folder: Path) -> Model:
+    return MLPMatch.from_pretrained(folder).segmentor
+
+
 FORMATS: dict[Name, Format] = {
     "onnx": Format((".onnx",), ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
     "torch_export": Format((".pt2",), (), _write_program, _read_program),
     "safetensors": Format((".safetensors", ".json"), (), _write_weights, _read_weights),
+    "hub": Format(("",), (), _write_folder, _read_folder),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 import mlpmatch_pl
@@ -32,6 +35,7 @@ PARITY = (
     (2, 161, 131),
 )  # batch, height, width; other sizes than the traced example
 TOLERANCE = 1e-4  # relative to the largest output, or to 1; float32 sums in another order differ by about 1e-6
+CARD_PICTURES = 3
 ROUNDING = 4  # a difference up to this multiple of the checkpoint's own rounding error is accepted as well
 ARGUMENTS = ("num_classes", "backbone", "in_chans", "output_stride", "decoder", "pos_embed", "mean", "std")
 
@@ -42,12 +46,13 @@ class ExportOptions:
 
     Attributes:
         checkpoint: Checkpoint of a training run.
-        format: ``onnx``, ``torch_export`` or ``safetensors``.
-        output: File to write; None for the checkpoint's path with the suffix of the format.
-        returns: ``logits`` or ``probabilities``; ``logits`` for safetensors, which contains weights only.
+        format: ``onnx``, ``torch_export``, ``safetensors`` or ``hub``, a folder for the Hugging Face Hub.
+        output: File or folder to write; None for the checkpoint's path with the suffix of the format.
+        returns: ``logits`` or ``probabilities``; ``logits`` for safetensors and hub, which contain weights only.
         input_dtype: ``float32`` or ``uint8``: dtype of the images, with values as stored.
         overwrite: Whether existing files are replaced.
         weights: ``teacher`` or ``student``; None for the teacher if there is one.
+        license: License of the weights in the model card of ``hub``, as the Hub names licenses.
 
     Raises:
         UserError: If the options contradict each other.
@@ -68,17 +73,19 @@ class ExportOptions:
     input_dtype: InputDtype = "float32"
     overwrite: bool = False
     weights: Weights | None = None
+    license: str | None = None
 
     def __post_init__(self) -> None:
-        if self.path.suffix != (suffix := FORMATS[self.format].suffixes[0]):
+        suffix = FORMATS[self.format].suffixes[0]
+        if suffix and self.path.suffix != suffix:
             raise UserError(
                 f"expected an output with the suffix {suffix} for format={self.format}, but got {self.path}; "
                 "change output or format"
             )
-        if self.format == "safetensors" and self.returns != "logits":
+        if self.format in ("safetensors", "hub") and self.returns != "logits":
             raise UserError(
-                f"expected returns=logits for format=safetensors, which contains weights only, but got {self.returns}; "
-                "omit it, or choose another format"
+                f"expected returns=logits for format={self.format}, which contains weights only, but got "
+                f"{self.returns}; omit it, or choose another format"
             )
 
     @property
@@ -120,15 +127,17 @@ def export_checkpoint(options: ExportOptions) -> Parity:
             "pip install 'mlpmatch_pl[export]'"
         )
     if not options.overwrite:
-        refuse_overwrite(map(path.with_suffix, form.suffixes), OTHER_OUTPUT)
+        refuse_overwrite([path.with_suffix(suffix) if suffix else path for suffix in form.suffixes], OTHER_OUTPUT)
     predictor = load(options.checkpoint, device="cpu", weights=options.weights)
     # Channels-last weights would be traced as copies between memory formats.
     segmentor = predictor.module.segmentor.to(memory_format=torch.contiguous_format)
     config = describe(predictor, options)
+    if options.format == "hub":
+        config["card"] = {**run_facts(options.checkpoint.parents[1]), "license": options.license}
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
-        form.write(segmentor, config, unfinished)
+        form.write(predictor.module, config, unfinished)
         parity = compare(segmentor, form.read(unfinished), config)
         if not parity.difference <= max(TOLERANCE * max(parity.largest, 1.0), ROUNDING * parity.rounding):
             raise UserError(
@@ -137,9 +146,12 @@ def export_checkpoint(options: ExportOptions) -> Parity:
                 "try another format or another version of PyTorch"
             )
         for file in Path(folder).iterdir():
+            if file.is_dir() and (path.parent / file.name).is_dir():
+                shutil.rmtree(path.parent / file.name)  # a folder replaces none that has files
             os.replace(file, path.parent / file.name)
     sizes = ", ".join(" x ".join(map(str, size)) for size in PARITY)
-    log.info("%s: %.1f MB, from %s", path, path.stat().st_size / 1e6, options.checkpoint)
+    size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]))
+    log.info("%s: %.1f MB, from %s", path, size / 1e6, options.checkpoint)
     log.info(
         "compared with the checkpoint on images (batch x height x width) of %s: %s differ by at most %.1e (the "
         "largest is %.3g; the checkpoint's own differ from float64 by %.1e), same class for %.4f%% of the pixels",
@@ -173,6 +185,36 @@ def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
         "smallest_size": SMALLEST,
         "returns": options.returns,
         "mlpmatch_pl": mlpmatch_pl.__version__,
+    }
+
+
+def run_facts(run: Path) -> dict[str, Any]:
+    """Return what a run folder says for a model card, see `mlpmatch_pl.utils.hub.HubMixin.generate_model_card`.
+
+    Returns:
+        Nothing but ``pictures``, an empty list, for a checkpoint outside of a run folder.
+    """
+    pictures = sorted((run / "predictions").glob("*.png"))[:CARD_PICTURES]
+    if not all((run / name).is_file() for name in ("metrics.json", "config.yaml")):
+        return {"pictures": pictures}
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    labeled, versions = metrics["labeled"], metrics["versions"]
+    best = {} if metrics["best"]["val/miou"] is None else {"val/miou": metrics["best"]["val/miou"]}
+    tested = metrics["test"] if metrics["evaluated_on"] == "test" else {}
+    return {
+        "data": str(config["dataset"]["_target_"]).rpartition(".")[2],
+        "split": f"{labeled['count']} ({labeled['split']}, sha256 {labeled['sha256']})",
+        "unlabeled": metrics["unlabeled"],
+        "scores": best | tested,
+        "run": {
+            "method": f"`{metrics['method']}`",
+            "steps": metrics["steps"],
+            "seed": metrics["seed"],
+            "weights": metrics["tested"],
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        },
+        "pictures": pictures,
     }
 
 
