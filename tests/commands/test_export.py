@@ -291,7 +291,7 @@ def test_files_are_overwritten_only_if_asked(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "onxx"}, "expected format as 'onnx', 'torch_export', 'safetensors' or 'hub', but got 'onxx'. Did you"),
+        ({"format": "onxx"}, "expected format as 'onnx', 'torch_export', 'safetensors' or 'hub', but got 'onxx'"),
         ({"input_dtype": "float16"}, "expected input_dtype as 'float32' or 'uint8', but got 'float16'. Did you mean"),
         ({"output": "a.pt2"}, r"expected an output with the suffix .onnx for format=onnx, but got a.pt2; change"),
         ({"format": "safetensors", "returns": "probabilities"}, "expected returns=logits for format=safetensors"),

@@ -73,7 +73,10 @@ def overrides_in_text() -> list[tuple[str, ...]]:
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     spans = [span for text in texts for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
     pattern = rf"({keys})(\.[\w.]+)?=[^<]+"
-    found = {tuple(part for part in _split(span) if re.fullmatch(pattern, part) and "..." not in part) for span in spans}
+    split = [
+        [part for part in _split(span) if "..." not in part and part.count("{") == part.count("}")] for span in spans
+    ]
+    found = {tuple(part for part in parts if re.fullmatch(pattern, part)) for parts in split}
     return sorted(found - {(), *((refused,) for refused in REFUSED)})
 
 
