@@ -49,11 +49,11 @@ class WithoutFork(MultiLevelStep):
 class WithThrownAway(MultiLevelStep):
     """Feature-perturbed predictions for the labeled images too."""
 
-    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
-        features, perturbed = self.encode_forked(images_B3HW, step)
+    def weak_pass(self, labeled_B3HW: Tensor, unlabeled_B3HW: Tensor, step: int) -> WeakPass:
+        features, perturbed = self.encode_forked(torch.cat([labeled_B3HW, unlabeled_B3HW]), step)
         dropped = Features(self.feature_perturbations["fp"](features.levels, step))
-        logits = self.segmentor.decode(Features.cat([features, dropped]), images_B3HW.shape[2:])
-        x, u, _, fp = torch.split(logits, sizes * 2)
+        logits = self.segmentor.decode(Features.cat([features, dropped]), labeled_B3HW.shape[2:])
+        x, u, _, fp = torch.split(logits, [len(labeled_B3HW), len(unlabeled_B3HW)] * 2)
         return WeakPass(x, u, {"fp": fp}, perturbed)
 
 

@@ -91,7 +91,7 @@ def test_a_mapping_changes_a_preset():
     [
         ({"method": "mlpmatsch"}, "but got 'mlpmatsch'. Did you mean mlpmatch"),
         ({"method": {"name": "mlpmatch", "lamda_max": 0.5}}, "method has no key 'lamda_max'. Did you mean lambda_max"),
-        ({"method": {"partner": "self"}}, "expected method.partner as batch or same_image, but got 'self'"),
+        ({"method": {"partner": "self"}}, "expected method.partner as batch, flipped or same_image, but got 'self'"),
         ({"class_names": ["a", "b"]}, "expected 3 class names, but got 2"),
         ({"absent": "nan"}, "expected evaluation.absent as exclude or zero, but got 'nan'"),
         ({"in_chans": 1}, "expected mean and std with a value for each of the 1 channels, but got 3 and 3 values"),

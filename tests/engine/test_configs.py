@@ -150,7 +150,8 @@ def test_a_method_file_is_flat_and_complete(name):
 
 def test_the_presets_are_those_of_the_method_description():
     assert set(PRESETS) == {
-        "mlpmatch", "mlpmatch_burn_in", "mlpmatch_official", "unimatch", "unimatch_official", "fixmatch", "supervised"
+        "mlpmatch", "mlpmatch_burn_in", "mlpmatch_official", "mlpmatch_v2", "mlpmatch_v2_stream", "unimatch",
+        "unimatch_official", "unimatch_v2", "fixmatch", "supervised",
     }  # fmt: skip
     assert (PRESETS["mlpmatch"].lambda_max, PRESETS["unimatch"].feature_weight) == (0.25, 0.5)
 

@@ -8,6 +8,7 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlpmatch_pl.data.base import SegmentationData
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
@@ -56,8 +57,6 @@ def build_module(
     backbone, schedule, data = dict(config["backbone"]), config["schedule"], datamodule.data
     labeled, unlabeled = datamodule.batch_size, datamodule.unlabeled_batch_size
     synchronized = trainer.world_size if uses_sync_batchnorm(config["trainer"]) else 1
-    shared = method.uses_unlabeled and not method.full_labeled_batch
-    method.check_batch_sizes(labeled if shared else labeled + unlabeled, unlabeled, synchronized)
     if schedule["reference_images"] < 1:
         raise UserError(f"expected schedule.reference_images of at least 1, but got {schedule['reference_images']}")
     lr = schedule["lr"] * images_per_update(datamodule, trainer) / schedule["reference_images"]
@@ -86,6 +85,9 @@ def build_module(
         module.inference = SlidingWindowInference(**windows)
     except UserError as error:  # evaluate and predict have these keys under inference
         raise UserError(str(error).replace("inference.", "evaluation.")) from error
+    shared = method.uses_unlabeled and not method.full_labeled_batch
+    has_batchnorm = any(isinstance(child, _BatchNorm) for child in module.segmentor.modules())
+    method.check_batch_sizes(labeled if shared else labeled + unlabeled, unlabeled, synchronized, has_batchnorm)
     if config["init_weights"]:
         load_published(module.segmentor, config["init_weights"])
     return module

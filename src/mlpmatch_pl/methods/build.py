@@ -4,11 +4,9 @@ from mlpmatch_pl.methods.losses import Criterion
 from mlpmatch_pl.methods.method import Method, resolve_method
 from mlpmatch_pl.methods.official_step import OfficialStep
 from mlpmatch_pl.methods.step import BurnInStep, MultiLevelStep, SupervisedStep
-from mlpmatch_pl.methods.stream_step import StreamStep
 from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.segmentor import Segmentor
 
-_STEPS: dict[str, type[MultiLevelStep]] = {"forked": MultiLevelStep, "official": OfficialStep, "stream": StreamStep}
 Step = SupervisedStep | MultiLevelStep | BurnInStep
 
 
@@ -24,7 +22,7 @@ def build_step(
     if not method.uses_unlabeled:
         return SupervisedStep(segmentor, criterion, method)
     labeling = teacher if method.pseudo_labels == "teacher" else None
-    step = _STEPS[method.passes]
+    step = OfficialStep if method.passes == "official" else MultiLevelStep
     main = step(segmentor, criterion, method, threshold, seed, labeling)
     if not method.burn_in:
         return main

@@ -21,8 +21,9 @@ from mlpmatch_pl.perturbation.input import require_partner
 from mlpmatch_pl.utils.errors import UserError, require_choice, suggest
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "partner": ("batch", "same_image"),
-    "passes": ("forked", "official", "stream"),
+    "strong_dropout": ("none", "independent", "complementary"),
+    "partner": ("batch", "flipped", "same_image"),
+    "passes": ("forked", "official", "strong", "stream"),
     "lambda_schedule": SCHEDULES,
     "batchnorm": ("every", "weak"),
     "pseudo_labels": ("student", "teacher"),
@@ -39,6 +40,8 @@ class Method:
         strong_weights: Weight of each strong view, which also sets their number. Empty: labeled images only.
         feature_weight: Weight of the feature-perturbed term; 0 turns the perturbation off.
         feature_dropout: Probability that a feature channel is dropped.
+        strong_dropout: Whether the strong views drop channels, too: ``none``, ``independent`` or ``complementary``, see
+            `mlpmatch_pl.perturbation.feature.StrongDropout`.
         network_perturbation: ``{"sampler": ..., **options}``; None turns it off, with both of its terms.
         network_weight: Weight of the network-perturbed unlabeled term.
         lambda_max: Largest weight of the volatile term (network perturbation on labeled images).
@@ -52,9 +55,12 @@ class Method:
         batchnorm: Which passes move BatchNorm's running statistics: ``every``, or the ``weak`` one alone. All passes
             normalize by their own batch.
         cutmix: Options of `mlpmatch_pl.perturbation.CutMix`.
-        partner: Source of CutMix's boxes: ``batch`` (another image of the batch) or ``same_image`` (another view).
-        passes: ``forked`` shares the encoder's prefix; ``official`` runs the authors' separate passes; ``stream``
-            deactivates blocks in the strong views instead of in a pass of their own.
+        partner: Source of CutMix's boxes: ``batch`` (another image of the batch), ``flipped`` (that of the reversed
+            batch, as in UniMatch V2) or ``same_image`` (another view).
+        passes: Where the deactivated network runs. ``forked``: beside the weak views. With a teacher for the unlabeled
+            ones, the student's weak pass may have the labeled ones alone: ``strong`` runs it beside the first strong
+            view, ``stream`` deactivates blocks in the strong views, without a pass of their own. ``official``: the
+            authors' separate passes.
         late_schedule: Whether the learning rate lags by one step, as in the authors' code.
     """
 
@@ -63,6 +69,7 @@ class Method:
     strong_weights: tuple[float, ...]
     feature_weight: float
     feature_dropout: float
+    strong_dropout: str
     network_perturbation: Mapping[str, Any] | None
     network_weight: float
     lambda_max: float
@@ -98,10 +105,20 @@ class Method:
                 f"expected method.batchnorm=every for method.passes=official, but got {self.batchnorm}; use "
                 "method.passes=forked"
             )
-        if self.passes == "stream" and (self.pseudo_labels != "teacher" or self.feature_weight or self.network_weight):
+        if self.passes in ("strong", "stream") and (self.pseudo_labels != "teacher" or self.feature_weight):
             raise UserError(
-                "expected method.pseudo_labels=teacher, feature_weight=0 and network_weight=0 for "
-                f"method.passes=stream, but got {self.pseudo_labels}, {self.feature_weight} and {self.network_weight}"
+                f"expected method.pseudo_labels=teacher and feature_weight=0 for method.passes={self.passes}, but got "
+                f"{self.pseudo_labels} and {self.feature_weight}"
+            )
+        if self.passes == "stream" and self.network_weight:
+            raise UserError(
+                f"expected method.network_weight=0 for method.passes=stream, but got {self.network_weight}; use "
+                "method.passes=strong"
+            )
+        if self.strong_dropout == "complementary" and (len(self.strong_weights) != 2 or self.feature_dropout != 0.5):
+            raise UserError(
+                "expected two strong views and feature_dropout=0.5 for method.strong_dropout=complementary, but got "
+                f"{len(self.strong_weights)} and {self.feature_dropout}; use method.strong_dropout=independent"
             )
         if not self.strong_weights and (self.feature_weight or self.network_perturbation):
             raise UserError(
@@ -114,13 +131,16 @@ class Method:
         """Whether the step uses unlabeled images."""
         return bool(self.strong_weights)
 
-    def check_batch_sizes(self, labeled: int, unlabeled: int, synchronized: int = 1) -> None:
+    def check_batch_sizes(
+        self, labeled: int, unlabeled: int, synchronized: int = 1, has_batchnorm: bool = True
+    ) -> None:
         """Check that batches are large enough for BatchNorm and CutMix.
 
         Args:
             labeled: Number of labeled images per device.
             unlabeled: Number of unlabeled images per device.
             synchronized: Number of devices that share SyncBatchNorm's statistics.
+            has_batchnorm: Whether the network has BatchNorm.
 
         Raises:
             UserError: If BatchNorm would see a single image, or CutMix would have no partner.
@@ -128,11 +148,13 @@ class Method:
         passes = [labeled]
         if self.passes == "stream":
             passes += [unlabeled]  # each strong view alone
+        elif self.passes == "strong":
+            passes += [unlabeled * len(self.strong_weights)]
         elif self.uses_unlabeled:
             passes = [labeled + unlabeled, unlabeled * len(self.strong_weights)]
             if self.batchnorm == "weak" and self.feature_weight:
                 passes += [unlabeled]  # dropped features are decoded alone
-        if min(passes) * synchronized < 2:
+        if has_batchnorm and min(passes) * synchronized < 2:
             raise UserError(
                 f"expected at least 2 images in every pass, because BatchNorm cannot train on one, but a batch has "
                 f"{labeled} labeled and {unlabeled} unlabeled images; raise loader.batch_size"

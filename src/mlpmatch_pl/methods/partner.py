@@ -42,6 +42,17 @@ class BatchPartner:
         return Partner(unlabeled["strong"].roll(shift, 0), lambda pseudo: pseudo.roll(shift))
 
 
+class FlippedPartner:
+    """The partner is the image at the same place from the end of the batch, as in UniMatch V2.
+
+    The middle image of an odd batch is its own partner.
+    """
+
+    def __call__(self, unlabeled: Batch, step: int) -> Partner:
+        """Pair the first image with the last, and so on."""
+        return Partner(unlabeled["strong"].flip(0), PseudoLabels.flip)
+
+
 class SameImagePartner:
     """The partner is a second view of the same image, labeled in eval mode as in the authors' code."""
 

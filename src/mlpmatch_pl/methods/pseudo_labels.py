@@ -48,6 +48,10 @@ class PseudoLabels:
             self.label_BHW.roll(shift, 0), self.confidence_BHW.roll(shift, 0), self.valid_BHW.roll(shift, 0)
         )
 
+    def flip(self) -> PseudoLabels:
+        """Reverse the batch."""
+        return PseudoLabels(self.label_BHW.flip(0), self.confidence_BHW.flip(0), self.valid_BHW.flip(0))
+
     def mix(self, partner: PseudoLabels, inside_BHW: Tensor) -> PseudoLabels:
         """Return pseudo-labels with the partner's inside the CutMix box."""
         return PseudoLabels(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from torch import Tensor
 from mlpmatch_pl.methods.batch import BatchValidator
 from mlpmatch_pl.methods.losses import Criterion, consistency_loss
 from mlpmatch_pl.methods.method import Method
-from mlpmatch_pl.methods.partner import Batch, BatchPartner, Partner, SameImagePartner
+from mlpmatch_pl.methods.partner import Batch, BatchPartner, FlippedPartner, Partner, SameImagePartner
 from mlpmatch_pl.methods.pseudo_labels import PseudoLabels
 from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
+from mlpmatch_pl.perturbation.feature import StrongDropout
 from mlpmatch_pl.perturbation.input import inside_boxes
-from mlpmatch_pl.perturbation.network import block_of
+from mlpmatch_pl.perturbation.network import Unit, block_of, has_branches
 from mlpmatch_pl.segmentor import Features, Segmentor
 from mlpmatch_pl.segmentor.blocks import frozen_batchnorm_statistics
 from mlpmatch_pl.utils.errors import UserError
@@ -52,7 +54,7 @@ class WeakPass:
 
     Attributes:
         x: Logits of the labeled views, (B, C, H, W).
-        u: Logits of the unlabeled views, from which the pseudo-labels are made.
+        u: Logits of the unlabeled views, from which the pseudo-labels are made; of none of them if a teacher labels.
         fp: Logits from perturbed features of the unlabeled views, by name of the perturbation.
         perturbed: Features from the deactivated network, by name, if the pass has computed them.
     """
@@ -60,6 +62,19 @@ class WeakPass:
     x: Tensor
     u: Tensor
     fp: dict[str, Tensor]
+    perturbed: dict[str, Features]
+
+
+@dataclass(frozen=True)
+class StrongPass:
+    """Predictions for the strong views.
+
+    Attributes:
+        logits: Logits of each view, (B, C, H, W).
+        perturbed: Features of the first view from the deactivated network, by name, if the pass has computed them.
+    """
+
+    logits: list[Tensor]
     perturbed: dict[str, Features]
 
 
@@ -115,15 +130,24 @@ class MultiLevelStep:
         options = method.network_perturbation
         self.feature_perturbations = fp
         self.network_perturbations = {"np": NetworkPerturbation(**{"seed": seed, **options})} if options else {}
-        self.forks: Mapping[str, NetworkPerturbation] = self.network_perturbations  # passes that fork from the weak one
+        drop = StrongDropout(method.strong_dropout == "complementary", method.feature_dropout, seed)
+        self.drop_strong = _keep if method.strong_dropout == "none" else drop
+        _require_units(segmentor, options)
+
+        # Where the deactivated network runs: beside the weak pass, beside the first strong view, or in both of them.
+        network, none = self.network_perturbations, dict[str, NetworkPerturbation]()
+        alone = method.passes in ("strong", "stream")  # the labeled images in the weak pass
+        self.weak_unlabeled = slice(0) if alone else slice(None)
+        self.weak_forks = network if method.lambda_max or not alone else none
+        self.strong_forks = network if method.passes == "strong" else none
+        self.encode_strong = self._encode_stream if method.passes == "stream" else self._encode_strong
+        self.network_targets = self._mixed_targets if method.passes == "strong" else self._weak_targets
+        self.draw_views = self._draw_views if method.passes == "stream" else self._draw_once
+
         self.views = len(method.strong_weights)
-        if options and not segmentor.encoder.stages:
-            raise UserError(
-                "expected a backbone with residual blocks that can be deactivated, but the configured one has none; "
-                "choose another backbone.name, or method.network_perturbation=null"
-            )
         partners: dict[str, Callable[[Batch, int], Partner]] = {
             "batch": BatchPartner(seed),
+            "flipped": FlippedPartner(),
             "same_image": SameImagePartner(teacher.network if teacher else segmentor),
         }
         self.partner = partners[method.partner]
@@ -146,32 +170,36 @@ class MultiLevelStep:
             UserError: If the batch does not have the tensors that the method needs.
         """
         self.validate_batch(labeled, unlabeled)
-        weak_views = [labeled["image"], unlabeled["weak"]]
-        images, sizes = torch.cat(weak_views), [len(views) for views in weak_views]
         partner = self.partner(unlabeled, step)
-        weak = self.weak_pass(images, sizes, step)
+        weak = self.weak_pass(labeled["image"], unlabeled["weak"], step)
         pseudo = PseudoLabels.from_logits(self.pseudo_logits(weak, unlabeled), unlabeled["valid"])
         strong_images, targets = mix_views(unlabeled, pseudo, partner)
-        strong_logits = self.strong_pass(strong_images, step)
-        network = self.network_pass(images, sizes, weak.perturbed, step)
+        strong = self.strong_pass(strong_images, step)
+        x_network, u_network = self.network_pass(labeled["image"], unlabeled["weak"], weak, strong, step)
 
-        labeled_logits = {"x": weak.x} | {f"x_{name}": x for name, (x, _) in network.items()}
-        unlabeled_logits = weak.fp | {f"u_{name}": u for name, (_, u) in network.items()}
+        labeled_logits = {"x": weak.x} | x_network
         terms = {name: self.criterion(logits, labeled["mask"]) for name, logits in labeled_logits.items()}
-        terms |= self.strong_terms(strong_logits, targets)
-        terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in unlabeled_logits.items()}
+        terms |= {
+            f"s{view}": consistency_loss(logits, target, self.threshold)
+            for view, (logits, target) in enumerate(zip(strong.logits, targets, strict=True), 1)
+        }
+        network_targets = self.network_targets(pseudo, targets)
+        terms |= {name: consistency_loss(logits, pseudo, self.threshold) for name, logits in weak.fp.items()}
+        terms |= {name: consistency_loss(logits, network_targets, self.threshold) for name, logits in u_network.items()}
         return StepResult(terms, pseudo)
 
-    def weak_pass(self, images_B3HW: Tensor, sizes: list[int], step: int) -> WeakPass:
+    def weak_pass(self, labeled_B3HW: Tensor, unlabeled_B3HW: Tensor, step: int) -> WeakPass:
         """Predict the weak views, plain and with dropped feature channels, and run the deactivated encoder.
 
         Labeled and unlabeled images share one pass, and so BatchNorm's statistics. The deactivated pass forks off at
         the first deactivated block. Only features that a term needs are decoded.
         """
-        features, perturbed = self.encode_forked(images_B3HW, step)
+        weak_views = [labeled_B3HW, unlabeled_B3HW[self.weak_unlabeled]]
+        sizes = [len(views) for views in weak_views]
+        features, perturbed = self.encode_forked(torch.cat(weak_views), step)
         unlabeled = features[sizes[0] :]
         dropped = [Features(drop(unlabeled.levels, step)) for drop in self.feature_perturbations.values()]
-        logits, *fp = self.decode_features([features, *dropped], images_B3HW.shape[2:])
+        logits, *fp = self.decode_features([features, *dropped], labeled_B3HW.shape[2:])
         x, u = torch.split(logits, sizes)
         return WeakPass(x, u, dict(zip(self.feature_perturbations, fp, strict=True)), perturbed)
 
@@ -192,39 +220,94 @@ class MultiLevelStep:
         return weak.u if self.teacher is None else self.teacher(unlabeled["weak"])
 
     def encode_forked(self, images_B3HW: Tensor, step: int) -> tuple[Features, dict[str, Features]]:
-        """Return plain features, and those of the deactivated network by name if network perturbation is on."""
+        """Return plain features, and those of the deactivated network by name if it forks from the weak pass."""
+        return self._encode(images_B3HW, step, self.weak_forks, slice(None))
+
+    def _encode(
+        self, images_B3HW: Tensor, step: int, forks: Mapping[str, NetworkPerturbation], perturbed_images: slice
+    ) -> tuple[Features, dict[str, Features]]:
         plain, perturbed = None, {}
-        for name, perturbation in self.forks.items():
+        for name, perturbation in forks.items():
             deactivated = perturbation.draw(self.segmentor.encoder.stages, step)
-            plain, perturbed[name] = self.segmentor.encode_forked(images_B3HW, deactivated, self.perturbed_context())
+            plain, perturbed[name] = self.segmentor.encode_forked(
+                images_B3HW, deactivated, self.perturbed_context(), perturbed_images
+            )
         return plain or self.segmentor.encode(images_B3HW), perturbed
 
+    def strong_pass(self, views: list[Tensor], step: int) -> StrongPass:
+        """Predict all strong views, with dropped channels if the method drops them."""
+        with self.perturbed_context():
+            features, perturbed = self.encode_strong(views, step)
+            features = Features(self.drop_strong(features.levels, step, len(views)))
+            logits = self.segmentor.decode(features, views[0].shape[2:])
+        return StrongPass(list(logits.chunk(len(views))), perturbed)
+
+    def _encode_strong(self, views: list[Tensor], step: int) -> tuple[Features, dict[str, Features]]:
+        """Encode all views in one pass; the deactivated network, if it forks from it, gets the first one."""
+        return self._encode(torch.cat(views), step, self.strong_forks, slice(len(views[0])))
+
+    def _encode_stream(self, views: list[Tensor], step: int) -> tuple[Features, dict[str, Features]]:
+        """Encode each view with other blocks deactivated."""
+        pairs = zip(views, self.draw_views(step), strict=True)
+        return Features.cat([self.segmentor.encode(images, deactivated) for images, deactivated in pairs]), {}
+
     def network_pass(
-        self, images_B3HW: Tensor, sizes: list[int], perturbed: Mapping[str, Features], step: int
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Predict the labeled and the unlabeled weak views with the deactivated network."""
+        self, labeled_B3HW: Tensor, unlabeled_B3HW: Tensor, weak: WeakPass, strong: StrongPass, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Predict the labeled and the unlabeled images with the deactivated network; return both by term."""
+        x_logits: dict[str, Tensor] = {}
+        u_logits: dict[str, Tensor] = {}
+        for name in self.network_perturbations:
+            parts = [forked.perturbed[name] for forked in (weak, strong) if name in forked.perturbed]
+            if parts:
+                x_logits[f"x_{name}"], u = self._decode_pair(Features.cat(parts), labeled_B3HW)
+                u_logits |= {f"u_{name}": u} if len(u) else {}
+        return x_logits, u_logits
+
+    def _decode_pair(self, features: Features, labeled_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         with self.perturbed_context():
-            return {name: self._decode_pair(features, images_B3HW, sizes) for name, features in perturbed.items()}
+            logits = self.segmentor.decode(features, labeled_B3HW.shape[2:])
+        return logits[: len(labeled_B3HW)], logits[len(labeled_B3HW) :]
 
-    def _decode_pair(self, features: Features, images_B3HW: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        x, u = torch.split(self.segmentor.decode(features, images_B3HW.shape[2:]), sizes)
-        return x, u
+    @staticmethod
+    def _weak_targets(pseudo: PseudoLabels, mixed: list[PseudoLabels]) -> PseudoLabels:
+        return pseudo
 
-    def strong_pass(self, views: list[Tensor], step: int) -> list[Tensor]:
-        """Predict all strong views at once."""
-        with self.perturbed_context():
-            return list(self.segmentor(torch.cat(views)).chunk(len(views)))
-
-    def strong_terms(self, logits: list[Tensor], targets: list[PseudoLabels]) -> dict[str, Tensor]:
-        """Return the term of each strong view."""
-        pairs = enumerate(zip(logits, targets, strict=True), 1)
-        return {f"s{view}": consistency_loss(*pair, self.threshold) for view, pair in pairs}
+    @staticmethod
+    def _mixed_targets(pseudo: PseudoLabels, mixed: list[PseudoLabels]) -> PseudoLabels:
+        return mixed[0]
 
     def deactivated_blocks(self, step: int) -> frozenset[int]:
-        """Return the indices of the encoder's blocks that are deactivated in a step, or branches of them."""
+        """Return the indices of the encoder's blocks that are deactivated for unlabeled images, whole or in part."""
+        return frozenset(block_of(unit) for draw in self.draw_views(step) for unit in draw)
+
+    def _draw_once(self, step: int) -> list[frozenset[Unit]]:
         stages = self.segmentor.encoder.stages
-        draws = [perturbation.draw(stages, step) for perturbation in self.network_perturbations.values()]
-        return frozenset(block_of(unit) for draw in draws for unit in draw)
+        return [perturbation.draw(stages, step) for perturbation in self.network_perturbations.values()]
+
+    def _draw_views(self, step: int) -> list[frozenset[Unit]]:
+        stages, draws = self.segmentor.encoder.stages, [frozenset[Unit]()] * self.views
+        for perturbation in self.network_perturbations.values():
+            draws = perturbation.draw_views(stages, step, self.views)
+        return draws
+
+
+def _keep(features: tuple[Tensor, ...], step: int, views: int) -> tuple[Tensor, ...]:
+    return features
+
+
+def _require_units(segmentor: Segmentor, options: Mapping[str, Any] | None) -> None:
+    blocks = [segmentor.encoder.blocks[index] for stage in segmentor.encoder.stages for index in stage]
+    if options and not blocks:
+        raise UserError(
+            "expected a backbone with residual blocks that can be deactivated, but the configured one has none; "
+            "choose another backbone.name, or method.network_perturbation=null"
+        )
+    if options and options.get("sampler") == "single_branch" and not all(map(has_branches, blocks)):
+        raise UserError(
+            "expected a transformer for method.network_perturbation.sampler=single_branch, but the configured backbone "
+            "has blocks without attention and MLP; use sampler=single_block"
+        )
 
 
 def mix_views(unlabeled: Batch, pseudo: PseudoLabels, partner: Partner) -> tuple[list[Tensor], list[PseudoLabels]]:

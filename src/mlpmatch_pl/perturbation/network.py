@@ -330,3 +330,12 @@ class NetworkPerturbation:
             view: Number of the strong view, for draws of its own.
         """
         return self._sample(stages, random.Random(derive_seed(self.seed, "network", step, *view)))
+
+    def draw_views(self, stages: Stages, step: int, views: int) -> list[frozenset[Unit]]:
+        """Return what to deactivate in each strong view: other blocks in each, unless there are not enough."""
+        draws: list[frozenset[Unit]] = []
+        for view in range(views):
+            taken = {block_of(unit) for draw in draws for unit in draw}
+            left = [[block for block in stage if block not in taken] for stage in stages]
+            draws.append(self.draw([stage for stage in left if stage] or stages, step, view))
+        return draws
