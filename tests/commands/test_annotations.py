@@ -123,11 +123,9 @@ def test_later_shapes_cover_earlier_ones_and_labels_for_nothing_have_a_meaning(t
 
 
 def test_crowds_and_ignored_regions_are_ignored_below_the_others(tmp_path):
-    coco(
-        tmp_path, polygon(10, 10), {**polygon(0, 0, 100), "iscrowd": 1}, {**polygon(120, 0, 50), "ignore": 1}
-    )  # fmt: skip
+    coco(tmp_path, polygon(10, 10, 60), {**polygon(50, 50), "iscrowd": 1}, {**polygon(120, 0), "ignore": 1})
     prepare(tmp_path)
-    assert values(tmp_path)((5, 5), (15, 15), (130, 10), (200, 200)) == [255, 1, 255, 0]
+    assert values(tmp_path)((15, 15), (60, 60), (80, 80), (130, 10), (200, 200)) == [1, 1, 255, 255, 0]
 
 
 OTHERS = {

@@ -231,10 +231,3 @@ def test_npy_masks_may_lie_beside_the_images(tmp_path, image, mask):
         np.save(tmp_path / mask.format(path.stem), np.asarray(Image.open(path)))
         path.unlink()
     assert paired(tmp_path, images=".", masks=".")[0] == RIGHT
-
-
-def test_masks_of_all_parts_may_be_in_one_folder(tmp_path):
-    make(tmp_path, "train/{}.jpg", "masks/train/{}.png")
-    make(tmp_path, "valid/{}.jpg", "masks/valid/{}.png", count=2)
-    data = folder(str(tmp_path), [*map(str, range(8))], train="train", val="valid")
-    assert (len(data.labeled.names), len(data.unlabeled), len(data.val)) == (4, 2, 2)

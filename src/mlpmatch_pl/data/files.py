@@ -165,8 +165,7 @@ class FileIndex:
     def _folder(self, path: Path) -> list[Pair]:
         if self.known:
             return [self.known.get(name, Pair(name, None)) for name in self._by_stem(path).values()]
-        beside = self.images == "." and not (path / self.masks).is_dir()  # the masks of all parts are in one folder
-        if (path / self.images).is_dir() and not beside:
+        if (path / self.images).is_dir():
             return self._paired(path / self.images, path / self.masks)
         real = Path(os.path.realpath(path))
         for root in self.roots:
