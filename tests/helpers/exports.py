@@ -194,7 +194,7 @@ def write_label_studio(path, scenes):
             else:
                 value = {"format": "rle", "rle": brush(shape.inside), "brushlabels": [shape.label]}
                 results.append({**common, "type": "brushlabels", "value": value})
-        image = f"/data/upload/7/0a1b2c3d-{name}"
+        image = f"/data/upload/7/0a1b2c3d-{name.replace(' ', '_')}"
         done = [{"id": 1, "was_cancelled": True, "result": []}, {"id": 2, "was_cancelled": False, "result": results}]
         tasks.append({"id": number, "data": {"image": image}, "annotations": done, "predictions": []})
     path.write_text(json.dumps(tasks))

@@ -148,7 +148,9 @@ def _find_images(root: Path, source: Path, export: Export) -> tuple[list[Annotat
     for path in image_files(str(root)):
         relative = os.path.relpath(path, root).replace(os.sep, "/")
         if not relative.startswith(f"{MASKS}/"):
-            index[normalized(_stem(relative))].append(relative)
+            stem = normalized(_stem(relative))
+            index[stem].append(relative)
+            index[f"\0{_uploaded(stem)}"].append(relative)
     found: dict[str, Annotated] = {}
     missing = []
     for entry in export.entries:
@@ -182,12 +184,17 @@ def _stem(name: str) -> str:
     return stem if f"{dot}{suffix}".lower() in IMAGE_SUFFIXES else last
 
 
+def _uploaded(stem: str) -> str:
+    """Return the name of an uploaded file in Label Studio: as Django's storage changes it."""
+    return re.sub(r"[^-\w.]", "", stem.replace(" ", "_"))
+
+
 def _find_image(entry: Entry, index: dict[str, list[str]], root: Path) -> str | None:
     """Return the file whose path has most in common with the name of an image in an export."""
     name = normalized(entry.image.replace("\\", "/"))
     stem = _stem(name)
-    # Label Studio puts eight digits before the names of uploaded files.
-    candidates = index.get(stem) or index.get(re.sub(r"^[0-9a-f]{8}-", "", stem), [])
+    short = re.sub(r"^[0-9a-f]{8}-", "", stem)  # Label Studio puts eight digits before the names of uploaded files
+    candidates = index.get(stem) or index.get(short) or index.get(f"\0{short}", [])
     same = [path for path in candidates if normalized(path).lower().endswith(Path(name).suffix.lower())]
     beside = os.path.relpath(entry.source.parent / name, root).replace(os.sep, "/")
 
