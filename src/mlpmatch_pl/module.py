@@ -58,7 +58,8 @@ class MLPMatch(LightningModule, HubMixin):
             `mlpmatch_pl.segmentor.adapter.NetworkAdapter`; it replaces the one that the next six arguments but
             ``in_chans`` describe. Pass it to ``load_from_checkpoint``, too.
         backbone: Name of a timm model, see `mlpmatch_pl.segmentor.Encoder`.
-        pretrained: True for timm's weights, or the path of a local state dict of the encoder.
+        pretrained: True for timm's weights, ``auto`` for these or random ones without a connection, or the path of a
+            local state dict of the encoder.
         in_chans: Number of image channels.
         output_stride: 8, 16 or 32.
         decoder: Name of a decoder (``deeplabv3plus``, ``dpt``, ``linear``), or a mapping with its ``name`` and options,

@@ -53,6 +53,7 @@ def overrides(tmp_path):
         "dataset=folder", f"dataset.root={root}", "dataset.classes=[background,disk,bar]", "dataset.in_chans=1",
         "dataset.bit_depth=16", f"dataset.unlabeled=[images,{extra}]", "dataset.labeled=6", "dataset.val=4",
         "loader.crop_size=48", "loader.batch_size=4", "loader.num_workers=0", "objective.confidence_threshold=0.8",
+        "backbone=tiny", "schedule=demo",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from helpers.processes import run_forked
 
 TRAINING = (
     "dataset=folder", "dataset.classes=[background,road,sky]", "dataset.val=1", "loader.crop_size=40",
-    "loader.batch_size=2", "loader.unlabeled_batch_size=3", "schedule.steps=2", "decoder.channels=8",
+    "loader.batch_size=2", "loader.unlabeled_batch_size=3", "backbone=tiny", "schedule.steps=2", "decoder.channels=8",
     "loader.num_workers=1",
 )  # fmt: skip
 

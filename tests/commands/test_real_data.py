@@ -55,6 +55,8 @@ def test_voc_animals_trains_with_a_published_list(tmp_path):
         "dataset.val=splits/val.txt",
         "loader.crop_size=65",
         "loader.batch_size=4",
+        "backbone=tiny",
+        "schedule=demo",
         "schedule.steps=10",
         "+trainer.limit_train_batches=10",
         "+trainer.limit_val_batches=5",

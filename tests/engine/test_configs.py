@@ -98,6 +98,14 @@ def test_a_recipe_has_the_same_step_on_any_number_of_devices(name):
     }
 
 
+def test_a_folder_is_trained_with_a_pretrained_network_unless_another_is_chosen():
+    config = read_config(compose_train(*REQUIRED["dataset=folder"], "dataset=folder", output_dir=Path("out")))
+    assert (config["backbone"]["name"], config["backbone"]["pretrained"]) == ("mobilenetv2_100", "auto")
+    assert config["schedule"] == read_config(compose_train("schedule=voc", output_dir=Path("out")))["schedule"]
+    chosen = compose_train("dataset=folder", "backbone=tiny", "schedule=demo")
+    assert (chosen.backbone, chosen.schedule) == (compose_train().backbone, compose_train().schedule)
+
+
 def test_training_validates_in_the_windows_of_its_configuration():
     def build(*overrides):
         config = read_config(compose_train(*TINY, *overrides, output_dir=Path("out")))

@@ -189,6 +189,17 @@ def test_without_a_connection_a_local_file_is_suggested_at_once(no_connection, m
         Encoder("test_resnet", pretrained=True)
 
 
+def test_auto_without_a_connection_is_a_note_and_random_weights(no_connection, monkeypatch, caplog):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    torch.manual_seed(0)
+    auto = Encoder("test_resnet", pretrained="auto").state_dict()
+    torch.manual_seed(0)
+    assert all(torch.equal(value, auto[name]) for name, value in Encoder("test_resnet").state_dict().items())
+    (note,) = messages(caplog)
+    assert note.startswith("note: could not download timm's weights of test_resnet (no connection to")
+    assert note.endswith("the training starts from random weights, which needs many more images")
+
+
 def test_weights_that_were_downloaded_before_need_no_connection(no_connection, monkeypatch, tmp_path):
     state = timm_state("test_resnet")
     save_file(state, tmp_path / "model.safetensors")

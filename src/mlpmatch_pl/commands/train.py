@@ -60,6 +60,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _build(config: dict[str, Any], output_dir: Path) -> _Training:
     """Build everything, and refuse whatever is invalid."""
     start = find_start(config["resume"], output_dir, is_first_process())
+    if config["backbone"]["pretrained"] == "auto" and (start.checkpoint or config["init_weights"]):
+        config = {**config, "backbone": {**config["backbone"], "pretrained": False}}  # other weights follow
     seed_everything(config["seed"], workers=True, verbose=False)
     method = resolve_method(config["method"])
     datamodule = build_datamodule(config, method)

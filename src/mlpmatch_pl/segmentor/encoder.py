@@ -50,7 +50,8 @@ class Encoder(nn.Module):
     Args:
         backbone: Name of a timm model of a family in `mlpmatch_pl.segmentor.families` (``resnet50``,
             ``mobilenetv2_100``, ``convnext_tiny``, ``vit_small_patch14_dinov2``, ``vit_small_patch16_dinov3``, ...).
-        pretrained: True to download timm's weights, or the path of a local state dict.
+        pretrained: True to download timm's weights, ``auto`` to do so if there is a connection, or the path of a local
+            state dict.
         in_chans: Number of image channels, to which a pretrained first convolution is adapted.
         output_stride: 8, 16 or 32; transformers have their patch size instead.
         pos_embed: Position embedding of transformers at other sizes than that of their pretraining: resized as in

@@ -35,7 +35,8 @@ class Segmentor(nn.Module):
     Args:
         num_classes: Number of classes.
         backbone: Name of a timm model, see `Encoder`.
-        pretrained: True for timm's weights, or the path of a local state dict of the encoder.
+        pretrained: True for timm's weights, ``auto`` for these or random ones without a connection, or the path of a
+            local state dict of the encoder.
         in_chans: Number of image channels.
         output_stride: 8, 16 or 32.
         decoder: Name of a decoder (``deeplabv3plus``, ``dpt``, ``linear``), or a mapping with its ``name`` and options,

@@ -92,15 +92,23 @@ def load_pretrained(
     Args:
         model: The timm model.
         backbone: Its name.
-        pretrained: True for timm's weights, or the path of a local file.
+        pretrained: True for timm's weights; ``auto`` for these, or a note and random weights if they cannot be had; or
+            the path of a local file.
         in_chans: Number of image channels, to which the first convolution is adapted.
         skip: Modules of the model that the encoder does not use.
 
     Raises:
         UserError: If the weights cannot be downloaded or read, or are of another architecture.
     """
-    source = pretrained if isinstance(pretrained, str) else f"timm {backbone}"
-    state = read_state_dict(pretrained) if isinstance(pretrained, str) else _download(backbone, in_chans)
+    local = isinstance(pretrained, str) and pretrained != "auto"
+    source = str(pretrained) if local else f"timm {backbone}"
+    try:
+        state = read_state_dict(source) if local else _download(backbone, in_chans)
+    except UserError as error:
+        if pretrained != "auto":
+            raise
+        log.warning("note: %s; the training starts from random weights, which needs many more images", error)
+        return
     state = _convert(state, model)
     first = next(name for name, parameter in model.named_parameters() if parameter.dim() == 4)
     if first in state and state[first].shape[1] != in_chans:
