@@ -1,6 +1,7 @@
 """Exported files against the checkpoint they come from, run by onnxruntime, torch.export and a bare Segmentor."""
 
 import json
+import shutil
 import stat
 import zipfile
 from copy import deepcopy
@@ -22,6 +23,7 @@ from torch.export import Dim
 from mlpmatch_pl import MLPMatch, UserError
 from mlpmatch_pl.commands.export import run as exporting_module
 from mlpmatch_pl.commands.export.formats import EXAMPLE, FORMATS, ExportedModel, SamePadding, replace_same_padding
+from mlpmatch_pl.commands.export.int8 import write_int8
 from mlpmatch_pl.commands.export.run import (
     PARITY,
     TOLERANCE,
@@ -31,6 +33,7 @@ from mlpmatch_pl.commands.export.run import (
     describe,
     export_checkpoint,
 )
+from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.export import export
 from mlpmatch_pl.predictor import load
 from mlpmatch_pl.segmentor import Segmentor
@@ -423,3 +426,27 @@ def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path):
     (tmp_path / "my.model" / "old.png").touch()
     export_checkpoint(ExportOptions(path, **options, overwrite=True))
     assert {file.name for file in (tmp_path / "my.model").iterdir()} == names
+
+
+def test_int8_is_compared_with_float32_on_the_images_of_the_run(onnx_file, make_folder, tmp_path, caplog):
+    pytest.importorskip("onnxruntime")
+    root = make_folder(count=6, masked=6)
+    dataset = {"_target_": "mlpmatch_pl.data.datasets.folder.folder", "root": str(root), "classes": NAMES, "val": 0.5}
+    (tmp_path / "config.yaml").write_text(json.dumps({"dataset": dataset}))
+    checkpoint = shutil.copy(onnx_file.with_suffix(".ckpt"), tmp_path)
+    file = Path(shutil.copy(onnx_file, tmp_path / "model.onnx"))
+    with caplog.at_level("INFO"):
+        plain, small = write_int8(file, load(checkpoint, device="cpu").module, Path(checkpoint), "float32")
+    assert small.megabytes < plain.megabytes / 2
+    data = folder(str(root), NAMES, val=0.5)
+    for path, score in ((file, plain), (tmp_path / "model.int8.onnx", small)):
+        counts = torch.zeros(3, 3, dtype=torch.long)
+        for index in range(len(data.val)):
+            image, mask = data.val.image(index), torch.from_numpy(data.val.mask(index).copy())
+            label = run_onnx(path, torch.from_numpy(image).permute(2, 0, 1)[None].float()).argmax(1)[0]
+            for truth, found in zip(mask.flatten().tolist(), label.flatten().tolist(), strict=True):
+                if truth < 3:
+                    counts[truth, found] += 1
+        hit = counts.diag().double()
+        assert score.miou == pytest.approx((hit / (counts.sum(0) + counts.sum(1) - hit)).nanmean().item())
+        assert f"{path}: {score.megabytes:.1f} MB, mIoU {100 * score.miou:.2f} %" in caplog.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -19,7 +19,7 @@ MODES = ("whole", "slide")
 BLOCK = 2560  # side of the blocks of large images
 
 
-def predict_logits(segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
+def predict_logits(segmentor: Callable[[Tensor], Tensor], image_BCHW: Tensor) -> Tensor:
     """Predict whole images in one pass.
 
     Args:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import mlpmatch_pl
 from mlpmatch_pl.commands.export.formats import DTYPES, FORMATS, InputDtype, Model, Name, Returns
+from mlpmatch_pl.commands.export.int8 import int8_path, write_int8
 from mlpmatch_pl.evaluation.sliding_window import SMALLEST
 from mlpmatch_pl.predictor import Predictor, Weights, load
 from mlpmatch_pl.segmentor import Segmentor
@@ -52,6 +53,7 @@ class ExportOptions:
         input_dtype: ``float32`` or ``uint8``: dtype of the images, with values as stored.
         overwrite: Whether existing files are replaced.
         weights: ``teacher`` or ``student``; None for the teacher if there is one.
+        int8: Whether ``onnx`` also writes an 8-bit file and compares both on the run's own images.
         license: License of the weights in the model card of ``hub``, as the Hub names licenses.
 
     Raises:
@@ -73,6 +75,7 @@ class ExportOptions:
     input_dtype: InputDtype = "float32"
     overwrite: bool = False
     weights: Weights | None = None
+    int8: bool = False
     license: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ class ExportOptions:
                 f"expected an output with the suffix {suffix} for format={self.format}, but got {self.path}; "
                 "change output or format"
             )
+        if self.int8 and self.format != "onnx":
+            raise UserError(f"expected format=onnx with int8=true, but got {self.format}; omit int8")
         if self.format in ("safetensors", "hub") and self.returns != "logits":
             raise UserError(
                 f"expected returns=logits for format={self.format}, which contains weights only, but got "
@@ -127,7 +132,8 @@ def export_checkpoint(options: ExportOptions) -> Parity:
             "pip install 'mlpmatch_pl[export]'"
         )
     if not options.overwrite:
-        refuse_overwrite([path.with_suffix(suffix) if suffix else path for suffix in form.suffixes], OTHER_OUTPUT)
+        written = [path.with_suffix(suffix) if suffix else path for suffix in form.suffixes]
+        refuse_overwrite(written + [int8_path(path)] * options.int8, OTHER_OUTPUT)
     predictor = load(options.checkpoint, device="cpu", weights=options.weights)
     # Channels-last weights would be traced as copies between memory formats.
     segmentor = predictor.module.segmentor.to(memory_format=torch.contiguous_format)
@@ -157,6 +163,8 @@ def export_checkpoint(options: ExportOptions) -> Parity:
         "largest is %.3g; the checkpoint's own differ from float64 by %.1e), same class for %.4f%% of the pixels",
         sizes, options.returns, parity.difference, parity.largest, parity.rounding, 100 * parity.equal_classes,
     )  # fmt: skip
+    if options.int8:
+        write_int8(path, predictor.module, options.checkpoint, options.input_dtype)
     return parity
 
 
