@@ -185,6 +185,11 @@ def test_validation_images_and_other_images_of_the_same_dataset(run, tmp_path, c
     result = run_evaluate(run, tmp_path / "val", "part=val")
     assert (result["part"], result["count"], result["same_as_run"]) == ("val", 5, True)
     assert "not the run's" not in caplog.text
+    fit = run_evaluate(run, tmp_path / "train", "part=train", "worst=1")
+    assert (fit["part"], fit["same_as_run"]) == ("train", True)
+    assert [line.partition(",")[0] for line in (tmp_path / "train/images.csv").read_text().splitlines()[1:]] == (
+        (run / "labeled.txt").read_text().splitlines()
+    )
     changed = run_evaluate(run, tmp_path / "changed", "+dataset.test=2")
     assert (changed["count"], changed["same_as_run"]) == (2, False)
     assert "these are not the run's test images" in caplog.text
@@ -254,7 +259,7 @@ def test_datasets_with_other_classes_or_images_are_refused(run, folder_root, tmp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("part=train", "part as 'val' or 'test', but got 'train'"),
+        ("part=tset", "part as 'val', 'test' or 'train', but got 'tset'. Did you mean test"),
         ("worst=-1", "worst of at least 0, but got -1"),
         ("batch_size=0", "batch_size of at least 1, but got 0"),
         ("num_workers=-1", "num_workers of at least 0, but got -1"),

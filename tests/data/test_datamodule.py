@@ -1,6 +1,7 @@
 import copy
 import hashlib
 import itertools
+import multiprocessing
 import os
 from types import SimpleNamespace
 
@@ -584,3 +585,17 @@ def test_the_tuner_scales_both_halves_of_a_batch(tmp_path):
     trainer = Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path)
     Tuner(trainer).scale_batch_size(module(), datamodule=data, init_val=2, max_trials=2, steps_per_trial=1)
     assert (data.batch_size, data.unlabeled_batch_size) == (4, 8)
+
+
+def test_workers_start_in_a_process_of_joblib():
+    """Its start method loky cannot start loading workers, nor can it be the default of a spawned one."""
+    import joblib.externals.loky  # noqa: F401  # registers the start method
+
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("loky", force=True)
+    try:
+        batch = next(iter(datamodule(num_workers=1).val_dataloader()))
+        assert multiprocessing.get_start_method() in multiprocessing.get_all_start_methods()
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert batch["image"].shape[1] == 3

@@ -37,8 +37,8 @@ def run_job(cfg: DictConfig, folder: Path) -> float:
     from mlpmatch_pl.engine.run_folder import has_settings
 
     try:
-        if cfg.resume is None:
-            if (folder / "config.yaml").exists() and not has_settings(folder, cfg):
+        if cfg.resume is None and (folder / "config.yaml").exists():
+            if not has_settings(folder, cfg):
                 raise UserError(
                     f"expected a new folder, or the job that {folder} holds, but its configuration differs; choose "
                     "another hydra.sweep.dir, or continue it with this configuration by resume=auto"

@@ -326,13 +326,14 @@ class SemiSupervisedDataModule(LightningDataModule):
     def _loader(
         self, dataset: Dataset[Any], batch_size: int, sampler: Sampler[Any], workers: int, **options: Any
     ) -> DataLoader[Any]:
+        _use_known_start_method()
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            multiprocessing_context=self.multiprocessing_context or _start_method() if workers else None,
+            multiprocessing_context=self.multiprocessing_context if workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=ignore_signals(),
             **options,
@@ -371,10 +372,11 @@ def share_workers(total: int, loaders: int) -> dict[str, int]:
     return {"labeled": labeled, "unlabeled": total - labeled}
 
 
-def _start_method() -> str | None:
-    """Return the platform's start method in joblib's processes, whose own one cannot start workers; else None."""
+def _use_known_start_method() -> None:
+    """Use the platform's start method in the processes of joblib, whose own one cannot start workers."""
     known = multiprocessing.get_all_start_methods()
-    return None if multiprocessing.get_start_method(allow_none=True) in (None, *known) else known[0]
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *known):
+        multiprocessing.set_start_method(known[0], force=True)
 
 
 def ignore_signals() -> Callable[[int], None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlpmatch_pl.data.base import SegmentationData
+from mlpmatch_pl.data.base import Image, Mask, SegmentationData
 from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.data.datasets.folder import DEFAULT_VAL
 from mlpmatch_pl.engine.build import build_data
@@ -23,10 +23,29 @@ from mlpmatch_pl.utils.files import load_yaml
 
 log = logging.getLogger(__name__)
 
-Part = Literal["val", "test"]
+Part = Literal["val", "test", "train"]
 FOLDER = "mlpmatch_pl.data.datasets.folder.folder"
 # A function in a module of the same name; the modules that such a module imports do not match.
 OWN_TARGET = re.compile(r"mlpmatch_pl\.data\.(?:datasets\.)?(\w+)\.\1")
+
+
+class _LabeledImages:
+    """The labeled training images as a source of their own."""
+
+    def __init__(self, data: SegmentationData) -> None:
+        self.source, self.indices = data.train, data.labeled_indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def image(self, index: int) -> Image:
+        return self.source.image(self.indices[index])
+
+    def mask(self, index: int) -> Mask:
+        return self.source.mask(self.indices[index])
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,7 @@ class EvaluatedPart:
 
     Attributes:
         data: The dataset.
-        part: ``val`` or ``test``.
+        part: ``val``, ``test``, or ``train`` for the labeled training images.
         split: Label, number of images and hash of the part.
         same_as_run: Whether the run had the same images as this part; None if unknown.
     """
@@ -47,7 +66,8 @@ class EvaluatedPart:
 
     def images(self, inference: SlidingWindowInference | None = None) -> EvalDataset:
         """Return the images with their masks; with ``inference``, large ones in blocks."""
-        source = self.data.test or self.data.val if self.part == "test" else self.data.val
+        sources = {"val": self.data.val, "test": self.data.test or self.data.val, "train": _LabeledImages(self.data)}
+        source: Any = sources[self.part]
         return EvalDataset(source, len(self.data.class_names), self.data.ignore_index, inference)
 
 
@@ -58,7 +78,7 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
         checkpoint: A checkpoint, whose run folder describes the run's own dataset.
         dataset: What to instantiate. Without ``_target_``, keys that replace those of the run's own dataset; None for
             the run's own dataset.
-        part: ``val`` or ``test``; None for ``test``, or ``val`` if there are no test images.
+        part: ``val``, ``test`` or ``train`` (the labeled images); None for ``test``, or ``val`` without test images.
 
     A folder is evaluated as a whole, every image with a mask, unless the configuration or ``part`` says which images.
 
@@ -71,10 +91,11 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
     if part == "test" and not data.test:
         raise UserError("expected test images for part=test, but the dataset has none; use part=val")
     part = part or ("test" if data.test else "val")
-    split = describe_splits(data)[part]
+    key = "labeled" if part == "train" else part
+    split = describe_splits(data)[key]
     if not split["count"]:
         raise UserError(f"expected images to evaluate on, but {part} has none; choose another part or dataset.{part}")
-    saved = _saved_hash(checkpoint, part) if own else None
+    saved = _saved_hash(checkpoint, key) if own else None
     return EvaluatedPart(data, part, split, None if saved is None else saved == split["sha256"])
 
 

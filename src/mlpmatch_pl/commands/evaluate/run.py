@@ -35,7 +35,7 @@ from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
 from mlpmatch_pl.utils.validation import read_options
 
 log = logging.getLogger(__name__)
-PART_NAMES = {"val": "validation", "test": "test"}
+PART_NAMES = {"val": "validation", "test": "test", "train": "labeled training"}
 FOR_TRAINING = ("backbone", "loader", "objective", "schedule")  # keys that the files in conf/dataset set for train
 OVERALL = {"fw_iou": "frequency-weighted IoU", "acc": "accuracy", "kappa": "kappa", "boundary_iou": "boundary IoU"}
 
