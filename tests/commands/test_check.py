@@ -62,7 +62,7 @@ def test_mean_and_standard_deviation_are_those_of_all_training_pixels(folder_roo
 def test_the_picture_shows_labeled_and_unlabeled_views_and_the_legend(folder_root, tmp_path):
     run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={folder_root}")
     with Image.open(tmp_path / "out/views.png") as sheet:
-        rows = (2 + 3) * (224 + 30)  # 2 labeled and 3 unlabeled images, each with a title
+        rows = (1 + 3) * (224 + 30)  # 2 labeled images in a row and 3 rows of unlabeled ones, each with titles
         assert sheet.width == 6 * (224 + 8) + 8  # weak, two strong before and after CutMix, valid
         assert rows < sheet.height < rows + 60
 
@@ -70,7 +70,8 @@ def test_the_picture_shows_labeled_and_unlabeled_views_and_the_legend(folder_roo
 def test_a_supervised_method_draws_labeled_views_only(folder_root, tmp_path):
     run_check(tmp_path / "out", *FOLDER, *FEW, f"dataset.root={folder_root}", "method=supervised")
     with Image.open(tmp_path / "out/views.png") as sheet:
-        assert sheet.width == 3 * (224 + 8) + 8
+        assert sheet.width == 6 * (224 + 8) + 8
+        assert sheet.height < 3 * (224 + 30)  # four labeled images in two rows
 
 
 def test_errors_are_counted_after_everything_is_written(folder_root, tmp_path):

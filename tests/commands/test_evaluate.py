@@ -27,6 +27,7 @@ from mlpmatch_pl.data.datasets.shapes import CLASS_NAMES, PALETTE, Shapes
 from mlpmatch_pl.evaluate import evaluate
 from mlpmatch_pl.evaluation import SlidingWindowInference
 from mlpmatch_pl.evaluation.boundary import boundary_counts
+from mlpmatch_pl.predictor import load
 from mlpmatch_pl.train import train
 
 SCENES = Shapes("test", 7, 48)  # the test images of `run`
@@ -121,6 +122,26 @@ def test_files_hold_what_a_plain_loop_counts(run, evaluated):
     assert sorted(path.name for path in evaluated.iterdir()) == sorted(FILES)
 
 
+def test_confidences_are_compared_with_the_truth(run, tmp_path):
+    """In windows and mirrored, where probabilities are averaged, and with every pixel."""
+    inference = ("inference.mode=slide", "inference.window=40", "inference.flip=true")
+    run_evaluate(run, tmp_path, *inference, "evaluation.calibration=10000", "evaluation.boundary=null", "worst=0")
+    found = json.loads((tmp_path / "metrics.json").read_text())["calibration"]
+    predictor = load(run / "checkpoints/best.ckpt", "cpu", SlidingWindowInference("slide", window=40, flip=True))
+    confidence, right = [], []
+    for index in range(7):
+        probability, mask = predictor.probabilities(SCENES.image(index)), SCENES.mask(index)
+        confidence += probability.max(0)[mask < 6].tolist()
+        right += (probability.argmax(0) == mask)[mask < 6].tolist()
+    bins = np.minimum((np.array(confidence) * 15).astype(int), 14)
+    gaps = [abs(np.mean((np.array(confidence) - right)[bins == b])) * (bins == b).mean() for b in set(bins.tolist())]
+    assert found["pixels"] == len(right)
+    assert found["ece"] == pytest.approx(sum(gaps), abs=1e-3)
+    assert found["fitted_ece"] < found["ece"]
+    with Image.open(tmp_path / "reliability.png") as picture:
+        assert picture.mode == "RGB"
+
+
 def test_worst_images_come_first_and_are_drawn(evaluated):
     result = json.loads((evaluated / "metrics.json").read_text())
     scores = {name: float(miou) for name, miou in read_csv(evaluated / "images.csv")[1:]}
@@ -173,7 +194,7 @@ def test_a_large_tiff_is_scored_in_blocks_as_in_one_piece(run, tmp_path, monkeyp
 
 
 def test_results_are_overwritten_only_if_asked(run, evaluated, tmp_path):
-    with pytest.raises(UserError, match=r"new files only, but .*metrics\.json exists \(and 5 more\); .*overwrite=true"):
+    with pytest.raises(UserError, match=r"new files only, but .*metrics\.json exists \(and 6 more\); .*overwrite=true"):
         run_evaluate(run, evaluated)
     (tmp_path / "metrics.json").write_text("mine")
     run_evaluate(run, tmp_path, "overwrite=true", "worst=0")

@@ -65,6 +65,22 @@ def written(folder):
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
+def test_temperature_divides_the_logits_and_an_miou_is_estimated(checkpoint, module, photos, tmp_path, capsys):
+    run_predict(checkpoint, photos / NAMES[1], tmp_path / "out", "save=[probabilities]", "temperature=2")
+    (file,) = (tmp_path / "out/probabilities").rglob("*.npz")
+    roots = np.sqrt(plain_probabilities(module, photos / NAMES[1]))
+    expected = roots / roots.sum(0)
+    with np.load(file) as content:
+        np.testing.assert_allclose(content["probabilities"], expected, atol=1e-5)
+    label, ious = expected.argmax(0), []
+    for c in set(label.flatten().tolist()):
+        hit = expected[c][label == c].sum()
+        ious.append(hit / ((label == c).sum() + expected[c].sum() - hit))
+    assert f"estimated mIoU {100 * np.mean(ious):.1f} %, from the confidences\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="temperature above 0, but got 0"):
+        run_predict(checkpoint, photos, tmp_path / "none", "temperature=0")
+
+
 def test_files_equal_a_plain_loop(checkpoint, module, photos, tmp_path):
     run_predict(checkpoint, photos, tmp_path / "out", ALL)
     seen = set()

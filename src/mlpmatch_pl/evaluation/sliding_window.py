@@ -163,7 +163,7 @@ class SlidingWindowInference:
     @torch.no_grad()
     def label(self, segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
         """Return the class of each pixel, int64, (B, H, W)."""
-        if self.mode == "whole" and self._has_one_view:
+        if self.mode == "whole" and self.has_one_view:
             # Nothing is averaged, and softmax keeps the order.
             return predict_logits(segmentor, image_BCHW).argmax(dim=1)
         return self.confidence_and_label(segmentor, image_BCHW)[1].long()
@@ -171,7 +171,7 @@ class SlidingWindowInference:
     @torch.no_grad()
     def confidence_and_label(self, segmentor: nn.Module, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the highest probability at each pixel, float32, and its class, int16, both (B, H, W)."""
-        if self.window is None or self.stride is None or not self._has_one_view:
+        if self.window is None or self.stride is None or not self.has_one_view:
             confidence_BHW, label_BHW = self(segmentor, image_BCHW).max(dim=1)
             return confidence_BHW, label_BHW.short()
         # The probabilities of all classes are never in memory for the whole image.
@@ -191,7 +191,7 @@ class SlidingWindowInference:
             >>> [(block.columns.stop, block.read_columns) for block in blocks]
             [(10, slice(0, 14, None)), (20, slice(8, 20, None))]
         """
-        if self.window is None or self.stride is None or not self._has_one_view or height * width <= side**2:
+        if self.window is None or self.stride is None or not self.has_one_view or height * width <= side**2:
             return []
         window, stride = self.window, self.stride
 
@@ -206,7 +206,8 @@ class SlidingWindowInference:
         return [Block(row[0], column[0], row[1], column[1]) for row in parts(height) for column in columns]
 
     @property
-    def _has_one_view(self) -> bool:
+    def has_one_view(self) -> bool:
+        """Whether the image is inferred at its own scale only, and not mirrored."""
         return self.scales == (1.0,) and not self.flip
 
     def _views(self, segmentor: nn.Module, image_BCHW: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Bar charts and confusion matrices as images."""
+"""Bar charts, confusion matrices and reliability diagrams as images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
+
+from mlpmatch_pl.evaluation.calibration import Calibration
 
 BAR_COLORS = ("#356ea8", "#80b1d3")  # alternate between neighboring groups
 NUMBERED_CLASSES = 32  # matrices of more classes have cells too small for numbers
@@ -52,6 +54,35 @@ def bar_plot(groups: Sequence[Sequence[tuple[str, int]]], title: str, x: str, y:
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(x=0.02, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return PILImage.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def reliability_plot(calibration: Calibration) -> PILImage.Image:
+    """Draw the share of pixels that are right over their confidence, above the number of pixels.
+
+    Returns:
+        An RGB image.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4.6), dpi=DPI, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    edges_B1 = np.linspace(0, 1, len(calibration.count_B) + 1)
+    width, left_B = edges_B1[1], edges_B1[:-1]
+    upper.bar(left_B, calibration.accuracy_B.nan_to_num(), width, align="edge", color=BAR_COLORS[1], edgecolor="white")
+    upper.plot((0, 1), (0, 1), "--", color="#777777", linewidth=1, label="calibrated")
+    upper.plot(calibration.confidence_B, calibration.accuracy_B, ".-", color=BAR_COLORS[0], label="measured")
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of right pixels")
+    upper.set_title(f"calibration error {calibration.ece:.3f}", loc="left", fontsize=9)
+    upper.legend(frameon=False, fontsize=8, loc="upper left")
+    share_B = calibration.count_B / calibration.count_B.sum()
+    lower.bar(left_B, share_B, width, align="edge", color=BAR_COLORS[1], edgecolor="white")
+    lower.set(xlabel="confidence", ylabel="share of pixels")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return PILImage.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.visualization.panels import IGNORED_COLOR, Array, colorize, sheet_of, to_rgb
 from mlpmatch_pl.visualization.plots import confusion_matrix_plot
 
-FILES = ("metrics.json", "classes.csv", "confusion.csv", "confusion.png", "images.csv", "worst.png")
+FILES = ("metrics.json", "classes.csv", "confusion.csv", "confusion.png", "images.csv", "worst.png", "reliability.png")
 LONGEST_SIDE = 640  # pixels of an image in worst.png
 LONGEST_NAME = 32  # characters of an image's name there
 RIGHT_COLOR, WRONG_COLOR = (190, 190, 190), (200, 30, 30)
@@ -28,7 +28,7 @@ def write_results(
     result: dict[str, Any],
     confusion_CC: Tensor,
     image_miou: Iterable[tuple[str, float | None]],
-    worst: PILImage.Image | None,
+    pictures: Mapping[str, PILImage.Image | None],
 ) -> None:
     """Write metrics.json, the classes, the confusion matrix (also as an image), and the mean IoU of each image.
 
@@ -37,7 +37,7 @@ def write_results(
         result: Content of metrics.json.
         confusion_CC: The confusion matrix.
         image_miou: Name and mean IoU of each image.
-        worst: The worst images, if any.
+        pictures: Further pictures by name; None is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     classes = result["classes"]
@@ -47,8 +47,9 @@ def write_results(
     _write_csv(folder / "confusion.csv", ["true \\ predicted", *classes], rows)
     _write_csv(folder / "images.csv", ["image", "miou"], image_miou)
     confusion_matrix_plot(confusion_CC.numpy(), list(classes)).save(folder / "confusion.png")
-    if worst is not None:
-        worst.save(folder / "worst.png")
+    for name, picture in pictures.items():
+        if picture is not None:
+            picture.save(folder / f"{name}.png")
     (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -27,12 +27,14 @@ from mlpmatch_pl.engine.logging import quiet
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
 from mlpmatch_pl.evaluation import Scores, SlidingWindowInference
 from mlpmatch_pl.evaluation.boundary import boundary_iou, boundary_width
+from mlpmatch_pl.evaluation.calibration import Calibration
 from mlpmatch_pl.evaluation.confusion import Absent, class_mean
 from mlpmatch_pl.evaluation.table import metrics_table
 from mlpmatch_pl.predictor import Weights, resolve_device, restore
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import OTHER_OUTPUT, refuse_overwrite
 from mlpmatch_pl.utils.validation import read_options
+from mlpmatch_pl.visualization.plots import reliability_plot
 
 log = logging.getLogger(__name__)
 PART_NAMES = {"val": "validation", "test": "test", "train": "labeled training"}
@@ -47,10 +49,12 @@ class Scoring:
     Attributes:
         absent: How classes absent from truth and prediction count in means; None for the rule of the training.
         boundary: Distance of the boundary IoU as a share of the diagonal; None to omit it.
+        calibration: Pixels of each image to compare confidences with; None to omit it.
     """
 
     absent: Absent | None
     boundary: float | None
+    calibration: int | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class EvaluateOptions:
                 raise UserError(f"expected {name} of at least {minimum}, but got {value}")
         if self.evaluation.boundary is not None:
             boundary_width(1, 1, self.evaluation.boundary)  # refuses a share out of range
+        if self.evaluation.calibration is not None and self.evaluation.calibration < 1:
+            raise UserError(
+                "expected evaluation.calibration of at least 1 pixel per image, but got "
+                f"{self.evaluation.calibration}; null switches it off"
+            )
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if in_blocks and boundary is not None:
         log.warning("note: no boundary IoU, as %d large images are read in blocks", len(in_blocks))
         boundary = None
-    scores = CollectScores(part, boundary, options.worst, in_blocks)
+    scores = CollectScores(part, boundary, options.worst, options.evaluation.calibration, in_blocks)
     trainer = _build_trainer(options, scores)
     loader = _build_loader(options, part, images, trainer)
     with _translate_errors():
@@ -141,6 +150,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             "boundary": boundary,
         },
         **_summarize(Scores.of(confusion_CC, absent), boundary_C, part.data.class_names, absent),
+        "calibration": _describe_calibration(scores.calibration),
         "worst": [{"image": names[index], "miou": float(scores.miou_N[index])} for index in scores.worst],
         "seconds": round(scores.seconds, 2),
         "images_per_second": round(len(names) / max(scores.seconds, 1e-9), 2),
@@ -153,7 +163,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s", metrics_table(confusion_CC, part.data.class_names, absent, title, boundary_C))
         _describe_scores(result, absent)
         image_miou = zip(names, map(_defined, scores.miou_N.tolist()), strict=True)
-        write_results(output, result, confusion_CC, image_miou, scores.picture)
+        reliability = None if scores.calibration is None else reliability_plot(scores.calibration)
+        write_results(output, result, confusion_CC, image_miou, {"worst": scores.picture, "reliability": reliability})
         log.info("results in %s", output)
     return result
 
@@ -247,6 +258,14 @@ def _summarize(scores: Scores, boundary_C: Tensor | None, class_names: Sequence[
     }
 
 
+def _describe_calibration(calibration: Calibration | None) -> dict[str, float] | None:
+    if calibration is None:
+        return None
+    pixels = int(calibration.count_B.sum())
+    values = {"temperature": round(calibration.temperature, 3), "ece": calibration.ece}
+    return {**values, "fitted_ece": calibration.fitted_ece, "pixels": pixels}
+
+
 def _describe_scores(result: dict[str, Any], absent: Absent) -> None:
     classes, metrics = result["classes"], result["metrics"]
     missing = sum(row["iou"] is None for row in classes.values())
@@ -256,6 +275,12 @@ def _describe_scores(result: dict[str, Any], absent: Absent) -> None:
         rule += f", {missing} absent from truth and prediction " + ("excluded" if absent == "exclude" else "as zero")
     others = ", ".join(f"{name} {_four(metrics[key])}" for key, name in OVERALL.items() if key in metrics)
     log.info("mIoU %s (%s); %s", _four(metrics["miou"]), rule, others)
+    if result["calibration"] is not None:
+        log.info(
+            "calibration error %(ece).4f; %(fitted_ece).4f at temperature %(temperature)g, which predict takes as "
+            "temperature=%(temperature)g",
+            result["calibration"],
+        )
     log.info(
         "%d images in %s, %.1f a second", result["count"], duration(result["seconds"]), result["images_per_second"]
     )

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image as PILImage
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from mlpmatch_pl.commands.evaluate.dataset import EvaluatedPart
 from mlpmatch_pl.commands.evaluate.outputs import draw_worst
+from mlpmatch_pl.evaluation import SlidingWindowInference, predict_logits
 from mlpmatch_pl.evaluation.boundary import boundary_counts
+from mlpmatch_pl.evaluation.calibration import Calibration, CalibrationError
 from mlpmatch_pl.evaluation.confusion import image_confusion_matrices
 from mlpmatch_pl.module import MLPMatch
 
@@ -60,18 +62,37 @@ class ImageScores(Metric):
         return miou_N, None if self.boundary is None else self.boundary_3C
 
 
+class RecordedInference:
+    """Inference that keeps the logits of the last batch, or the logarithms of its probabilities."""
+
+    logits_BCHW: Tensor
+
+    def __init__(self, inference: SlidingWindowInference) -> None:
+        self.inference = inference
+
+    def label(self, segmentor: nn.Module, image_BCHW: Tensor) -> Tensor:
+        """Return the class of each pixel, (B, H, W)."""
+        if self.inference.mode == "whole" and self.inference.has_one_view:
+            self.logits_BCHW = predict_logits(segmentor, image_BCHW)
+        else:
+            self.logits_BCHW = self.inference(segmentor, image_BCHW).clamp_min(1e-12).log()
+        return self.logits_BCHW.argmax(dim=1)
+
+
 class CollectScores(Callback):
-    """Collects `ImageScores` while testing, and draws the worst images at the end.
+    """Collects `ImageScores` and confidences while testing, and draws the worst images at the end.
 
     Args:
         part: What is tested.
         boundary: See `ImageScores`.
         num_worst: Number of images to draw, without those that are read in blocks.
-        in_blocks: Indices of these.
+        calibration: Pixels of each image to compare confidences with; None to omit it.
+        in_blocks: Indices of the images that are read in blocks.
 
     Attributes:
         miou_N: Mean IoU of each image, on the CPU.
         boundary_3C: Boundary counts, on the CPU; None if omitted.
+        calibration: How far confidences can be trusted; None if omitted.
         worst: Indices of the images with the lowest mean IoU, lowest first.
         seconds: Duration of the test, without the start of processes.
         picture: These images; None if there are none, and in all processes but the first.
@@ -82,16 +103,26 @@ class CollectScores(Callback):
     worst: list[int]
     seconds: float
     picture: PILImage.Image | None = None
+    calibration: Calibration | None = None
 
     def __init__(
-        self, part: EvaluatedPart, boundary: float | None, num_worst: int, in_blocks: Collection[int] = ()
+        self,
+        part: EvaluatedPart,
+        boundary: float | None,
+        num_worst: int,
+        calibration: int | None = None,
+        in_blocks: Collection[int] = (),
     ) -> None:
         self.part, self.num_worst, self.in_blocks = part, num_worst, in_blocks
         self.metric = ImageScores(part.split["count"], len(part.data.class_names), boundary)
+        self.errors = CalibrationError(calibration) if calibration and not in_blocks else None
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: MLPMatch) -> None:  # type: ignore[override]
         """Count on the module's device, from now on."""
         self.metric.to(pl_module.device)
+        if self.errors is not None:
+            self.errors.to(pl_module.device)
+            self.recorded = pl_module.inference = RecordedInference(pl_module.inference)  # type: ignore[assignment]
         self._started = time.monotonic()
 
     def on_test_batch_end(  # type: ignore[override]
@@ -99,12 +130,16 @@ class CollectScores(Callback):
     ) -> None:
         """Add the batch; the module's test step returns the class of each pixel."""
         self.metric.update(outputs, batch["mask"], batch["index"])
+        if self.errors is not None:
+            self.errors.update(self.recorded.logits_BCHW, batch["mask"])
 
     def on_test_end(self, trainer: Trainer, pl_module: MLPMatch) -> None:  # type: ignore[override]
         """Gather the scores of all processes; the first one draws."""
         miou_N, boundary_3C = self.metric.compute()
         self.miou_N = miou_N.reshape(-1).cpu()  # torchmetrics makes a scalar of one element
         self.boundary_3C = None if boundary_3C is None else boundary_3C.cpu()
+        if self.errors is not None:
+            self.calibration, pl_module.inference = self.errors.compute(), self.recorded.inference
         self.seconds = time.monotonic() - self._started
         self.worst = lowest(self.miou_N, self.num_worst)
         drawn = [index for index in self.worst if index not in self.in_blocks]

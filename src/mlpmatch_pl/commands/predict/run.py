@@ -36,6 +36,7 @@ from mlpmatch_pl.data.files import count_suffixes
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.engine.runtime_errors import is_out_of_memory
 from mlpmatch_pl.evaluation import SlidingWindowInference
+from mlpmatch_pl.evaluation.calibration import MiouEstimate, temper
 from mlpmatch_pl.predictor import Predictor, Weights, load
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import refuse_overwrite
@@ -59,6 +60,7 @@ class PredictOptions:
         output: Folder to write to.
         save: What to write for each image.
         opacity: Share of the class color in an overlay, 0..1.
+        temperature: Divisor of the logits, as `evaluate` fits it, for confidences and probabilities.
         overwrite: False refuses existing files, except those of the same command that was interrupted, which
             continues; True replaces them; ``missing`` predicts only images without predictions.
         device: See `mlpmatch_pl.predictor.load`.
@@ -74,6 +76,7 @@ class PredictOptions:
     output: Path
     save: tuple[Kind, ...]
     opacity: float
+    temperature: float
     overwrite: bool | Literal["missing"]
     device: str
     inference: SlidingWindowInference
@@ -83,6 +86,8 @@ class PredictOptions:
             raise UserError(f"expected something to save, but save is empty; choose from {', '.join(KINDS)}")
         if not 0 <= self.opacity <= 1:
             raise UserError(f"expected opacity from 0 to 1, but got {self.opacity!r}")
+        if self.temperature <= 0:
+            raise UserError(f"expected a temperature above 0, but got {self.temperature!r}")
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"expected output to be a folder, but {self.output} is a file; choose another output")
 
@@ -97,6 +102,12 @@ def run(options: PredictOptions) -> None:
     images = find_images(str(options.input), options.output, unread)
     refuse_same_outputs(images)
     images = [image.with_head(options.inference) for image in images]
+    if options.temperature != 1 and "confidence" in options.save:
+        for image in (image for image in images if image.blocks):
+            raise UserError(
+                f"expected temperature=1 for confidences of images that are read in blocks, as {image.path} is; omit "
+                "temperature, or confidence in save"
+            )
     record = Record(options)
     if options.overwrite == "missing" or (options.overwrite is False and record.is_interrupted()):
         record.refuse_others()
@@ -110,11 +121,15 @@ def run(options: PredictOptions) -> None:
     write_classes(predictor, options.output / "classes.json", options.overwrite is True)
     record.write(finished=False)
     started = time.monotonic()
-    failures = predict_files(predictor, images, options)
+    estimate = MiouEstimate(len(predictor.class_names))
+    failures = predict_files(predictor, images, options, estimate)
     record.write(finished=True)
     seconds, done = time.monotonic() - started, len(images) - len(failures)
     rate = done / max(seconds, 1e-9)
     say(f"predicted {done:,} of {len(images):,} in {seconds:.1f} s ({rate:.1f} a second), written to {options.output}")
+    if estimate.miou == estimate.miou:
+        note = "" if options.temperature != 1 else "; too high unless temperature is what evaluate fits"
+        say(f"estimated mIoU {100 * estimate.miou:.1f} %, from the confidences{note}")
     if unread:
         print(f"left out: {len(unread):,} files that cannot be read: {count_suffixes(unread)}", file=sys.stderr)
     if failures:
@@ -144,6 +159,7 @@ class Record:
             "checkpoint_sha256": hashlib.sha256(checkpoint).hexdigest(),
             "weights": options.weights,
             "opacity": options.opacity,
+            "temperature": options.temperature,
             "inference": json.loads(json.dumps(asdict(options.inference))),
         }
         try:
@@ -196,8 +212,10 @@ def write_classes(predictor: Predictor, path: Path, overwrite: bool) -> None:
     write_file(path, content)
 
 
-def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: PredictOptions) -> list[str]:
-    """Predict and write; return one sentence per skipped image."""
+def predict_files(
+    predictor: Predictor, images: Sequence[ImageFile], options: PredictOptions, estimate: MiouEstimate
+) -> list[str]:
+    """Predict and write; return one sentence per skipped image. Images in blocks do not count for the estimate."""
     failures: list[str] = []
     read = partial(_read, predictor.read_image)
     save = partial(_save, predictor.colors, options)
@@ -210,7 +228,7 @@ def predict_files(predictor: Predictor, images: Sequence[ImageFile], options: Pr
                     if isinstance(pixels, UserError):
                         raise pixels
                     with _memory_is_user_error(image.path, pixels.shape[:2]):
-                        prediction = _infer(predictor, pixels, options.save)
+                        prediction = _infer(predictor, pixels, options, estimate)
                 except UserError as error:
                     failures.append(str(error))
                     advance(1)
@@ -242,14 +260,15 @@ def _memory_is_user_error(path: Path, size: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
-def _infer(predictor: Predictor, image_HWC: Image, save: Sequence[str]) -> Prediction:
-    probability_CHW = predictor.infer(image_HWC)
+def _infer(predictor: Predictor, image_HWC: Image, options: PredictOptions, estimate: MiouEstimate) -> Prediction:
+    probability_CHW = temper(predictor.infer(image_HWC), options.temperature)
+    estimate.add(probability_CHW)
     confidence_HW, label_HW = probability_CHW.max(dim=0)
     return Prediction(
         image_HWC,
         label_HW.to(torch.uint8).cpu().numpy(),
         confidence_HW.cpu().numpy(),
-        probability_CHW.cpu().numpy() if "probabilities" in save else None,
+        probability_CHW.cpu().numpy() if "probabilities" in options.save else None,
     )
 
 
