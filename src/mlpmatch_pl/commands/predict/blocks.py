@@ -93,11 +93,15 @@ def _draw(predictor: Predictor, image: ImageFile, work: Path, kind: Kind, opacit
         for top in range(0, height, TILE):
             window = Window(slice(top, min(top + TILE, height)), slice(0, width), image.tiff.size)
             stored_HW2 = read_window(file, window, work, MAX_PIXELS)
-            shown = np.empty((0, 0, 3), np.uint8)
-            if kind == "overlay":
-                shown = to_rgb(predictor.read_image(image.path, window), limits)
-            prediction = Prediction(shown, stored_HW2[..., 0], stored_HW2[..., 1].astype(np.float32) / 255, None)
-            yield draw(prediction, kind, predictor.colors, opacity)
+            shown = predictor.read_image(image.path, window) if kind == "overlay" else stored_HW2
+            parts = []
+            for left in range(0, width, SAMPLE):  # blending takes several times the memory of the pixels
+                columns = slice(left, left + SAMPLE)
+                rgb = to_rgb(shown[:, columns], limits) if kind == "overlay" else shown
+                label_HW, confidence_HW = stored_HW2[:, columns, 0], stored_HW2[:, columns, 1].astype(np.float32) / 255
+                prediction = Prediction(rgb, label_HW, confidence_HW, None)
+                parts.append(draw(prediction, kind, predictor.colors, opacity))
+            yield np.concatenate(parts, axis=1)
 
 
 def _limits(predictor: Predictor, path: Path, tiff: TiffFacts) -> tuple[float, float] | None:
