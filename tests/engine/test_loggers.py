@@ -6,6 +6,7 @@ import time
 import pytest
 import wandb
 from helpers import TINY, compose_train
+from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.data.splits import Split
@@ -88,19 +89,32 @@ def test_a_kill_while_a_column_is_added_loses_no_row(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
-def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("logger", "options"),
+    [
+        ("TensorBoardLogger", {"tensorboard": True}),
+        ("MLFlowLogger", {"mlflow": {"experiment": "a", "tracking_uri": "b"}}),
+    ],
+)
+def test_a_logger_that_is_not_installed_is_named(logger, options, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise ModuleNotFoundError("tensorboard")
 
-    monkeypatch.setattr("mlpmatch_pl.engine.loggers.TensorBoardLogger", missing)
-    with pytest.raises(UserError, match=r"pip install 'mlpmatch_pl\[tensorboard\]'"):
-        build_loggers({"logger": {"wandb": None, "tensorboard": True}}, tmp_path, Split("list", ("a",)))
+    monkeypatch.setattr(f"mlpmatch_pl.engine.loggers.{logger}", missing)
+    with pytest.raises(UserError, match=r"pip install 'mlpmatch_pl\[(tensorboard|mlflow)\]'"):
+        build_loggers(
+            {"logger": {"wandb": None, "tensorboard": False, "mlflow": None, **options}},
+            tmp_path,
+            Split("list", ("a",)),
+        )
 
 
-def test_wandb_and_tensorboard_continue_the_same_run(tmp_path, caplog):
+def test_wandb_tensorboard_and_mlflow_continue_the_same_run(tmp_path, caplog):
     """As two jobs of a sweep do it: in one process, one after the other."""
     run = [*TINY, *SILENT, "logger=wandb", "logger.tensorboard=true", "trainer.log_every_n_steps=1", "resume=auto"]
     run += ["logger.wandb.tags=[first,tiny]", "logger.wandb.artifact=true", "logger.wandb.notes=a note"]
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run += [f"logger.mlflow={{experiment: tiny, tracking_uri: '{database}'}}"]
     caplog.set_level(logging.INFO)
     for epochs in (1, 2):
         best = train(compose_train(*run, "schedule.steps=null", f"schedule.epochs={epochs}", output_dir=tmp_path))[
@@ -108,6 +122,10 @@ def test_wandb_and_tensorboard_continue_the_same_run(tmp_path, caplog):
         ]
     assert sum("W&B: offline" in record.message for record in caplog.records) == 2
     assert "WANDB_MODE" not in os.environ
+    client = MlflowClient(database)
+    (recorded,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert [point.step for point in client.get_metric_history(recorded.info.run_id, "train/loss")] == [*range(10)]
+    assert recorded.data.metrics["best/miou"] == pytest.approx(best["val/miou"])
     run_id = (tmp_path / "wandb_id.txt").read_text().strip()
     offline = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert [path.name.rpartition("-")[2] for path in offline] == [run_id] * 2  # `wandb sync` joins them

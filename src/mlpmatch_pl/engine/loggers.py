@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv always, Weights & Biases and TensorBoard on request."""
+"""Loggers: metrics.csv always, Weights & Biases, TensorBoard and MLflow on request."""
 
 import csv
 import inspect
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from mlpmatch_pl.data.splits import Split
 from mlpmatch_pl.module import MLPMatch
+from mlpmatch_pl.utils.distributed import is_first_process
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.files import atomic_write
 
@@ -73,11 +74,11 @@ class MetricsCSV(CSVLogger):
 def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split, step: int = 0) -> list[Logger]:
     """Build the loggers of a run.
 
-    A resumed run keeps its id in W&B, and TensorBoard hides the steps that are repeated.
+    A resumed run keeps its id in W&B and MLflow, and TensorBoard hides the steps that are repeated.
 
     Args:
         config: The whole configuration. ``logger.wandb`` holds the options for W&B (None: off), ``logger.tensorboard``
-            switches TensorBoard on.
+            switches TensorBoard on, ``logger.mlflow`` holds the options for MLflow.
         output_dir: The run folder.
         labeled: The labeled images; W&B's run configuration names their list.
         step: Optimizer steps done before.
@@ -99,7 +100,29 @@ def build_loggers(config: Mapping[str, Any], output_dir: Path, labeled: Split, s
             raise UserError(
                 "expected TensorBoard to be installed for logger=tensorboard; pip install 'mlpmatch_pl[tensorboard]'"
             ) from error
+    if options["mlflow"] is not None:
+        loggers.append(_build_mlflow(options["mlflow"], output_dir))
     return loggers
+
+
+def _build_mlflow(options: Mapping[str, Any], output_dir: Path) -> Logger:
+    kept = output_dir / "mlflow_id.txt"
+    run_id = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+    try:
+        logger = MLFlowLogger(options["experiment"], output_dir.name, options["tracking_uri"], run_id=run_id)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "expected MLflow to be installed for logger=mlflow; pip install 'mlpmatch_pl[mlflow]'"
+        ) from error
+    if is_first_process():
+        try:
+            atomic_write(kept, str(logger.run_id))  # connects
+        except Exception as error:  # of MLflow, of its database or of its server
+            raise UserError(
+                f"expected MLflow at {options['tracking_uri']}, but it cannot be used "
+                f"({' '.join(str(error).split())[:200]}); set logger.mlflow.tracking_uri"
+            ) from error
+    return logger
 
 
 def _beside_module(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +147,8 @@ def log_results(trainer: Trainer, results: Mapping[str, Any], config: Mapping[st
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_metrics({"hp_metric": best["val/miou"]}, results["steps"])
+        elif isinstance(logger, MLFlowLogger):
+            logger.log_metrics({"best/miou": best["val/miou"]}, best["step"])
         elif isinstance(logger, WandbLogger):
             run = logger.experiment
             run.summary.update({"best/miou": best["val/miou"], "best/step": best["step"]})

@@ -40,6 +40,7 @@ _WANDB = mapping_type(
     | {"tags": Sequence[str], "artifact": bool},
     optional=("entity", "job_type"),
 )
+_MLFLOW = mapping_type({"experiment": str, "tracking_uri": str})
 _LOADER = {
     key: kind
     for key, kind in _hints(SemiSupervisedDataModule.__init__).items()
@@ -71,7 +72,7 @@ _TRAINING: dict[str, Any] = {
         | _hints(SlidingWindowInference, "mode", "window", "stride", "window_batch", "windows")
     ),
     "loader": mapping_type(_LOADER),
-    "logger": mapping_type({"wandb": _WANDB | None, "tensorboard": bool}),
+    "logger": mapping_type({"wandb": _WANDB | None, "tensorboard": bool, "mlflow": _MLFLOW | None}),
     "method": mapping_type(
         _hints(Method)
         | {
