@@ -60,31 +60,36 @@ def test_every_choice_fits_the_schema(choice):
     read_config(compose_train(choice, *REQUIRED.get(choice, ()), output_dir=Path("out")))
 
 
+ROOT_OF = {"folder_v2_dinov2s": ("dataset.root=images",)}
+
 # Of an optimizer step with all its images: UniMatch's 8 + 8, and the authors' own of MLPMatch.
 LEARNING_RATES = {
-    name: {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01}[name.split("_")[0]]
+    name: 5e-6
+    if "_v2_" in name  # the same for both of UniMatch V2's batch sizes
+    else {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01}[name.split("_")[0]]
     for name in choices("experiment")
 }
 LISTED = [
     name for name in choices("experiment")
-    if name.count("_") == 2 and name.startswith(("voc_", "cityscapes_")) and "mlpmatch" not in name
+    if name.count("_") == 2 and name.startswith(("voc_", "cityscapes_")) and not re.search("_(mlpmatch|v2)_", name)
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted({*choices("experiment")} - {*LISTED} | {"voc_92_r50"}))
 def test_every_recipe_fits_the_schema_and_names_its_dataset_and_encoder(name):
-    config = read_config(compose_train(f"experiment={name}", output_dir=Path("out")))
+    config = read_config(compose_train(f"experiment={name}", *ROOT_OF.get(name, ()), output_dir=Path("out")))
     dataset, *part, encoder = name.split("_")
     assert config["dataset"]["_target_"] == f"mlpmatch_pl.data.datasets.{dataset}.{dataset}"
-    assert re.sub("^r(?=[0-9])", "resnet", encoder) in (config["backbone"]["name"].removesuffix("s"), "mobilenetv2")
-    if part not in ([], ["mlpmatch"]):
+    encoders = (config["backbone"]["name"].removesuffix("s"), "mobilenetv2", "dinov2s")
+    assert re.sub("^r(?=[0-9])", "resnet", encoder) in encoders
+    if part not in ([], ["mlpmatch"], ["v2"]):
         assert str(config["dataset"]["labeled"]) == part[0].replace("-", "/")
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_a_recipe_has_the_same_step_on_any_number_of_devices(name):
     """Images, and so the learning rate, of an optimizer step; the published ones where the paper says them."""
-    config = read_config(compose_train(f"experiment={name}", output_dir=Path("out")))
+    config = read_config(compose_train(f"experiment={name}", *ROOT_OF.get(name, ()), output_dir=Path("out")))
     data, steps = shapes(labeled=8, train=32, val=8, test=1, size=48), {}
     for devices in (1, 2, 4, 8):
         built = SemiSupervisedDataModule(data, **config["loader"])
@@ -129,7 +134,8 @@ def test_training_validates_in_the_windows_of_its_configuration():
 def test_the_recipes_of_cityscapes_validate_as_the_published_results_do():
     for name in (name for name in choices("experiment") if name.startswith("cityscapes")):
         evaluation = read_config(compose_train(f"experiment={name}", output_dir=Path("out")))["evaluation"]
-        assert (evaluation["mode"], evaluation["window"], evaluation["windows"]) == ("slide", 801, "cut")
+        window, windows = (798, "inside") if "_v2_" in name else (801, "cut")
+        assert (evaluation["mode"], evaluation["window"], evaluation["windows"]) == ("slide", window, windows)
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -385,3 +391,22 @@ def test_an_ablation_is_one_override(ablation, lambdas, weights, gone, changed, 
         assert differing - {"num_batches_tracked"} == {"running_mean", "running_var"}
     else:
         assert differing >= {"weight", "running_mean"}
+
+
+@pytest.mark.parametrize("dataset", ["voc", "cityscapes", "ade20k", "coco"])
+def test_the_recipes_of_unimatch_v2_are_as_described(dataset):
+    config = read_config(compose_train(f"experiment={dataset}_v2_dinov2s", output_dir=Path("out")))
+    crop, epochs, images, criterion = {
+        "voc": (518, 60, 16, "ce"), "cityscapes": (798, 180, 8, "ohem"), "ade20k": (518, 60, 8, "ce"),
+        "coco": (518, 20, 16, "ce"),
+    }[dataset]  # fmt: skip
+    assert (config["loader"]["crop_size"], config["loader"]["batch_size"]) == (crop, images)
+    assert (config["schedule"]["epochs"], config["schedule"]["lr_multi"], config["schedule"]["power"]) == (
+        epochs,
+        40,
+        0.9,
+    )
+    assert config["optimizer"] == {"name": "AdamW", "betas": [0.9, 0.999], "weight_decay": 0.01, "fused": None}
+    assert (config["objective"]["criterion"]["name"], config["objective"]["confidence_threshold"]) == (criterion, 0.95)
+    assert (config["method"]["name"], config["decoder"]["name"]) == ("unimatch_v2", "dpt")
+    assert config["backbone"]["name"] == "vit_small_patch14_dinov2"

@@ -60,7 +60,7 @@ def timm_features(encoder, backbone, image_BCHW, norm=False, indices=None, **opt
 
 def walk(encoder, image_BCHW):
     """Return the input of each block, the output of the last one and what all blocks get beside their input."""
-    x, context = encoder._family.stem(encoder.model, image_BCHW)
+    x, context, _ = encoder._family.stem(encoder.model, image_BCHW)
     inputs = [x]
     for block in encoder.blocks:
         inputs.append(block(inputs[-1], *context))
@@ -68,7 +68,7 @@ def walk(encoder, image_BCHW):
 
 
 def last_level(encoder, x, image_BCHW):
-    return encoder._family.read(encoder.model, x, image_BCHW)
+    return encoder._family.read(encoder.model, x, [side // 16 for side in image_BCHW.shape[2:]])
 
 
 def random_loss(levels, seed):

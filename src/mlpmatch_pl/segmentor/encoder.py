@@ -179,19 +179,18 @@ class Encoder(nn.Module):
         return torch.no_grad() if self.frozen else nullcontext()
 
     def _start(self, image_BCHW: Tensor) -> _State:
-        height, width = image_BCHW.shape[2:]
-        padded_height, padded_width = self.padded((height, width))
-        if (padded_height, padded_width) != (height, width):
-            padding = (0, padded_width - width, 0, padded_height - height)
-            image_BCHW = F.pad(image_BCHW, padding, mode="replicate")
-        return _State(*self._family.stem(self.model, image_BCHW), image_BCHW)
+        if self.multiple > 1:  # for any size, since an exported graph has no conditions
+            height, width = image_BCHW.shape[2:]
+            padded_height, padded_width = self.padded((height, width))
+            image_BCHW = F.pad(image_BCHW, (0, padded_width - width, 0, padded_height - height), mode="replicate")
+        return _State(*self._family.stem(self.model, image_BCHW))
 
     def _run(self, state: _State, indices: range, deactivated: frozenset[Unit] = frozenset()) -> _State:
         """Run blocks, and read the levels that lie among them."""
         # Evaluation has images of many sizes and no backward pass.
         runner = self._training_runner if self.training else BlockRunner()
         blocks, branches = self.blocks, {unit.block: unit.name for unit in deactivated if isinstance(unit, Branch)}
-        x, context, image_BCHW, levels = state
+        x, context, grid, levels = state
         for index in indices:
             if index in deactivated:
                 x = runner.bypass(blocks[index], x)
@@ -200,8 +199,8 @@ class Encoder(nn.Module):
             else:
                 x = runner.run(blocks[index], x, *context)
             if blocks[index] in self._read_after:
-                levels = (*levels, self._family.read(self.model, x, image_BCHW))
-        return _State(x, context, image_BCHW, levels)
+                levels = (*levels, self._family.read(self.model, x, grid))
+        return _State(x, context, grid, levels)
 
 
 class _State(NamedTuple):
@@ -210,13 +209,13 @@ class _State(NamedTuple):
     Attributes:
         x: Input of the next block.
         context: What all blocks get beside their input.
-        image_BCHW: The images, padded.
+        grid: Height and width in tokens, if the input consists of tokens.
         levels: The feature maps read so far.
     """
 
     x: Tensor
     context: tuple[Any, ...]
-    image_BCHW: Tensor
+    grid: Sequence[int]
     levels: tuple[Tensor, ...] = ()
 
     def of(self, images: slice) -> _State:
@@ -224,4 +223,4 @@ class _State(NamedTuple):
         if images == slice(None):
             return self
         levels = tuple(level[images] for level in self.levels)
-        return _State(self.x[images], self.context, self.image_BCHW[images], levels)
+        return _State(self.x[images], self.context, self.grid, levels)

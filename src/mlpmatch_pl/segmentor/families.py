@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -52,11 +52,15 @@ class Family(Protocol):
     def multiple(self, model: Any) -> int:
         """Return the number of which the height and width of images must be multiples."""
 
-    def stem(self, model: Any, image_BCHW: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        """Run what comes before the first block; returns its input, and what all blocks get beside their input."""
+    def stem(self, model: Any, image_BCHW: Tensor) -> tuple[Tensor, tuple[Any, ...], Sequence[int]]:
+        """Run what comes before the first block.
 
-    def read(self, model: Any, x: Tensor, image_BCHW: Tensor) -> Tensor:
-        """Turn the output of a block into a feature map (B, D, H, W)."""
+        Returns:
+            The input of the first block, what all blocks get beside their input, and the height and width in tokens.
+        """
+
+    def read(self, model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Turn the output of a block into a feature map (B, D, H, W), of the grid's size if it consists of tokens."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,11 @@ class ConvNet:
         """See `Family`."""
         return int(model.feature_info[-1]["reduction"]) if self.floors else 1
 
-    def stem(self, model: Any, image_BCHW: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    def stem(self, model: Any, image_BCHW: Tensor) -> tuple[Tensor, tuple[Any, ...], Sequence[int]]:
         """See `Family`."""
-        return self.run_stem(model, image_BCHW), ()
+        return self.run_stem(model, image_BCHW), (), ()
 
-    def read(self, model: Any, x: Tensor, image_BCHW: Tensor) -> Tensor:
+    def read(self, model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
         """See `Family`."""
         return x
 
@@ -154,21 +158,20 @@ class Transformer:
         """See `Family`; the patch size."""
         return int(model.patch_embed.patch_size[0])
 
-    def stem(self, model: Any, image_BCHW: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    def stem(self, model: Any, image_BCHW: Tensor) -> tuple[Tensor, tuple[Any, ...], Sequence[int]]:
         """See `Family`."""
-        x_BND, *context = self.embed(model, model.patch_embed(image_BCHW))
-        return model.norm_pre(x_BND), tuple(context)
+        patches_BHWD = model.patch_embed(image_BCHW)
+        x_BND, *context = self.embed(model, patches_BHWD)
+        return model.norm_pre(x_BND), tuple(context), patches_BHWD.shape[1:3]
 
     def embed(self, model: Any, x_BHWD: Tensor) -> tuple[Any, ...]:
         """Return tokens with their positions, and what all blocks get beside them."""
         return (model._pos_embed(x_BHWD),)
 
-    def read(self, model: Any, x: Tensor, image_BCHW: Tensor) -> Tensor:
+    def read(self, model: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
         """See `Family`."""
-        patch = self.multiple(model)
-        height, width = (side // patch for side in image_BCHW.shape[2:])
         patches_BND = model.norm(x)[:, model.num_prefix_tokens :]
-        return patches_BND.transpose(1, 2).reshape(len(x), -1, height, width)  # type: ignore[no-any-return]
+        return patches_BND.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)  # type: ignore[no-any-return]
 
 
 class RotaryTransformer(Transformer):
@@ -199,7 +202,7 @@ class DINOv2(Transformer):
 
     def embed(self, model: Any, x_BHWD: Tensor) -> tuple[Any, ...]:
         """See `Transformer`."""
-        class_B1D = model.cls_token.expand(len(x_BHWD), -1, -1)
+        class_B1D = model.cls_token.expand(x_BHWD.shape[0], -1, -1)
         tokens_BND = torch.cat([class_B1D, x_BHWD.flatten(1, 2)], dim=1)
         return (tokens_BND + dinov2_positions(model.pos_embed, *x_BHWD.shape[1:3]),)
 

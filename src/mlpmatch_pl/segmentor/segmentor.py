@@ -122,10 +122,9 @@ class Segmentor(nn.Module):
 
     def decode(self, features: Features, size: Sequence[int]) -> Tensor:
         """Return logits of the given size, upsampled bilinearly with aligned corners, (B, num_classes, *size)."""
-        height, width = size
         padded = self.encoder.padded(size)
         logits_BCHW = F.interpolate(self.decoder(features), size=padded, mode="bilinear", align_corners=True)
-        return logits_BCHW if padded == (height, width) else logits_BCHW[..., :height, :width]
+        return logits_BCHW if self.encoder.multiple == 1 else logits_BCHW[..., : size[0], : size[1]]
 
     def normalize(self, image_BCHW: Tensor) -> Tensor:
         """Subtract the mean and divide by the standard deviation, in the dtype of the weights."""

@@ -137,6 +137,11 @@ def export_checkpoint(options: ExportOptions) -> Parity:
     predictor = load(options.checkpoint, device="cpu", weights=options.weights)
     # Channels-last weights would be traced as copies between memory formats.
     segmentor = predictor.module.segmentor.to(memory_format=torch.contiguous_format)
+    if options.format == "torch_export" and getattr(segmentor.encoder, "multiple", 1) > 1:
+        raise UserError(
+            "expected a backbone that does not pad images for format=torch_export, but that of "
+            f"{options.checkpoint} does; use format=onnx"
+        )
     config = describe(predictor, options)
     if options.format == "hub":
         config["card"] = {**run_facts(options.checkpoint.parents[1]), "license": options.license}
