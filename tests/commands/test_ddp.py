@@ -101,7 +101,7 @@ def curves(job, run):
     return ranks[0]["runs"][run]
 
 
-@pytest.mark.parametrize("run", ["mlpmatch", "supervised", "teacher"])
+@pytest.mark.parametrize("run", ["mlpmatch", "supervised", "teacher", "transformer"])
 def test_processes_together_have_the_losses_and_weights_of_one(job, run):
     """With BatchNorm frozen, as its statistics are of another batch, and no padding; with the weights of a teacher."""
     several, one = curves(job, run), ddp_job.train(run, devices=1)

@@ -23,9 +23,11 @@ RUNS = {
     "mlpmatch": ({"name": "mlpmatch", "partner": "same_image"}, WHOLE),
     "teacher": ({"name": "mlpmatch_burn_in", "burn_in": 0.25, "partner": "same_image"}, WHOLE),
     "supervised": ({"name": "supervised"}, WHOLE),
+    "transformer": ({"name": "mlpmatch_v2", "partner": "same_image", "strong_dropout": "none"}, WHOLE),
     "mlpmatch, padded": ({"name": "mlpmatch", "partner": "same_image"}, PADDED),
     "supervised, padded": ({"name": "supervised"}, PADDED),
 }
+TRANSFORMER = {"backbone": "test_vit", "decoder": {"name": "dpt", "channels": 8}}
 COUNTS = (2, 3, 5, 7)  # validation images
 LABELED, TRAIN, VAL, RECORDED_EPOCHS = 5, 17, 5, 3  # for `record`
 
@@ -74,7 +76,9 @@ def trainer_of(devices, **options):
 
 def module_of(method, kind=MLPMatch):
     torch.manual_seed(0)
-    return kind(6, method=method, backbone="test_resnet", decoder={"channels": 8}, lr=0.05, confidence_threshold=0.2)
+    name = method["name"] if isinstance(method, dict) else method
+    network = TRANSFORMER if name == "mlpmatch_v2" else {"backbone": "test_resnet", "decoder": {"channels": 8}}
+    return kind(6, method=method, lr=0.05, confidence_threshold=0.2, **network)
 
 
 def datamodule_of(devices, scale=WHOLE, count=3, method="mlpmatch"):
