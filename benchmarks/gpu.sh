@@ -10,10 +10,11 @@
 # Needs: Python >= 3.11 with torch (CUDA) and the package's dependencies; W&B is not needed (logger=csv). The package
 # itself need not be installed. MLPMATCH_DATA, if set, names a folder with camvid/ and weights/ to train on,
 # and voc2012/ to time loading with.
+# PARTS: a regular expression of the parts to run (default: all), as PARTS='^step of'; none takes more than four minutes.
 # SECONDS_EACH: time for the rounds of a step benchmark (default 45). TRAIN_STEPS: length of that training (default 2000).
 # To try every line without a GPU:
 #   DEVICE=cpu TRAINER=default BACKBONE=test_resnet CROPS="49 65" BATCHES="2 2" SECONDS_EACH=0 EVAL_IMAGES=4 ROUNDS=1 \
-#     SAMPLES=4 TRAIN_CROP=65 TRAIN_BATCH=2 TRAIN_STEPS=5 BENCHMARK_STEPS=3 benchmarks/gpu.sh FOLDER
+#     VITS=test_vit VIT_CROP=48 VIT_BATCH=2 SAMPLES=4 TRAIN_CROP=65 TRAIN_BATCH=2 TRAIN_STEPS=5 BENCHMARK_STEPS=3 benchmarks/gpu.sh FOLDER
 set -uo pipefail  # no -e: see part
 cd "$(dirname "$0")/.." || exit 1
 out=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd) || exit 1
@@ -38,6 +39,7 @@ echo "== $machine"
 
 failed=()
 part() {  # NAME COMMAND...: run one part and record its failure
+  [[ "$1" =~ ${PARTS:-.} ]] || return 0
   echo "== $1"
   "${@:2}"
   local code=$?
@@ -55,6 +57,11 @@ step() {  # INDEX
   "$python" -m benchmarks.step --device "$device" --backbone "$backbone" --crop "${crops[$1]}" --batch "${batches[$1]}" \
     --classes "${classes[$1]}" --criterion "${criteria[$1]}" --seconds "$seconds" \
     --out "$out/step_${crops[$1]}_$machine.json"
+}
+
+step_v2() {  # BACKBONE
+  "$python" -m benchmarks.step_v2 --device "$device" --backbone "$1" --crop "${VIT_CROP:-518}" --batch "${VIT_BATCH:-16}" \
+    --precision bfloat16 --seconds "$seconds" --out "$out/step_v2_$1_$machine.json"
 }
 
 levers() {
@@ -91,6 +98,9 @@ else
 fi
 for i in "${!crops[@]}"; do
   part "training step, $backbone, ${batches[i]} + ${batches[i]} images of ${crops[i]} px" step "$i"
+done
+for vit in ${VITS:-vit_small_patch14_dinov2 vit_base_patch14_dinov2}; do
+  part "step of UniMatch V2, $vit" step_v2 "$vit"
 done
 part "levers, ${crops[0]} px" levers
 part "benchmark command" benchmark_command
