@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,6 +68,7 @@ def test_the_legend_of_many_classes_lists_those_in_the_picture():
     sheet = prediction_panels(image, truth, truth + 4, truth / 3, names, colors)
     drawn = set(map(tuple, np.asarray(sheet).reshape(-1, 3).tolist()))
     assert drawn & set(colors) == {colors[3], colors[7]}
+    assert set(json.loads(sheet.info["panels"])["classes"]) == {"3", "7"}
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (2, np.uint16), (3, np.uint16), (12, np.uint16)])

@@ -65,9 +65,8 @@ def prediction_panels(
     width, height = _panel_size(image_HWC, PANEL_WIDTH)
     lefts = range(MARGIN, sheet.width, width + MARGIN)
     boxes = {title: (left, TITLE, left + width, TITLE + height) for title, left in zip(panels, lefts, strict=True)}
-    classes = {
-        name: f"#{red:02x}{green:02x}{blue:02x}" for name, (red, green, blue) in zip(class_names, colors, strict=True)
-    }
+    entries = _listed(class_names, colors, (truth_HW, label_HW))
+    classes = {name: f"#{red:02x}{green:02x}{blue:02x}" for name, (red, green, blue) in entries}
     sheet.info["panels"] = json.dumps({"boxes": boxes, "classes": classes})
     return sheet
 
@@ -90,17 +89,24 @@ def sheet_of(
     """
     drawn = [_panel_row(row, width) for row in rows]
     total = max(row.width for row in drawn)
-    entries = list(zip(class_names, colors, strict=True))
-    if labels and len(entries) > LISTED:
-        present = np.unique(np.concatenate([np.ravel(label_HW) for label_HW in labels]))
-        entries = [entry for number, entry in enumerate(entries) if number in present]
-    drawn.append(_legend([*entries, ("ignored", IGNORED_COLOR)], total))
+    drawn.append(_legend([*_listed(class_names, colors, labels), ("ignored", IGNORED_COLOR)], total))
     sheet = PILImage.new("RGB", (total, sum(row.height for row in drawn)), PAPER)
     y = 0
     for row in drawn:
         sheet.paste(row, (0, y))
         y += row.height
     return sheet
+
+
+def _listed(
+    class_names: Sequence[str], colors: Colors, labels: Sequence[Array]
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """Return name and color of the classes for a legend."""
+    entries = list(zip(class_names, colors, strict=True))
+    if not labels or len(entries) <= LISTED:
+        return entries
+    present = np.unique(np.concatenate([np.ravel(label_HW) for label_HW in labels]))
+    return [entry for number, entry in enumerate(entries) if number in present]
 
 
 def save_panels(sheet: PILImage.Image, path: Path) -> None:
