@@ -224,13 +224,19 @@ def restore(path: Path, weights: Weights | None = None) -> MLPMatch:
             "folder"
         )
     content = read_folder(path) if path.is_dir() else read_checkpoint(path)
+    if own := content["hyper_parameters"].get("segmentor"):
+        raise UserError(
+            f"expected a network of this package, but {path} holds another one, {own}; build it, and use "
+            "Predictor(MLPMatch.load_from_checkpoint(path, segmentor=network)) in Python"
+        )
     types = get_type_hints(MLPMatch.__init__)
     try:
-        # Without "pretrained", no other file is read and nothing is downloaded, whatever the arguments say.
+        # Without "pretrained", no other file is read and nothing is downloaded, whatever the arguments say. Nor does a
+        # prediction need the optimizer's package.
         arguments = {
             key: validate(types[key], value, key)
             for key, value in content["hyper_parameters"].items()
-            if key in types and key != "pretrained"
+            if key in types and key not in ("pretrained", "optimizer")
         }
         state = _one_network(content["state_dict"], weights)
         if len(state) < len(content["state_dict"]):

@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
 
+import mlpmatch_pl
 from mlpmatch_pl import MLPMatch, UserError
 from mlpmatch_pl.perturbation.network import deactivate, find_blocks
 from mlpmatch_pl.segmentor import NetworkAdapter
@@ -102,6 +103,8 @@ def test_a_checkpoint_asks_for_its_network(tmp_path):
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(UserError, match=r"the network of the checkpoint, a OwnNetwork; pass it as MLPMatch.load_from"):
         MLPMatch.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+    with pytest.raises(UserError, match=r"own\.ckpt holds another one, OwnNetwork; build it, and use Predictor"):
+        mlpmatch_pl.load(tmp_path / "own.ckpt")
     again = MLPMatch.load_from_checkpoint(tmp_path / "own.ckpt", segmentor=OwnNetwork(), weights_only=True).eval()
     image = torch.rand(1, 3, 40, 40) * 255
     assert torch.equal(again(image), module.eval()(image))
