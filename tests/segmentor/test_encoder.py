@@ -14,6 +14,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models._efficientnet_blocks import EdgeResidual
+from timm.models.regnet import Bottleneck as RegNetBottleneck
+from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -250,14 +252,6 @@ class TestResNet(BackboneTester):
         return (x if block.downsample is None else block.downsample(x)).clamp_min(0)
 
 
-class TestRegNet(BackboneTester):
-    backbone, first_convolution = "regnetx_002", "stem.conv"
-    stages = ((0,), (1,), (2, 3, 4, 5), (6, 7, 8, 9, 10, 11, 12))
-
-    def plain_bypass(self, block, x):
-        return block.downsample(x).clamp_min(0)
-
-
 class TestConvNeXt(BackboneTester):
     backbone, stages, first_convolution = "test_convnext", ((0,), (2, 3), (5, 6, 7, 8), (10, 11)), "stem.0"
     multiples, image = {8: 8, 16: 16, 32: 32}, PADDED
@@ -311,7 +305,7 @@ class TestMobileNetV2(BackboneTester):
         return x
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50s", "efficientnet_lite0", "res2net50_26w_4s"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50s", "efficientnet_lite0", "regnetx_002"])
 @torch.no_grad()
 def test_larger_backbones_have_timms_features(backbone):
     encoder, image = make_encoder(backbone), IMAGE[:1].float()
@@ -329,8 +323,15 @@ def test_features_at_the_papers_crop_sizes(size):
 
 @pytest.mark.parametrize(
     "block",
-    [BasicBlock(4, 4), Bottleneck(16, 4), Bottleneck(4, 4, downsample=nn.Conv2d(4, 16, 1)), EdgeResidual(4, 4)],
-    ids=["basic", "bottleneck", "projection", "edge"],
+    [
+        BasicBlock(4, 4),
+        Bottleneck(16, 4),
+        Bottleneck(4, 4, downsample=nn.Conv2d(4, 16, 1)),
+        EdgeResidual(4, 4),
+        RegNetBottleneck(4, 4, downsample="conv1x1"),
+        Bottle2neck(16, 4, norm_layer=nn.BatchNorm2d),
+    ],
+    ids=["basic", "bottleneck", "projection", "edge", "regnet", "res2net"],
 )
 def test_bypass_does_not_modify_its_input(block):
     convolution = next(child for child in block.modules() if isinstance(child, nn.Conv2d))
