@@ -52,7 +52,8 @@ class MLPMatch(LightningModule, HubMixin):
     Args:
         num_classes: Number of classes, background included.
         method: A preset (``mlpmatch``, ``mlpmatch_official``, ``mlpmatch_burn_in``, ``unimatch``,
-            ``unimatch_official``, ``fixmatch``, ``supervised``) or a mapping with its ``name`` and the values to
+            ``unimatch_official``, ``unimatch_v2``, ``mlpmatch_v2``, ``mlpmatch_v2_stream``, ``fixmatch``,
+            ``supervised``) or a mapping with its ``name`` and the values to
             change, see `mlpmatch_pl.methods.method.Method`.
         segmentor: A network of your own, of segmentation_models_pytorch or of torchvision, see
             `mlpmatch_pl.segmentor.adapter.NetworkAdapter`; it replaces the one that the next six arguments but
