@@ -10,6 +10,7 @@ import torch
 from helpers.checkpoints import make_module, save_checkpoint
 from PIL import Image
 
+from mlpmatch_pl import MLPMatch
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.predictor import Predictor, load
 from mlpmatch_pl.utils.errors import UserError
@@ -223,6 +224,19 @@ def test_nothing_in_a_checkpoint_is_executed(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"expected a training checkpoint, but .*harmful\.ckpt cannot be read as one"):
         load(tmp_path / "harmful.ckpt")
     assert not (tmp_path / "harmed").exists()
+
+
+def test_checkpoints_of_version_0_1_name_the_decoder_by_its_channels(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    decoder = content["hyper_parameters"].pop("decoder")
+    assert content["hyper_parameters"].keys().isdisjoint({"decoder_channels", "atrous_rates"})
+    content["hyper_parameters"] |= {"decoder_channels": decoder["channels"], "atrous_rates": decoder["atrous_rates"]}
+    torch.save(content, tmp_path / "old.ckpt")
+    loaded = MLPMatch.load_from_checkpoint(tmp_path / "old.ckpt")
+    for module in (loaded, load(tmp_path / "old.ckpt", device="cpu").module):
+        assert module.hparams["decoder"] == decoder
+        for name, tensor in module.segmentor.state_dict().items():
+            assert torch.equal(tensor, content["state_dict"][f"segmentor.{name}"])
 
 
 def test_files_that_are_not_checkpoints_are_refused(tmp_path):

@@ -90,6 +90,8 @@ class MLPMatch(LightningModule, HubMixin):
         activation_checkpointing: Keep only the inputs of the encoder's blocks for the backward pass, and recompute
             the rest: less memory, more time.
         seed: Seed of the random draws in the training step.
+        decoder_channels: Of the DeepLabV3+ decoder, in code and checkpoints of version 0.1; use ``decoder``.
+        atrous_rates: Likewise.
 
     Raises:
         UserError: If an argument is invalid.
@@ -134,10 +136,14 @@ class MLPMatch(LightningModule, HubMixin):
         compile_blocks: bool = False,
         activation_checkpointing: bool = False,
         seed: int = 0,
+        decoder_channels: int | None = None,
+        atrous_rates: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        decoder = resolve_decoder(decoder)
-        self.save_hyperparameters(ignore=["pretrained", "segmentor"])  # a checkpoint holds the weights themselves
+        old = {"channels": decoder_channels, "atrous_rates": atrous_rates}
+        decoder = resolve_decoder({key: value for key, value in old.items() if value is not None} or decoder)
+        # A checkpoint holds the weights themselves.
+        self.save_hyperparameters(ignore=["pretrained", "segmentor", "decoder_channels", "atrous_rates"])
         self.save_hyperparameters({"segmentor": type(segmentor).__name__ if segmentor is not None else None})
         _check_ranges(self.hparams)
         self.method = resolve_method(method)
