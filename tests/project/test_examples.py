@@ -46,3 +46,10 @@ def test_a_fabric_loop_lowers_the_loss(run):
     losses = run("fabric_loop.py")(12)
     assert len(losses) == 12
     assert sum(losses[6:]) < sum(losses[:6])
+
+
+def test_a_model_of_the_hub_is_loaded_and_trained_further(run, tmp_path, capsys):
+    module = run("hub_round_trip.py")(2)
+    assert (module.method.name, module.global_step, module.hparams["lr"]) == ("mlpmatch", 2, 0.01)
+    assert "| val/miou |" in (tmp_path / "shapes_model" / "README.md").read_text()
+    assert "validation mIoU" in capsys.readouterr().out

@@ -108,10 +108,10 @@ def test_every_input_size_is_compiled():
     backend = CountingBackend()
     torch._dynamo.reset()
     run, block = Compiled(lambda block, x: block(x), backend), nn.Conv2d(1, 1, 1)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):  # other libraries raise it
         for size in range(2, 14):
             run(block, torch.rand(1, 1, size, size))
-    assert backend.graphs == 12 > torch._dynamo.config.recompile_limit
+    assert backend.graphs == 12
 
 
 def test_compiled_runners_can_be_copied_and_pickled():
