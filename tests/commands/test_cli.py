@@ -207,7 +207,7 @@ def test_wrong_input_is_one_line(override, sentence, command):
         (["dataset.labeled=nowhere.txt"], "expected a list file, but nowhere.txt does not exist"),
         (["trainer.accelerator=cpu", "trainer.devices=4"], "expected at least 4 test images, one "),
         (["resume=nowhere.ckpt"], "expected a checkpoint to resume from, but nowhere.ckpt does not exist"),
-        (["method.partner=other"], "expected method.partner as batch or same_image, but got 'other'"),
+        (["method.partner=other"], "expected method.partner as batch, flipped or same_image, but got 'other'"),
         (["objective.criterion.name=oem"], "expected a criterion of ce, ohem, dice, but got 'oem'. Did you mean ohem?"),
         (["evaluation.absent=skip"], "expected evaluation.absent as exclude or zero, but got 'skip'"),
         (["trainer.sync_batchnorm=true", "trainer.accelerator=cpu"], "expected a GPU for trainer.sync_batchnorm=true"),

@@ -32,8 +32,8 @@ def enlarged(image_CHW):
 def strong_images_of_a_step(batch, method):
     """Return the strong images that a training step passes to the network, for both views."""
     module = MLPMatch(6, method=method, backbone="test_resnet", output_stride=8, decoder={"channels": 8})
-    seen, segment = [], module.segmentor.forward
-    module.segmentor.forward = lambda images: (seen.append(images.clone()), segment(images))[1]
+    seen, encode = [], module.segmentor.encode
+    module.segmentor.encode = lambda images, *others: (seen.append(images.clone()), encode(images, *others))[1]
     module.step(batch["labeled"], batch["unlabeled"], 0)
     return next(images for images in reversed(seen) if len(images) == 2 * len(batch["unlabeled"]["weak"])).chunk(2)
 

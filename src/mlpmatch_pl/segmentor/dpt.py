@@ -75,6 +75,7 @@ class DPT(Decoder):
         UserError: If a value is out of range.
 
     Example:
+        >>> import torch
         >>> maps = Features(tuple(torch.rand(1, 64, 5, 6) for _ in range(4)))
         >>> tuple(DPT((64, 64, 64, 64), num_classes=3)(maps).shape)
         (1, 3, 40, 48)

@@ -20,6 +20,7 @@ class Linear(Decoder):
         UserError: If a value is out of range.
 
     Example:
+        >>> import torch
         >>> tuple(Linear([64], num_classes=3)(Features((torch.rand(1, 64, 5, 6),))).shape)
         (1, 3, 5, 6)
     """

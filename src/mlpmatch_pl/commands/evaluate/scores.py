@@ -33,7 +33,7 @@ class ImageScores(Metric):
         >>> metric = ImageScores(2, 2, boundary=None)
         >>> metric.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]), torch.tensor([1]))
         >>> metric.compute()[0].tolist()
-        [0.0, 0.25]
+        [nan, 0.25]
     """
 
     full_state_update = False
