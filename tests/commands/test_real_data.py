@@ -7,18 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import compose_train
 from helpers.processes import run_forked
 from PIL import Image
 
-from mlpmatch_pl.train import train
-
 pytestmark = [pytest.mark.real_data, pytest.mark.slow]
-
-VOC = (
-    "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,"
-    "pottedplant,sheep,sofa,train,tvmonitor"
-)
 
 
 def test_camvid_trains_from_its_recipe_with_local_weights(tmp_path):
@@ -42,32 +34,6 @@ def test_camvid_trains_from_its_recipe_with_local_weights(tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["labeled"]["count"] == 46
     assert metrics["unlabeled"] == 321
-
-
-def test_voc_animals_trains_with_a_published_list(tmp_path):
-    root = Path(os.environ["MLPMATCH_DATA"]) / "voc_animals_320"
-    cfg = compose_train(
-        "dataset=folder",
-        f"dataset.root={root}",
-        f"dataset.classes=[{VOC}]",
-        "dataset.labeled=splits/92/labeled.txt",
-        "dataset.unlabeled=splits/92/unlabeled.txt",
-        "dataset.val=splits/val.txt",
-        "loader.crop_size=65",
-        "loader.batch_size=4",
-        "backbone=tiny",
-        "schedule=demo",
-        "schedule.steps=10",
-        "+trainer.limit_train_batches=10",
-        "+trainer.limit_val_batches=5",
-        "+trainer.limit_test_batches=5",
-        output_dir=tmp_path,
-    )
-    metrics = train(cfg)
-    assert metrics["labeled"]["count"] == 31
-    assert metrics["unlabeled"] == 1406
-    assert metrics["steps"] == 10
-    assert metrics["last"]["train/loss_x"] < 3.2  # ln(21) = 3.04
 
 
 @pytest.fixture
