@@ -288,7 +288,7 @@ def test_resuming_continues_at_the_saved_step(trained, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
-def test_values_of_the_first_batch_are_checked(step):
+def test_values_of_a_batch_are_checked(step):
     def call(image, mask):
         module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder={"channels": 8})
         batch = {"image": image, "mask": mask}
@@ -310,6 +310,20 @@ def test_values_of_the_first_batch_are_checked(step):
             UserError, match=rf"expected mask values 0\.\.2 or 255 \(ignore\), but the batch has {wrong};"
         ):
             call(image, mask)
+
+
+def test_later_batches_and_those_after_a_validation_are_checked_too():
+    module = MLPMatch(3, method="supervised", backbone="test_resnet", decoder={"channels": 8})
+    good = {"image": torch.full((2, 3, 33, 33), 99.0), "mask": torch.ones(2, 33, 33, dtype=torch.long)}
+    bad = {**good, "mask": good["mask"] + 7}
+    module.validation_step(good, 0)
+    for training_batches in ([], [good]):
+        for batch_idx, batch in enumerate(training_batches):
+            module.training_step({"labeled": batch}, batch_idx)
+        with pytest.raises(UserError, match="the batch has 8;"):
+            module.training_step({"labeled": bad}, len(training_batches))
+    with pytest.raises(UserError, match="the batch has 8;"):
+        module.validation_step(bad, 1)
 
 
 # In other people's programs -------------------------------------------------------------------------------------------

@@ -152,19 +152,14 @@ class MLPMatch(LightningModule, HubMixin):
             raise UserError(f"expected {num_classes} class names, but got {len(self.class_names)}")
         check_palette(palette or (), num_classes)
         self.absent = check_absent(absent)
-        if isinstance(segmentor, str):  # the name in a checkpoint
-            raise UserError(
-                f"expected the network of the checkpoint, a {segmentor}; pass it as "
-                "MLPMatch.load_from_checkpoint(path, segmentor=network)"
-            )
-        self.segmentor = (
-            Segmentor(
+        if segmentor is None:
+            self.segmentor = Segmentor(
                 num_classes, backbone, pretrained, in_chans, output_stride, decoder, pos_embed, frozen, mean, std,
                 compile_blocks, activation_checkpointing,
-            )
-            if segmentor is None
-            else NetworkAdapter(segmentor, num_classes, in_chans, mean, std)
-        )  # fmt: skip
+            )  # fmt: skip
+        else:
+            _check_given_network(segmentor, self.hparams)
+            self.segmentor = NetworkAdapter(segmentor, num_classes, in_chans, mean, std)
         if channels_last:
             self.segmentor.to(memory_format=torch.channels_last)
         self.teacher = Teacher(self.segmentor, **self.method.teacher) if self.method.teacher else None
@@ -190,12 +185,13 @@ class MLPMatch(LightningModule, HubMixin):
         """Return the loss of a batch of labeled and unlabeled images, see `mlpmatch_pl.methods.step`.
 
         Raises:
-            UserError: If the batch lacks what the method needs, the first one has scaled images or masks with values
-                that are not classes, or lambda's schedule needs an unknown length.
+            UserError: If the batch lacks what the method needs or has scaled images or masks with values that are not
+                classes (on devices other than the CPU, the first one is checked), or lambda's schedule needs an
+                unknown length.
         """
         labeled, unlabeled = split_batch(batch)
-        if not self._values_checked:  # once: it waits for the device
-            self._check_values(labeled.get("image"), labeled.get("mask"), unlabeled.get("weak"))
+        self._check_values(labeled.get("image"), labeled.get("mask"), not self._values_checked, unlabeled.get("weak"))
+        self._values_checked = True
         lambda_np = self.volatile_weight() if unlabeled else 0.0
         result = self.step(labeled, unlabeled, self.draw_step(batch_idx))
         self.own_step += self._trainer is None
@@ -209,20 +205,21 @@ class MLPMatch(LightningModule, HubMixin):
         self.log_dict({f"train/{key}": value for key, value in values.items()}, batch_size=len(labeled["mask"]))
         return loss
 
-    def _check_values(self, image_BCHW: Any, mask_BHW: Any, weak_UCHW: Any = None) -> None:
-        if isinstance(image_BCHW, Tensor) and isinstance(mask_BHW, Tensor):  # others are refused by name later
+    def _check_values(self, image_BCHW: Any, mask_BHW: Any, is_first: bool, weak_UCHW: Any = None) -> None:
+        if not isinstance(image_BCHW, Tensor) or not isinstance(mask_BHW, Tensor):
+            return  # refused by name later
+        if is_first or mask_BHW.device.type == "cpu":  # other devices would be waited for
             require_image_values(image_BCHW, self.segmentor.mean_C11)
             if isinstance(weak_UCHW, Tensor):
                 require_image_values(weak_UCHW, self.segmentor.mean_C11)
             require_mask_values(mask_BHW, len(self.class_names), self.hparams["ignore_index"])
-            self._values_checked = True
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Count the pixels by ``self.inference``, also for the student if there is a teacher.
 
         Raises:
-            UserError: If a batch has no ``image`` or ``mask``, or the first one scaled images or masks with values that
-                are not classes.
+            UserError: If a batch has no ``image`` or ``mask``, or scaled images or masks with values that are not
+                classes (on devices other than the CPU, the first one is checked).
         """
         self._count(batch, batch_idx)
         if self.teacher is not None:
@@ -230,8 +227,7 @@ class MLPMatch(LightningModule, HubMixin):
 
     def _count(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         image, mask = image_and_mask(batch)
-        if batch_idx == 0:
-            self._check_values(image, mask)
+        self._check_values(image, mask, is_first=batch_idx == 0)
         prediction = self.inference.label(self.network, image)
         if "inner" in batch:  # a block of a large image, see `EvalDataset`
             top, bottom, left, right = batch["inner"][0].tolist()
@@ -369,6 +365,18 @@ class MLPMatch(LightningModule, HubMixin):
             scores = Scores.of(counts_CC.cpu(), self.absent).as_dict(self.class_names)
             self.log_dict({f"{stage}/{key}": value for key, value in scores.items()})
             self.last_counts_CC = counts_CC.cpu()
+
+
+def _check_given_network(network: Any, hparams: Mapping[str, Any]) -> None:
+    """Refuse the name that a checkpoint has instead of a network, and options that need a timm encoder."""
+    if isinstance(network, str):
+        raise UserError(
+            f"expected the network of the checkpoint, a {network}; pass it as "
+            "MLPMatch.load_from_checkpoint(path, segmentor=network)"
+        )
+    for key in ("frozen", "compile_blocks", "activation_checkpointing"):
+        if hparams[key]:
+            raise UserError(f"expected {key}=False for a network of your own, but got True; set it up in the network")
 
 
 def _check_ranges(hparams: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from mlpmatch_pl.evaluation.boundary import boundary_counts
 from mlpmatch_pl.predictor import load
 from mlpmatch_pl.train import train
 
+NOTHING_MORE = ("evaluation.boundary=null", "evaluation.calibration=null", "worst=0")
 SCENES = Shapes("test", 7, 48)  # the test images of `run`
 
 
@@ -122,12 +123,20 @@ def test_files_hold_what_a_plain_loop_counts(run, evaluated):
     assert sorted(path.name for path in evaluated.iterdir()) == sorted(FILES)
 
 
-def test_confidences_are_compared_with_the_truth(run, tmp_path):
-    """In windows and mirrored, where probabilities are averaged, and with every pixel."""
-    inference = ("inference.mode=slide", "inference.window=40", "inference.flip=true")
-    run_evaluate(run, tmp_path, *inference, "evaluation.calibration=10000", "evaluation.boundary=null", "worst=0")
+@pytest.mark.parametrize(
+    ("overrides", "inference"),
+    [
+        ((), SlidingWindowInference()),
+        (  # where probabilities are averaged
+            ("inference.mode=slide", "inference.window=40", "inference.flip=true"),
+            SlidingWindowInference("slide", window=40, flip=True),
+        ),
+    ],
+)
+def test_confidences_of_all_pixels_are_compared_with_the_truth(overrides, inference, run, tmp_path):
+    run_evaluate(run, tmp_path, *overrides, "evaluation.calibration=10000", "evaluation.boundary=null", "worst=0")
     found = json.loads((tmp_path / "metrics.json").read_text())["calibration"]
-    predictor = load(run / "checkpoints/best.ckpt", "cpu", SlidingWindowInference("slide", window=40, flip=True))
+    predictor = load(run / "checkpoints/best.ckpt", "cpu", inference)
     confidence, right = [], []
     for index in range(7):
         probability, mask = predictor.probabilities(SCENES.image(index)), SCENES.mask(index)
@@ -161,13 +170,13 @@ def test_large_images_are_shrunk_in_the_worst_images(run, tmp_path):
 
 def test_windows_scales_and_flips_are_those_of_a_plain_loop(run, tmp_path):
     options = ("inference.mode=slide", "inference.window=33", "inference.scales=[1.0,1.5]", "inference.flip=true")
-    run_evaluate(run, tmp_path, *options, "batch_size=3", "evaluation.boundary=null", "worst=0")
+    run_evaluate(run, tmp_path, *options, "batch_size=3", *NOTHING_MORE)
     module = MLPMatch.load_from_checkpoint(run / "checkpoints/best.ckpt", weights_only=True).eval()
     inference = SlidingWindowInference("slide", window=33, scales=(1.0, 1.5), flip=True)
     expected = sum(plain_counts(lambda image: inference(module.segmentor, image), SCENES))
     assert np.abs(read_confusion(tmp_path) - expected).sum() <= 0.001 * expected.sum()
     assert np.abs(sum(plain_counts(module, SCENES)) - expected).sum() > 0.01 * expected.sum()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*FILES} - {"worst.png"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*FILES} - {"worst.png", "reliability.png"})
     assert "boundary_iou" not in json.loads((tmp_path / "metrics.json").read_text())["metrics"]
 
 

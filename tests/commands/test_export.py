@@ -295,6 +295,8 @@ def test_files_are_overwritten_only_if_asked(checkpoint, tmp_path):
     ("options", "message"),
     [
         ({"format": "onxx"}, "expected format as 'onnx', 'torch_export', 'safetensors' or 'hub', but got 'onxx'"),
+        ({"license": "mit"}, "expected format=hub with license=mit, but got onnx; omit license"),
+        ({"format": "hub", "int8": True}, "expected format=onnx with int8=true, but got hub; omit int8"),
         ({"input_dtype": "float16"}, "expected input_dtype as 'float32' or 'uint8', but got 'float16'. Did you mean"),
         ({"output": "a.pt2"}, r"expected an output with the suffix .onnx for format=onnx, but got a.pt2; change"),
         ({"format": "safetensors", "returns": "probabilities"}, "expected returns=logits for format=safetensors"),
@@ -396,7 +398,7 @@ def test_help_comes_without_heavy_imports(tmp_path):
     assert all(key in done.stdout for key in ExportOptions.__dataclass_fields__)
 
 
-def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path):
+def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path, monkeypatch):
     run = tmp_path / "run"
     metrics = {
         "method": "mlpmatch", "seed": 3, "steps": 70, "unlabeled": 90, "tested": "best checkpoint",
@@ -411,7 +413,8 @@ def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path):
         (run / "predictions" / f"{number}.png").write_bytes(b"picture")
     path = make_checkpoint(run / "checkpoints" / "best.ckpt")
     options = {"format": "hub", "output": tmp_path / "my.model", "license": "cc-by-4.0"}
-    assert export_checkpoint(ExportOptions(path, **options)).difference == 0
+    monkeypatch.chdir(path.parent)
+    assert export_checkpoint(ExportOptions(Path(path.name), **options)).difference == 0
     names = {file.name for file in (tmp_path / "my.model").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "0.png", "1.png", "2.png"}
     card = (tmp_path / "my.model" / "README.md").read_text()

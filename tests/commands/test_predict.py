@@ -292,6 +292,8 @@ def test_a_large_tiff_has_the_prediction_of_one_piece(windows, checkpoint, scene
     with pytest.raises(UserError):
         run_predict(checkpoint, scene, tmp_path / "no", "save=probabilities", *options[1:])
     assert "expected save without probabilities for a TIFF file as large as" in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected temperature=1 for confidences of images that are read in blocks"):
+        run_predict(checkpoint, scene, tmp_path / "no", *options, "temperature=2")
 
 
 # Wrong input ----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,17 @@ def test_other_networks_are_refused(network, message):
         MLPMatch(3, segmentor=network)
 
 
+@pytest.mark.parametrize("option", ["frozen", "compile_blocks", "activation_checkpointing"])
+def test_options_of_timms_encoders_are_refused(option):
+    with pytest.raises(UserError, match=f"expected {option}=False for a network of your own, but got True"):
+        MLPMatch(3, segmentor=OwnNetwork(), **{option: True})
+
+
+def test_mean_and_std_have_a_value_for_each_channel():
+    with pytest.raises(UserError, match="for each of the 3 channels, but got 2 and 3 values"):
+        MLPMatch(3, segmentor=OwnNetwork(), mean=[1.0, 2.0])
+
+
 def test_a_checkpoint_asks_for_its_network(tmp_path):
     from lightning.pytorch import Trainer
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from mlpmatch_pl.visualization.panels import (
+    FRAME,
     IGNORED_COLOR,
     LISTED,
     MARGIN,
@@ -37,6 +38,14 @@ def test_panels_show_image_truth_prediction_and_confidence_side_by_side(height, 
     panel = (sheet.width - 5 * MARGIN) // 4
     centers = [(MARGIN + index * (panel + MARGIN) + panel // 2, TITLE + 5) for index in range(4)]
     assert [sheet.getpixel(center) for center in centers] == [(77, 77, 77), COLORS[1], COLORS[2], (127, 127, 127)]
+
+
+def test_a_white_panel_has_a_frame():
+    white = np.full((400, 400), 255, np.uint8)
+    image = np.repeat(white[..., None], 3, axis=2)
+    sheet = prediction_panels(image, white, white, white / 255, ["a"], [(0, 0, 0)])
+    assert sheet.getpixel((MARGIN - 1, TITLE + 9)) == sheet.getpixel((MARGIN + 400, TITLE + 9)) == FRAME
+    assert sheet.getpixel((MARGIN, TITLE + 9)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("threshold", "color"), [(0.5, COLORS[2]), (0.6, IGNORED_COLOR)])

@@ -14,6 +14,14 @@ def test_bars_are_as_high_as_their_counts():
     assert areas[1] / areas[0] == pytest.approx(1 / 3, rel=0.05)
 
 
+def test_axes_have_names():
+    pictures = [np.array(bar_plot([[("a", 3)]], "title", *axes)) for axes in (("", ""), ("block", ""), ("", "steps"))]
+    changed = [np.argwhere((picture != pictures[0]).any(axis=2)).mean(axis=0) for picture in pictures[1:]]
+    height, width = pictures[0].shape[:2]
+    assert changed[0][0] > changed[1][0]  # the name of the horizontal axis is below that of the vertical one
+    assert (height, width) == pictures[1].shape[:2]
+
+
 def test_a_confusion_matrix_is_normalized_by_row():
     picture = confusion_matrix_plot(np.array([[0, 20, 0], [1, 1, 2], [0, 0, 0]]), ["a", "bb", "c"])
     full, absent = count_pixels(picture, (8, 48, 107)), count_pixels(picture, (225, 225, 225), 0)

@@ -97,7 +97,7 @@ def _summary(folder: Path, ended: bool) -> Iterator[str]:
         yield f"failed: {job}: {(job / FAILURE).read_text(encoding='utf-8').strip()}"
     if failed or not ended:
         yield (
-            f"to go on, repeat the command with hydra.sweep.dir={folder}: it skips finished jobs, continues stopped "
+            f"to continue, repeat the command with hydra.sweep.dir={folder}: it skips finished jobs, continues stopped "
             "ones and runs failed ones again"
         )
     yield f"compare the runs: python -m mlpmatch_pl.report {folder}\n"

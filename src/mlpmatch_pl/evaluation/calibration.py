@@ -132,7 +132,7 @@ class MiouEstimate:
         self.hit_C, self.truth_C, self.predicted_C = torch.zeros(3, num_classes, dtype=torch.float64)
 
     def add(self, probability_CHW: Tensor) -> None:
-        """Add an image's probabilities."""
+        """Add an image's probabilities, (C, H, W)."""
         confidence_HW, label_HW = probability_CHW.max(dim=0)
         classes, flat = len(self.hit_C), label_HW.flatten()
         self.hit_C += torch.bincount(flat, confidence_HW.flatten().double(), classes).cpu()

@@ -50,7 +50,8 @@ class NetworkAdapter(Segmentor):
         std: Standard deviation of each channel, for values as stored.
 
     Raises:
-        UserError: If the network is of none of these kinds, or has another number of classes.
+        UserError: If the network is of none of these kinds or has another number of classes, or mean and std another
+            length than ``in_chans``.
 
     Example:
         >>> from torchvision.models.segmentation import fcn_resnet50
@@ -70,8 +71,7 @@ class NetworkAdapter(Segmentor):
         object.__setattr__(self, "view", view)  # it may be the network, which must not be registered twice
         self.encoder = EncoderView(view, network)  # type: ignore[assignment]
         self.decoder = DecoderView(self.encoder, network)  # type: ignore[assignment, arg-type]
-        self.register_buffer("mean_C11", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std_C11", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+        self.set_normalization(mean, std, in_chans)
         with torch.no_grad(), eval_mode(self):
             logits_BCHW: Tensor = self(torch.zeros(1, in_chans, 128, 128))
         found = logits_BCHW.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from mlpmatch_pl.utils.errors import UserError
 MAX_CHANNELS = 4096  # keeps a typo or an untrusted checkpoint from filling the memory
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Base class of decoders, from feature maps to logits.
 
     Attributes:
@@ -22,9 +24,9 @@ class Decoder(nn.Module):
     levels: tuple[int, ...]
     classifier: nn.Conv2d
 
+    @abstractmethod
     def forward(self, features: Features) -> Tensor:
         """Return logits, (B, num_classes, H, W), which the segmentor resizes."""
-        raise NotImplementedError
 
     def classify(self, x_BDHW: Tensor) -> Tensor:
         """Run the classifier in the dtype of its weights also under autocast."""

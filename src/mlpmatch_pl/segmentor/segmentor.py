@@ -78,12 +78,7 @@ class Segmentor(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise UserError(f"expected at least 2 classes, background included, but got {num_classes}")
-        if len(mean) != in_chans or len(std) != in_chans:
-            raise UserError(
-                f"expected mean and std with a value for each of the {in_chans} channels, "
-                f"but got {len(mean)} and {len(std)} values; set backbone.mean and backbone.std, which "
-                "'python -m mlpmatch_pl.check' prints"
-            )
+        self.set_normalization(mean, std, in_chans)
         options = resolve_decoder(decoder)
         build_decoder = DECODERS[options.pop("name")]
         self.encoder = Encoder(
@@ -91,8 +86,6 @@ class Segmentor(nn.Module):
             activation_checkpointing,
         )  # fmt: skip
         self.decoder = build_decoder(self.encoder.channels, num_classes, **options)
-        self.register_buffer("mean_C11", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std_C11", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return logits.
@@ -125,6 +118,21 @@ class Segmentor(nn.Module):
         padded = self.encoder.padded(size)
         logits_BCHW = F.interpolate(self.decoder(features), size=padded, mode="bilinear", align_corners=True)
         return logits_BCHW if self.encoder.multiple == 1 else logits_BCHW[..., : size[0], : size[1]]
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
+        """Set mean and standard deviation of the channels, which `normalize` uses.
+
+        Raises:
+            UserError: If there is not one of each for every channel.
+        """
+        if len(mean) != in_chans or len(std) != in_chans:
+            raise UserError(
+                f"expected mean and std with a value for each of the {in_chans} channels, "
+                f"but got {len(mean)} and {len(std)} values; set backbone.mean and backbone.std, which "
+                "'python -m mlpmatch_pl.check' prints"
+            )
+        self.register_buffer("mean_C11", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
 
     def normalize(self, image_BCHW: Tensor) -> Tensor:
         """Subtract the mean and divide by the standard deviation, in the dtype of the weights."""

@@ -30,7 +30,7 @@ def cluster_environment() -> ClusterEnvironment:
 
 
 def refuse_leftovers(environment: Mapping[str, str], several: bool) -> None:
-    """Refuse ranks that no launcher has set: processes would wait for others that nobody starts, or write nothing.
+    """Refuse ranks that no launcher has set, with which a process would wait for ever or write no results.
 
     Args:
         environment: The environment variables.

@@ -145,7 +145,7 @@ def check_compatible(module: MLPMatch, data: SegmentationData, checkpoint: Path)
         )  # fmt: skip
 
 
-def _run_folder(checkpoint: Path) -> Path | None:
+def run_folder_of(checkpoint: Path) -> Path | None:
     """Return the folder with config.yaml, the one above checkpoints/ or the checkpoint's own; None if there is none."""
     folders = (checkpoint.resolve().parent.parent, checkpoint.resolve().parent)
     return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
@@ -153,7 +153,7 @@ def _run_folder(checkpoint: Path) -> Path | None:
 
 def _run_dataset(checkpoint: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of the run's own dataset, with some keys replaced."""
-    folder = _run_folder(checkpoint)
+    folder = run_folder_of(checkpoint)
     if folder is None:
         raise UserError(
             f"expected the run's config.yaml in the folder above {checkpoint.parent}, but there is none; name the "
@@ -203,7 +203,7 @@ def _has_target(value: Any) -> bool:
 
 
 def _saved_hash(checkpoint: Path, part: str) -> str | None:
-    folder = _run_folder(checkpoint)
+    folder = run_folder_of(checkpoint)
     try:
         splits = json.loads(((folder or Path()) / "splits.json").read_text(encoding="utf-8"))
         return str(splits[part]["sha256"])

@@ -208,7 +208,7 @@ def _read_weights(file: Path) -> Model:
 def _write_folder(module: MLPMatch, config: dict[str, Any], folder: Path) -> None:
     folder.mkdir()
     card = dict(config["card"])
-    for picture in (pictures := card.pop("pictures")):
+    for picture in (pictures := card.pop("pictures", [])):
         (folder / picture.name).write_bytes(picture.read_bytes())
     module.save_pretrained(folder, model_card_kwargs={**card, "pictures": [picture.name for picture in pictures]})
 

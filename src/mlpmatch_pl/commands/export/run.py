@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 import mlpmatch_pl
+from mlpmatch_pl.commands.evaluate.dataset import run_folder_of
 from mlpmatch_pl.commands.export.formats import DTYPES, FORMATS, InputDtype, Model, Name, Returns
 from mlpmatch_pl.commands.export.int8 import int8_path, write_int8
 from mlpmatch_pl.evaluation.sliding_window import SMALLEST
@@ -85,6 +86,8 @@ class ExportOptions:
                 f"expected an output with the suffix {suffix} for format={self.format}, but got {self.path}; "
                 "change output or format"
             )
+        if self.license is not None and self.format != "hub":
+            raise UserError(f"expected format=hub with license={self.license}, but got {self.format}; omit license")
         if self.int8 and self.format != "onnx":
             raise UserError(f"expected format=onnx with int8=true, but got {self.format}; omit int8")
         if self.format in ("safetensors", "hub") and self.returns != "logits":
@@ -144,7 +147,7 @@ def export_checkpoint(options: ExportOptions) -> Parity:
         )
     config = describe(predictor, options)
     if options.format == "hub":
-        config["card"] = {**run_facts(options.checkpoint.parents[1]), "license": options.license}
+        config["card"] = {**run_facts(options.checkpoint), "license": options.license}
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
@@ -201,15 +204,15 @@ def describe(predictor: Predictor, options: ExportOptions) -> dict[str, Any]:
     }
 
 
-def run_facts(run: Path) -> dict[str, Any]:
+def run_facts(checkpoint: Path) -> dict[str, Any]:
     """Return what a run folder says for a model card, see `mlpmatch_pl.utils.hub.HubMixin.generate_model_card`.
 
     Returns:
-        Nothing but ``pictures``, an empty list, for a checkpoint outside of a run folder.
+        Nothing for a checkpoint outside of the folder of a finished run.
     """
-    pictures = sorted((run / "predictions").glob("*.png"))[:CARD_PICTURES]
-    if not all((run / name).is_file() for name in ("metrics.json", "config.yaml")):
-        return {"pictures": pictures}
+    run = run_folder_of(checkpoint)
+    if run is None or not (run / "metrics.json").is_file():
+        return {}
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     labeled, versions = metrics["labeled"], metrics["versions"]
@@ -227,7 +230,7 @@ def run_facts(run: Path) -> dict[str, Any]:
             "weights": metrics["tested"],
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         },
-        "pictures": pictures,
+        "pictures": sorted((run / "predictions").glob("*.png"))[:CARD_PICTURES],
     }
 
 

@@ -1,7 +1,7 @@
 """Exports of annotation tools: which images they list, and the regions in them.
 
-Formats are told apart by content, not by name. Nothing of a file is left out without a word: what is no region becomes
-a region of the kind `OTHER`, and what cannot be read is an error with the name of the file.
+Formats are recognized by content. A shape that is not a region becomes a region of the kind `OTHER`, and what cannot be
+read raises an error with the name of the file.
 """
 
 from __future__ import annotations
