@@ -70,6 +70,17 @@ def test_torchvisions_blocks_are_bypassed():
         assert torch.equal(network(x), F.relu(network[0].downsample(x)))
 
 
+def test_forked_features_are_those_of_a_pass_with_the_blocks_deactivated():
+    torch.manual_seed(0)
+    adapter = NetworkAdapter(OwnNetwork(), 3, 3, MEAN, STD).eval()
+    image, deactivated = torch.rand(3, 3, 40, 40) * 255, frozenset({1})
+    with torch.no_grad():
+        plain, perturbed = adapter.encode_forked(image, deactivated, perturbed_images=slice(1, 3))
+        assert torch.equal(plain.levels[0], adapter.encode(image).levels[0])
+        assert torch.equal(perturbed.levels[0], adapter.encode(image[1:], deactivated).levels[0])
+    assert not torch.allclose(perturbed.levels[0], plain.levels[0][1:])
+
+
 @pytest.mark.parametrize("method", ["mlpmatch", "mlpmatch_official", "unimatch"])
 def test_a_network_of_ones_own_is_trained_with_all_perturbations(method):
     module = MLPMatch(3, segmentor=OwnNetwork(), method=method, lr=0.01, lr_multi=5.0)

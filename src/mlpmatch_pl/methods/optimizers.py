@@ -79,8 +79,7 @@ def _layers(encoder: nn.Module, lr: float, layer_decay: float) -> list[dict[str,
 
     layers = param_groups_layer_decay(encoder.model, weight_decay_exclude_1d=False, layer_decay=layer_decay)
     layers.sort(key=lambda layer: layer["lr_scale"], reverse=True)
-    highest = layers[0]["lr_scale"] if layers else 1.0  # below 1 where timm counts the removed head; none: it is frozen
     return [
-        {"params": layer["params"], "lr": lr * layer["lr_scale"] / highest, "name": f"encoder_{index}"}
+        {"params": layer["params"], "lr": lr * layer["lr_scale"], "name": f"encoder_{index}"}
         for index, layer in enumerate(layers)
     ]
