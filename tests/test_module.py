@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from mlpmatch_pl import MLPMatch, UserError
+from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule, UserError, shapes
 from mlpmatch_pl.methods.method import PRESETS
 
 CLASSES, BATCHES = 3, 3
@@ -336,6 +336,18 @@ def test_a_trained_module_is_pickled_copied_and_saved_whole(trained):
     buffer.seek(0)
     for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module), torch.load(buffer, weights_only=False)):
         assert torch.equal(twin.eval()(image), module.eval()(image))
+
+
+@pytest.mark.parametrize("copied", [lambda data: pickle.loads(pickle.dumps(data)), copy.deepcopy])
+def test_a_data_module_is_pickled_and_copied_after_training(copied, tmp_path):
+    data = SemiSupervisedDataModule(shapes(labeled=4, train=8, val=1), batch_size=2, crop_size=33, num_workers=0)
+    module = MLPMatch(len(data.data.class_names), backbone="test_resnet", decoder={"channels": 8})
+    make_trainer(tmp_path, limit_train_batches=1).fit(module, data)
+    twin = copied(data)
+    assert twin.trainer is None
+    assert data.trainer is not None
+    expected, batch = next(iter(data.val_dataloader())), next(iter(twin.val_dataloader()))
+    assert torch.equal(batch["image"], expected["image"])
 
 
 @pytest.mark.parametrize("wrap", [lambda image: image, lambda image: {"image": image}, lambda image: (image, 0)])

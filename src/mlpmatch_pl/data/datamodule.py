@@ -140,6 +140,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         self.cache = cache
         self._resume = (0, 0)  # epoch and batch to start from
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None}  # a Trainer holds loaders, which cannot be pickled
+
     def __repr__(self) -> str:
         """Return the main options and the numbers of images."""
         data = self.data
