@@ -194,6 +194,8 @@ def test_an_optimizer_brings_its_learning_rate_unless_another_is_given():
     adamw = compose_train("optimizer=adamw", "dataset=camvid", "schedule=short")
     assert (adamw.optimizer.name, adamw.schedule.lr, adamw.schedule.lr_multi) == ("AdamW", 1e-4, 10)
     assert compose_train("optimizer=adamw", "schedule.lr=0.01").schedule.lr == 0.01
+    cnn = compose_train("optimizer=adamw_cnn", "dataset=folder", "schedule=short")
+    assert (cnn.optimizer.name, cnn.schedule.lr, cnn.schedule.minutes) == ("AdamW", 5e-4, 20)
 
 
 def test_datasets_and_experiments_override_the_primary_defaults():
