@@ -142,12 +142,22 @@ def train(dataset: str, method: str, overrides: list[str], out: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    content = result_of(folder, method, overrides)
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{time.strftime('%H:%M')} {name} best validation mIoU {content['best']['val/miou']:.4f}", flush=True)
+
+
+def result_of(folder: Path, method: str, overrides: list[str]) -> dict[str, Any]:
+    """Return what is kept of a finished run: its scores, its validation curve and how it was trained."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    kept = ("seed", "labeled", "unlabeled", "steps", "processor_seconds", "best", "last", "test", "tested")
+    kept = ["seed", "labeled", "unlabeled", "steps", "processor_seconds", "best", "last"]
+    if metrics["evaluated_on"] == "test":  # otherwise there are no test images, and it is the best validation again
+        kept += ["test", "tested"]
     metrics["best"].pop("checkpoint")
     rows = pd.read_csv(folder / "metrics.csv").dropna(subset="val/miou")
     columns = [column for column in ("step", "val/miou", "val/student_miou") if column in rows]
-    content = {
+    return {
         "method": method,
         **{key: metrics[key] for key in kept},
         "fit": labeled_miou(folder, overrides),
@@ -155,9 +165,6 @@ def train(dataset: str, method: str, overrides: list[str], out: Path) -> None:
         "overrides": [override for override in overrides if "=$" not in override],
         "machine": machine(),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{time.strftime('%H:%M')} {name} test mIoU {metrics['test']['test/miou']:.4f}", flush=True)
 
 
 def labeled_miou(folder: Path, overrides: list[str]) -> float:

@@ -1,9 +1,9 @@
-"""Insert the tables and curves of the study into a page, from benchmarks/results/study.
+"""Insert the tables and curves of the study into a page, from benchmarks/results.
 
     python -m benchmarks.study.tables docs/results.md
 
-A table starts with `<!-- comparison: DATASET -->`, or `ablation` or `dynamics` instead, and ends with
-`<!-- end -->`. The curves of a comparison are written beside the page, as study_DATASET.png.
+A table starts with `<!-- comparison: study/aerial -->`, which names a folder of results, or `ablation` or `dynamics`
+instead, and ends with `<!-- end -->`. The curves of a comparison are written beside the page, as study_aerial.png.
 """
 
 import json
@@ -19,10 +19,11 @@ import yaml
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.study.__main__ import RESULTS, STUDY
+from benchmarks.study.__main__ import STUDY
 
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS = yaml.safe_load(STUDY.read_text())["parts"]
-MARKED = re.compile(r"(<!-- (comparison|ablation|dynamics): (\w+) -->\n).*?(<!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- (comparison|ablation|dynamics): ([\w/]+) -->\n).*?(<!-- end -->)", re.S)
 COLORS = dict(
     zip(
         ("supervised", "supervised_averaged", "fixmatch", "unimatch", "mlpmatch", "mlpmatch_burn_in"),
@@ -50,7 +51,7 @@ def fill(page: Path) -> None:
     page.write_text(filled(text), encoding="utf-8")
     for match in MARKED.finditer(text):
         if match[2] == "comparison":
-            draw_curves(read_runs(match[3]), page.with_name(f"study_{match[3]}.png"))
+            draw_curves(read_runs(match[3]), page.with_name(f"{match[3].replace('/', '_')}.png"))
 
 
 def filled(text: str) -> str:
@@ -59,15 +60,15 @@ def filled(text: str) -> str:
     return MARKED.sub(lambda match: f"{match[1]}\n{tables[match[2]](read_runs(match[3]))}\n\n{match[4]}", text)
 
 
-def read_runs(dataset: str) -> pd.DataFrame:
+def read_runs(folder: str) -> pd.DataFrame:
     """Return a row for each finished run, with scores in percent and the curve of the validation mIoU over minutes.
 
     Minutes are the steps so far times the measured seconds of a step: validation, and other work on the machine, do not
     count. Steps of burn-in are cheaper than this mean.
     """
-    timed = json.loads((RESULTS / dataset / "steps.json").read_text(encoding="utf-8"))
+    timed = json.loads((RESULTS / folder / "steps.json").read_text(encoding="utf-8"))
     rows = []
-    for path in sorted((RESULTS / dataset).glob("*_s*.json")):
+    for path in sorted((RESULTS / folder).glob("*_s*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         minutes = timed[run["method"]]["step_seconds"] / 60 * np.array([*run["curve"]["step"], run["steps"]])
         curve = pd.Series(100 * np.array(run["curve"]["val/miou"]), minutes[:-1])
@@ -143,7 +144,9 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
         curves = runs[runs["method"] == method]["curve"].tolist()
         if not curves:
             continue
-        minutes = np.linspace(0, min(curve.index[-1] for curve in curves), 60)[5:]
+        measured = np.unique(np.concatenate([curve.index for curve in curves]))
+        first, last = max(curve.index[0] for curve in curves), min(curve.index[-1] for curve in curves)
+        minutes = measured[(measured >= first) & (measured <= last)]
         values = np.array([np.interp(minutes, curve.index, curve) for curve in curves])
         axes.plot(minutes, values.mean(0), color=color, label=method)
         axes.fill_between(minutes, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)

@@ -41,13 +41,13 @@ def test_every_run_composes(dataset, method, monkeypatch, tmp_path):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    (tmp_path / "results" / "aerial").mkdir(parents=True)
+    (tmp_path / "results" / "study" / "aerial").mkdir(parents=True)
     for method, scores in MIOU.items():
         for seed, miou in enumerate(scores):
             write_run(tmp_path, method, seed, miou)
     names = (*MIOU, "mlpmatch_burn_in volatile term")
     timed = {name: {"minutes": 2, "step_seconds": 6.0, "steps": 20} for name in names}
-    (tmp_path / "results" / "aerial" / "steps.json").write_text(json.dumps(timed))
+    (tmp_path / "results" / "study" / "aerial" / "steps.json").write_text(json.dumps(timed))
     return tmp_path
 
 
@@ -56,12 +56,12 @@ def write_run(folder, method, seed, miou):
         "method": method, "seed": seed, "steps": 20, "processor_seconds": 150, "best": {"val/miou": miou}, "fit": 0.9,
         "test": {"test/miou": miou / 2}, "curve": {"step": [9, 19], "val/miou": [miou, miou - 0.1]},
     }  # fmt: skip
-    (folder / "results" / "aerial" / f"{method}_s{seed}.json").write_text(json.dumps(run))
+    (folder / "results" / "study" / "aerial" / f"{method}_s{seed}.json").write_text(json.dumps(run))
 
 
 def test_tables_have_the_mean_and_the_range_over_seeds(results):
     page = results / "page.md"
-    page.write_text("before\n<!-- comparison: aerial -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- comparison: study/aerial -->\nold\n<!-- end -->\nafter\n")
     for _ in range(2):  # filling again changes nothing
         tables.fill(page)
     rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
@@ -76,8 +76,17 @@ def test_tables_have_the_mean_and_the_range_over_seeds(results):
         assert len(curves.convert("RGB").getcolors(1 << 24)) > 10
 
 
+def test_sets_without_test_images_have_no_test_column(results):
+    for path in (results / "results" / "study" / "aerial").glob("*_s*.json"):
+        run = json.loads(path.read_text())
+        del run["test"]
+        path.write_text(json.dumps(run))
+    header = tables.filled("<!-- comparison: study/aerial -->\n<!-- end -->").splitlines()[2]
+    assert header == "| method | seeds | steps | minutes | validation, best | validation, last |"
+
+
 def test_a_curve_ends_at_the_minutes_of_its_run(results):
-    curve = tables.read_runs("aerial")["curve"].iloc[0]
+    curve = tables.read_runs("study/aerial")["curve"].iloc[0]
     assert curve.index.tolist() == pytest.approx([0.9, 1.9])  # without the time of validation
 
 
@@ -85,13 +94,13 @@ def test_an_ablation_is_compared_with_its_method_on_the_same_seeds(results):
     name = "mlpmatch_burn_in volatile term"
     for seed, miou in enumerate((0.57, 0.20)):  # the method has no second seed
         write_run(results, name, seed, miou)
-    row = tables.filled("<!-- ablation: aerial -->\n<!-- end -->").splitlines()[-3]
+    row = tables.filled("<!-- ablation: study/aerial -->\n<!-- end -->").splitlines()[-3]
     assert row == "| `mlpmatch_burn_in` | volatile term | 1 | 57.0 | +2.0 | 47.0 | +2.0 | 28.5 | +1.0 |"
 
 
 def test_dynamics_compare_trainings_with_and_without_the_volatile_term(results):
     write_run(results, "mlpmatch_burn_in volatile term", 0, 0.57)
-    rows = tables.filled("<!-- dynamics: aerial -->\n<!-- end -->").splitlines()[4:6]
+    rows = tables.filled("<!-- dynamics: study/aerial -->\n<!-- end -->").splitlines()[4:6]
     assert rows == [
         "| mlpmatch_burn_in volatile term | 1 | 90.0 | 43.0 | 0.9 | 0.0 |",
         "| mlpmatch_burn_in | 1 | 90.0 | 45.0 | 0.9 | 0.0 |",
