@@ -49,6 +49,10 @@ class SemiSupervisedDataModule(LightningDataModule):
     An epoch is one pass over the longer of the two streams. The shorter one repeats, reshuffled for each pass. Both
     streams and all views are functions of (seed, epoch, draw).
 
+    Attributes:
+        max_batches: Limit of the batches in an epoch, so that a training of a given number of steps can end with one:
+            each epoch then has other images. Default: None, whole passes.
+
     Args:
         data: The dataset, from `mlpmatch_pl.folder`, `mlpmatch_pl.shapes` or custom sources; or a mapping of its name
             and arguments, such as ``{"name": "folder", "root": "my_images", "classes": ["road", "sky"]}``.
@@ -110,6 +114,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         self._batch_size, self.crop_size, self.batch_per = batch_size, crop_size, batch_per
         self.unlabeled_batch_size = batch_size if unlabeled_batch_size is None else unlabeled_batch_size
         self._shares = 1  # that a step is divided into
+        self.max_batches: int | None = None
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.multiprocessing_context = multiprocessing_context
         self.skipped = SkippedImages()
@@ -179,7 +184,7 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Return the number of batches in an epoch."""
         labeled = math.ceil(len(self._labeled) / (self.batch_size * world_size))
         unlabeled = math.ceil(len(self._unlabeled) / (self.unlabeled_batch_size * world_size))
-        return max(labeled, unlabeled)
+        return min(max(labeled, unlabeled), self.max_batches or math.inf)  # type: ignore[return-value]
 
     def share_batches(self, devices: int, accumulated: int) -> None:
         """Divide batch sizes per step among devices and accumulated batches; `setup` does so with a Trainer's.

@@ -142,6 +142,7 @@ class ShortTraining:
         method = resolve_method("supervised") if burn_in else replace(self.datamodule.method, burn_in=0.0)
         trainer = self.trainer(timer)
         trainer.limit_val_batches = 0
+        max_batches, self.datamodule.max_batches = self.datamodule.max_batches, None  # epochs as long as possible
         epochs = math.ceil(batches / self.datamodule.steps_per_epoch())
         trainer.fit_loop.max_epochs = max(trainer.max_epochs or 1, epochs)
         try:
@@ -149,6 +150,8 @@ class ShortTraining:
                 trainer.fit(module, datamodule=self.datamodule)
         except torch.OutOfMemoryError:
             return None
+        finally:
+            self.datamodule.max_batches = max_batches
         return timer
 
     def validate(self, module: MLPMatch, batches: int) -> float:
@@ -220,11 +223,12 @@ def _steps_in(seconds: float, config: dict[str, Any], output_dir: Path, datamodu
     burning_in = time_step(burn_in=True) if method.burn_in else main
     validation = training.validate(module, VALIDATED) * len(datamodule.val_dataloader())
     step = method.burn_in * burning_in + (1 - method.burn_in) * main
+    datamodule.max_batches = None
     per_epoch = math.ceil(datamodule.steps_per_epoch() / accumulate)
     epochs, every = length_of_training({"epochs": None, "steps": math.ceil(seconds / step)}, per_epoch)
     # Validation takes at most half of the time; more would leave too little to train.
     training_seconds = max(seconds - epochs // every * validation, seconds / 2)
-    steps = max(int(training_seconds / step) // per_epoch, 1) * per_epoch
+    steps = max(int(training_seconds / step), 1)
     log.info(
         "%s: %d steps of %.2f s%s; a validation takes %.1f s",
         duration(seconds), steps, main, f" ({burning_in:.2f} s during burn-in)" if method.burn_in else "", validation,

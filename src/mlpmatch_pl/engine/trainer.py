@@ -52,9 +52,13 @@ def build_trainer(
     trainer = _trainer(options, str(output_dir), [data_wait, ProcessorTime(), *callbacks])
     datamodule.share_batches(trainer.world_size, trainer.accumulate_grad_batches)
     datamodule.check_world_size(trainer.world_size)
+    datamodule.max_batches = None
+    accumulate, steps = trainer.accumulate_grad_batches, config["schedule"]["steps"]
+    per_epoch = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / accumulate)
+    epochs, every = length_of_training(config["schedule"], per_epoch, before)
+    if steps is not None:
+        datamodule.max_batches = math.ceil(steps / epochs) * accumulate
     batches = datamodule.steps_per_epoch(trainer.world_size)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches)
-    epochs, every = length_of_training(config["schedule"], steps, before)
     trainer.fit_loop.max_epochs = epochs
     length = {**{key: config["schedule"][key] for key in ("minutes", "steps")}, "epochs": epochs, "every": every}
     whole = trainer.limit_train_batches == 1.0
@@ -153,9 +157,9 @@ def length_of_training(
 ) -> tuple[int, int]:
     """Return the number of epochs, and after how many of them to validate.
 
-    ``schedule.steps`` is rounded up to whole epochs, so that every image is seen equally often and the last step is
-    validated; many short epochs are validated about twenty times in total. A resumed training keeps its epochs if
-    ``schedule.steps`` is unchanged, whatever the number of steps per epoch is now.
+    ``schedule.steps`` is divided into epochs of equal length, none longer than a pass over the images, so that the last
+    step is validated; many short epochs are validated about twenty times in total. A resumed training keeps its epochs
+    if ``schedule.steps`` is unchanged, whatever the number of steps per epoch is now.
 
     Args:
         schedule: The group of the configuration.
