@@ -12,7 +12,6 @@ Any data module works whose training batches are ``{"labeled": ..., "unlabeled":
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +31,13 @@ from mlpmatch_pl.methods.build import build_step
 from mlpmatch_pl.methods.losses import build_criterion
 from mlpmatch_pl.methods.method import resolve_method, total_loss
 from mlpmatch_pl.methods.optimizers import PAPER_OPTIMIZER, build_optimizer
-from mlpmatch_pl.methods.schedules import DECAYS, TrainingLength, lr_factor, volatile_weight
+from mlpmatch_pl.methods.schedules import TrainingLength, check_decay, lr_schedule, volatile_weight
 from mlpmatch_pl.methods.step import step_values
 from mlpmatch_pl.methods.teacher import Teacher
 from mlpmatch_pl.segmentor import NetworkAdapter, Segmentor
 from mlpmatch_pl.segmentor.segmentor import IMAGENET_MEAN, IMAGENET_STD, resolve_decoder
 from mlpmatch_pl.utils.checkpoint import check_architecture
-from mlpmatch_pl.utils.errors import UserError, require_choice
+from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.hub import HubMixin
 from mlpmatch_pl.utils.palette import check_palette
 
@@ -75,7 +74,8 @@ class MLPMatch(LightningModule, HubMixin):
         lr: Learning rate of the encoder.
         lr_multi: The learning rate of the decoder is ``lr * lr_multi``.
         layer_decay: Factor of the learning rate from a layer of the encoder to the one before it, from above 0 to 1.
-        decay: How the learning rate falls to 0, step by step: ``poly`` or ``cosine``.
+        decay: How the learning rate changes, step by step: ``poly``, ``cosine``, or a scheduler of torch or timm with
+            its arguments, see `mlpmatch_pl.methods.schedules.lr_schedule`.
         power: Exponent of the polynomial decay; 0 for a constant learning rate.
         warmup_steps: Number of first steps in which the learning rate rises linearly.
         optimizer: Name of an optimizer, or a mapping of its ``name`` and its arguments, see
@@ -123,7 +123,7 @@ class MLPMatch(LightningModule, HubMixin):
         lr: float = 0.001,
         lr_multi: float = 10.0,
         layer_decay: float = 1.0,
-        decay: str = "poly",
+        decay: str | Mapping[str, Any] = "poly",
         power: float = 0.9,
         warmup_steps: int = 0,
         optimizer: str | Mapping[str, Any] = PAPER_OPTIMIZER,
@@ -278,7 +278,7 @@ class MLPMatch(LightningModule, HubMixin):
         options = {key: self.hparams[key] for key in ("decay", "power", "warmup_steps")}
         constant = options["decay"] == "poly" and not options["power"]
         steps = 1 if constant else self.length().required_steps()
-        factor = partial(lr_factor, steps=steps, late=self.method.late_schedule, **options)
+        factor = lr_schedule(steps, late=self.method.late_schedule, **options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -385,7 +385,7 @@ def _check_ranges(hparams: Mapping[str, Any]) -> None:
             raise UserError(f"expected {key} as a number of at least 0, but got {hparams[key]}")
     if not 0 < hparams["layer_decay"] <= 1:
         raise UserError(f"expected layer_decay from above 0 to 1, but got {hparams['layer_decay']}")
-    require_choice("schedule.decay", hparams["decay"], DECAYS)
+    check_decay(hparams["decay"])
     if not 0 <= hparams["confidence_threshold"] <= 1:
         raise UserError(f"expected confidence_threshold from 0 to 1, but got {hparams['confidence_threshold']}")
     if min(hparams["std"], default=1) <= 0:

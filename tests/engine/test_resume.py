@@ -23,7 +23,7 @@ from mlpmatch_pl.engine import run_folder
 from mlpmatch_pl.engine.resume import find_start, read_start
 from mlpmatch_pl.engine.run_folder import check_splits, run_lock
 from mlpmatch_pl.engine.trainer import length_of_training
-from mlpmatch_pl.methods.schedules import lr_factor
+from mlpmatch_pl.methods.schedules import lr_schedule
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
 
@@ -322,7 +322,7 @@ def test_with_other_steps_per_epoch_the_interrupted_epoch_starts_again(options, 
     again = [row for row in rows(folder)[done:] if row["train/lr"]]
     assert [(int(row["epoch"]), int(row["step"])) for row in again] == [(1, step) for step in range(steps, 2 * steps)]
     for row in again:
-        lr = 0.05 * lr_factor(int(row["step"]), steps=2 * steps, decay="poly", power=0.9)
+        lr = 0.05 * lr_schedule(2 * steps, "poly")(int(row["step"]))
         assert float(row["train/lr"]) == pytest.approx(lr)
 
 
@@ -356,7 +356,7 @@ def test_the_configured_learning_rate_is_used(stopped, tmp_path, caplog):
     for row in rows(folder):
         if row["train/lr"]:
             step = int(row["step"])
-            lr = (0.25 if step >= 7 else 0.025) * lr_factor(step, steps=10, decay="poly", power=0.9)
+            lr = (0.25 if step >= 7 else 0.025) * lr_schedule(10, "poly")(step)
             assert float(row["train/lr"]) == pytest.approx(lr)
     assert checkpoint(folder)["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.5
     assert (folder / "config-1.yaml").is_file()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlpmatch_pl import UserError
-from mlpmatch_pl.methods.schedules import TrainingLength, lr_factor, volatile_weight
+from mlpmatch_pl.methods.schedules import TrainingLength, check_decay, lr_schedule, volatile_weight
 
 
 def weight(schedule, epoch=0, step=0, epochs=80, steps=800):
@@ -47,23 +47,71 @@ def test_a_schedule_asks_for_the_length_it_needs(schedule, unit):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_poly_decay_lags_one_step_if_late(late):
-    options = {"decay": "poly", "power": 0.9, "late": late}
-    factors = [lr_factor(step, steps=10, **options) for step in range(15)]
+    factors = [*map(lr_schedule(10, "poly", power=0.9, late=late), range(15))]
     assert factors[:11] == [(1 - max(step - late, 0) / 10) ** 0.9 for step in range(11)]  # to the bit
     assert factors[11:] == [0.0] * 4
-    assert lr_factor(0, steps=0, **options) == 1.0
+    assert lr_schedule(0, "poly")(0) == 1.0
 
 
 def test_cosine_decay_and_warmup_equal_torchs_schedulers():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
-    options = {"steps": 20, "decay": "cosine", "power": 0.9}
     for step in range(20):
         expected = cosine.get_last_lr()[0]
-        assert lr_factor(step, **options) == pytest.approx(expected)
-        assert lr_factor(step, **options, warmup_steps=4) == pytest.approx(expected * min((step + 1) / 4, 1))
+        assert lr_schedule(20, "cosine")(step) == pytest.approx(expected)
+        assert lr_schedule(20, "cosine", warmup_steps=4)(step) == pytest.approx(expected * min((step + 1) / 4, 1))
         optimizer.step()
         cosine.step()
+
+
+@pytest.mark.parametrize(
+    ("decay", "own"),
+    [
+        ({"name": "OneCycleLR", "max_lr": 1, "pct_start": 0.5}, {"total_steps": 20}),
+        ({"name": "CosineAnnealingWarmRestarts", "T_0": 5}, {}),
+        ({"name": "ExponentialLR", "gamma": 0.8}, {}),
+        ("CosineAnnealingLR", {"T_max": 20}),
+        ({"name": "PolynomialLR", "total_iters": 7}, {}),
+    ],
+)
+def test_schedulers_of_torch_by_name_scale_all_learning_rates(decay, own):
+    """OneCycleLR is given the optimizer's own rates as its maxima, instead of 1."""
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in (0.1, 1.0)], momentum=0.9)
+    spec = {"name": decay} if isinstance(decay, str) else decay
+    arguments = {key: value for key, value in (spec | own).items() if key != "name"}
+    if "max_lr" in arguments:
+        arguments["max_lr"] = [0.1, 1.0]
+    scheduler = getattr(torch.optim.lr_scheduler, spec["name"])(optimizer, **arguments)
+    factor = lr_schedule(20, decay)
+    for step in range(20):
+        assert scheduler.get_last_lr() == pytest.approx([0.1 * factor(step), factor(step)])
+        optimizer.step()
+        if step < 19:  # OneCycleLR ends there
+            scheduler.step()
+
+
+def test_a_scheduler_of_timm_counts_optimizer_steps():
+    from timm.scheduler import CosineLRScheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    options = {"lr_min": 0.1, "warmup_t": 4, "warmup_lr_init": 0.2}
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=20, t_in_epochs=False, lr_min=0.05, warmup_t=4, warmup_lr_init=0.1
+    )
+    factor = lr_schedule(20, {"name": "CosineLRScheduler", **options})
+    for step in range(20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * factor(step))
+        scheduler.step_update(step + 1)
+
+
+def test_a_scheduler_that_is_unknown_or_refuses_its_arguments():
+    with pytest.raises(UserError, match=r"expected schedule\.decay as poly, .*OneCycel.*Did you mean OneCycleLR"):
+        check_decay({"name": "OneCycel"})
+    for name in ("linear", "ReduceLROnPlateau", None):
+        with pytest.raises(UserError, match=r"needs no metric"):
+            check_decay(name or {})
+    with pytest.raises(UserError, match=r"expected a scheduler with arguments that it takes, but StepLR refuses"):
+        lr_schedule(4, {"name": "StepLR", "size": 2})
 
 
 @pytest.mark.parametrize(

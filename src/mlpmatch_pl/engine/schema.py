@@ -85,7 +85,8 @@ _TRAINING: dict[str, Any] = {
     "optimizer": dict[str, Any],
     "schedule": mapping_type(
         {"epochs": int | None, "steps": int | None, "minutes": float | None, "reference_images": int}
-        | _hints(MLPMatch.__init__, "lr", "lr_multi", "layer_decay", "decay", "power", "warmup_steps")
+        | _hints(MLPMatch.__init__, "lr", "lr_multi", "layer_decay", "power", "warmup_steps")
+        | {"decay": str | dict[str, Any]}
     ),
     "trainer": mapping_type(_TRAINER, optional=_TRAINER.keys() - {*_TRAINER_REQUIRED}),
 }

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from mlpmatch_pl.utils.errors import UserError
+import torch
+from torch import nn
+
+from mlpmatch_pl.utils.errors import UserError, suggest
 
 SCHEDULES = ("linear_epoch", "linear_step", "constant", "off")
 """Schedules of lambda. The paper's is ``linear_epoch``: lambda = lambda_max * e / E."""
 
 DECAYS = ("poly", "cosine")
 """How the learning rate falls to 0. The paper's is ``poly``."""
+
+_LENGTHS = ("total_steps", "T_max", "total_iters", "t_initial")
+"""How schedulers of torch and timm call the number of steps."""
 
 
 def volatile_weight(
@@ -51,27 +60,105 @@ def volatile_weight(
     return maximum * min(done / max(total, 1), 1.0)
 
 
-def lr_factor(step: int, *, steps: int, decay: str, power: float, warmup_steps: int = 0, late: bool = False) -> float:
-    """Return the factor of the learning rate at a step.
+def lr_schedule(
+    steps: int, decay: str | Mapping[str, Any], power: float = 0.9, warmup_steps: int = 0, late: bool = False
+) -> Callable[[int], float]:
+    """Return the factor of the learning rates as a function of the optimizer step, counted from 0.
 
     Args:
-        step: Optimizer step, from 0.
-        steps: Total number of steps, after which the factor is 0.
-        decay: One of `DECAYS`: ``poly`` is ``(1 - step / steps) ** power``, ``cosine`` is half a period of the cosine.
+        steps: Total number of steps.
+        decay: One of `DECAYS`: ``poly`` is ``(1 - step / steps) ** power``, ``cosine`` is half a period of the cosine,
+            and both are 0 after the last step. Or the name of a class of ``torch.optim.lr_scheduler`` or
+            ``timm.scheduler``, or a mapping of its ``name`` and its arguments, in steps; the total number of steps may
+            be left out. Learning rates among them are factors: ``max_lr: 1`` is the learning rate of the optimizer.
         power: Exponent of ``poly``, 0.9 in the paper; 0 for a constant factor.
         warmup_steps: Number of first steps in which the factor rises linearly to that of the decay.
         late: Use the value of the previous step, as the authors' code does.
 
+    Raises:
+        UserError: If the scheduler is unknown, refuses its arguments, or needs a metric.
+
     Example:
-        >>> [round(lr_factor(step, steps=10, decay="poly", power=0.9, late=True), 4) for step in range(4)]
+        >>> factor = lr_schedule(10, "poly", late=True)
+        >>> [round(factor(step), 4) for step in range(4)]
         [1.0, 1.0, 0.9095, 0.8181]
-        >>> [round(lr_factor(step, steps=10, decay="cosine", power=0.9, warmup_steps=2), 4) for step in (0, 2, 5, 10)]
+        >>> factor = lr_schedule(10, "cosine", warmup_steps=2)
+        >>> [round(factor(step), 4) for step in (0, 2, 5, 10)]
         [0.5, 0.9045, 0.5, 0.0]
+        >>> factor = lr_schedule(4, {"name": "StepLR", "step_size": 2})
+        >>> [round(factor(step), 4) for step in range(4)]
+        [1.0, 1.0, 0.1, 0.1]
     """
-    step = max(step - late, 0)
-    left = max(1 - step / max(steps, 1), 0.0)
-    factor = left**power if decay == "poly" else (1 - math.cos(math.pi * left)) / 2
-    return float(factor * min((step + 1) / max(warmup_steps, 1), 1.0))
+    if decay in DECAYS:
+        decayed: Callable[[int], float] = partial(
+            _decayed, steps=max(steps, 1), power=power if decay == "poly" else None
+        )
+    else:
+        values = _scheduler_values({"name": decay} if isinstance(decay, str) else decay, steps)
+        decayed = lambda step: values[min(step, steps)]  # noqa: E731
+
+    def factor(step: int) -> float:
+        step = max(step - late, 0)
+        return float(decayed(step) * min((step + 1) / max(warmup_steps, 1), 1.0))
+
+    return factor
+
+
+def check_decay(decay: str | Mapping[str, Any]) -> None:
+    """Refuse a decay whose name `lr_schedule` does not know."""
+    if decay not in DECAYS:
+        _find_scheduler(decay if isinstance(decay, str) else decay.get("name"))
+
+
+def _decayed(step: int, steps: int, power: float | None) -> float:
+    """Return the factor of the polynomial decay, or of the cosine without a power."""
+    left = max(1 - step / steps, 0.0)
+    return (1 - math.cos(math.pi * left)) / 2 if power is None else float(left**power)
+
+
+def _scheduler_values(spec: Mapping[str, Any], steps: int) -> list[float]:
+    """Return the learning rate that a scheduler of torch or timm gives each step of an optimizer that starts with 1.
+
+    Values known in advance need no state in checkpoints, and a resumed training may have another learning rate.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("name", None)
+    scheduler_class = _find_scheduler(name)
+    taken = inspect.signature(scheduler_class).parameters
+    arguments = {key: steps for key in _LENGTHS if key in taken} | arguments
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0, momentum=0.9)
+    values = []
+    try:
+        scheduler = scheduler_class(
+            optimizer, **({"t_in_epochs": False} if "t_in_epochs" in taken else {}), **arguments
+        )
+        step_update = getattr(scheduler, "step_update", lambda _: scheduler.step())  # timm's method
+        for step in range(steps):
+            values.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()  # torch warns without it
+            step_update(step + 1)
+    except Exception as error:  # each checks its arguments in its own way
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise UserError(f"expected a scheduler with arguments that it takes, but {name} refuses: {reason}") from error
+    return [*values, float(optimizer.param_groups[0]["lr"])]
+
+
+def _find_scheduler(name: Any) -> Any:
+    import timm.scheduler
+
+    base = torch.optim.lr_scheduler.LRScheduler
+    known = {key: value for key, value in vars(timm.scheduler).items() if key.endswith("LRScheduler")}
+    for key, value in vars(torch.optim.lr_scheduler).items():
+        if isinstance(value, type) and issubclass(value, base) and value is not base and not key.startswith("_"):
+            known[key] = value
+    for key in ("ReduceLROnPlateau", "PlateauLRScheduler"):  # need a metric, so their values are not known in advance
+        known.pop(key)
+    if name not in known:
+        raise UserError(
+            "expected schedule.decay as poly, cosine or {name: ...} with a class of torch.optim.lr_scheduler or "
+            f"timm.scheduler that needs no metric, but got {name!r}." + suggest(str(name), known)
+        )
+    return known[name]
 
 
 @dataclass(frozen=True)
