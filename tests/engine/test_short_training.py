@@ -90,3 +90,10 @@ def test_epochs_are_shortened_to_the_steps(tmp_path, steps, accumulate, epochs, 
     trainer = build_trainer(config, tmp_path, datamodule, [])
     assert (trainer.max_epochs, datamodule.steps_per_epoch()) == (epochs, batches)
     assert len(datamodule.train_dataloader().iterables["unlabeled"]) == batches
+
+
+def test_the_last_step_is_validated_if_the_validation_interval_is_given(tmp_path):
+    overrides = ("schedule.minutes=null", "schedule.steps=12", "trainer.check_val_every_n_epoch=2")
+    config, datamodule = configure(tmp_path, *overrides)
+    trainer = build_trainer(config, tmp_path, datamodule, [])
+    assert (trainer.max_epochs, datamodule.steps_per_epoch(), trainer.check_val_every_n_epoch) == (4, 3, 2)

@@ -225,7 +225,8 @@ def _steps_in(seconds: float, config: dict[str, Any], output_dir: Path, datamodu
     step = method.burn_in * burning_in + (1 - method.burn_in) * main
     datamodule.max_batches = None
     per_epoch = math.ceil(datamodule.steps_per_epoch() / accumulate)
-    epochs, every = length_of_training({"epochs": None, "steps": math.ceil(seconds / step)}, per_epoch)
+    length, given = {"epochs": None, "steps": math.ceil(seconds / step)}, config["trainer"]["check_val_every_n_epoch"]
+    epochs, every = length_of_training(length, per_epoch, every=given)
     # Validation takes at most half of the time; more would leave too little to train.
     training_seconds = max(seconds - epochs // every * validation, seconds / 2)
     steps = max(int(training_seconds / step), 1)

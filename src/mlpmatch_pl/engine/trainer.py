@@ -55,7 +55,8 @@ def build_trainer(
     datamodule.max_batches = None
     accumulate, steps = trainer.accumulate_grad_batches, config["schedule"]["steps"]
     per_epoch = math.ceil(datamodule.steps_per_epoch(trainer.world_size) / accumulate)
-    epochs, every = length_of_training(config["schedule"], per_epoch, before)
+    given = options["check_val_every_n_epoch"]
+    epochs, every = length_of_training(config["schedule"], per_epoch, before, given)
     if steps is not None:
         datamodule.max_batches = math.ceil(steps / epochs) * accumulate
     batches = datamodule.steps_per_epoch(trainer.world_size)
@@ -63,7 +64,7 @@ def build_trainer(
     length = {**{key: config["schedule"][key] for key in ("minutes", "steps")}, "epochs": epochs, "every": every}
     whole = trainer.limit_train_batches == 1.0
     trainer.callbacks.insert(0, Resume(length, batches if whole else None))  # type: ignore[attr-defined]
-    if options["check_val_every_n_epoch"] is None:
+    if given is None:
         trainer.check_val_every_n_epoch = every
     if options["enable_progress_bar"]:
         throughput = Throughput(images_per_update(datamodule, trainer), data_wait)
@@ -153,7 +154,10 @@ def _several(options: dict[str, Any]) -> bool:
 
 
 def length_of_training(
-    schedule: dict[str, Any], steps_per_epoch: int, before: Mapping[str, Any] | None = None
+    schedule: dict[str, Any],
+    steps_per_epoch: int,
+    before: Mapping[str, Any] | None = None,
+    every: int | None = None,
 ) -> tuple[int, int]:
     """Return the number of epochs, and after how many of them to validate.
 
@@ -165,6 +169,7 @@ def length_of_training(
         schedule: The group of the configuration.
         steps_per_epoch: Optimizer steps in an epoch.
         before: ``steps``, ``epochs`` and ``every`` when the checkpoint was written.
+        every: After how many epochs to validate, if that is given.
 
     Raises:
         UserError: If not exactly one of ``epochs`` and ``steps`` is given, or it is not positive.
@@ -183,11 +188,11 @@ def length_of_training(
             f"two, but got epochs={epochs}, steps={steps}; set the others to null"
         )
     if epochs is not None:
-        return epochs, 1
+        return epochs, every or 1
     if before and before["steps"] == steps:
         return before["epochs"], before["every"]
     whole = math.ceil(steps / steps_per_epoch)
-    every = max(whole // 20, 1)
+    every = every or max(whole // 20, 1)
     return math.ceil(whole / every) * every, every
 
 
