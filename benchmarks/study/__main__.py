@@ -54,7 +54,11 @@ def main() -> None:
     methods = arguments.methods or list(part["methods"])
     for dataset in arguments.datasets or part["datasets"]:
         settings = study["datasets"][dataset]
-        overrides = {method: [*study["shared"], *settings["overrides"], *part["methods"][method]] for method in methods}
+        further = settings["methods"]
+        overrides = {
+            method: [*study["shared"], *settings["overrides"], *part["methods"][method], *further.get(method, [])]
+            for method in methods
+        }
         steps = measure_steps(RESULTS / dataset / "steps.json", settings["minutes"], overrides)
         for seed, method in product(arguments.seeds or study["seeds"], methods):
             own = [*overrides[method], f"schedule.steps={steps[method]}", f"seed={seed}"]

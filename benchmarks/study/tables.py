@@ -26,8 +26,8 @@ PARTS = yaml.safe_load(STUDY.read_text())["parts"]
 MARKED = re.compile(r"(<!-- (comparison|ablation|dynamics): ([\w/]+) -->\n).*?(<!-- end -->)", re.S)
 COLORS = dict(
     zip(
-        ("supervised", "supervised_averaged", "fixmatch", "unimatch", "mlpmatch", "mlpmatch_burn_in"),
-        ("#7f7f7f", "#000000", "#2ca02c", "#1f77b4", "#ff7f0e", "#d62728"),
+        ("supervised", "supervised_averaged", "fixmatch", "unimatch", "mlpmatch", "mlpmatch_burn_in", "all_labels"),
+        ("#7f7f7f", "#000000", "#2ca02c", "#1f77b4", "#ff7f0e", "#d62728", "#9467bd"),
         strict=True,
     )
 )

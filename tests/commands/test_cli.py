@@ -233,9 +233,12 @@ def test_wrong_values_are_found_before_anything_is_written(overrides, sentence, 
         (["schedule.steps=7", "schedule.minutes=2", "schedule.epochs=null"], "schedule", (None, None, 2)),
         (["schedule=voc", "schedule.minutes=null"], "schedule", (80, None, None)),
         (["trainer.limit_val_batches=2", "optimizer.nesterov=true"], "trainer.limit_val_batches", 2),
+        (["objective.criterion={name: ce, dice_weight: 1}"], "objective.criterion.dice_weight", 1),
+        (["objective.criterion.min_kept=9"], "objective.criterion", {"name": "ce", "min_kept": 9}),
+        (["objective.criterion=ohem"], "objective.criterion", "ohem"),
     ],
 )
-def test_the_last_length_wins_and_trainer_arguments_need_no_plus(written, key, value):
+def test_the_last_length_wins_and_open_mappings_need_no_plus(written, key, value):
     found = OmegaConf.select(compose_config("train", *training_arguments(written)), key)
     assert value == ((found.epochs, found.steps, found.minutes) if key == "schedule" else found)
 

@@ -60,13 +60,15 @@ def test_every_choice_fits_the_schema(choice):
     read_config(compose_train(choice, *REQUIRED.get(choice, ()), output_dir=Path("out")))
 
 
-ROOT_OF = {"folder_v2_dinov2s": ("dataset.root=images",)}
+ROOT_OF = dict.fromkeys(("folder_mobilenetv2", "folder_v2_dinov2s"), ("dataset.root=images",))
 
 # Of an optimizer step with all its images: UniMatch's 8 + 8, and the authors' own of MLPMatch.
 LEARNING_RATES = {
     name: 5e-6
     if "_v2_" in name  # the same for both of UniMatch V2's batch sizes
-    else {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01}[name.split("_")[0]]
+    else {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01, "folder": 0.001}[
+        name.split("_")[0]
+    ]
     for name in choices("experiment")
 }
 LISTED = [

@@ -19,7 +19,9 @@ MIOU = {"supervised": [0.50, 0.53], "mlpmatch_burn_in": [0.55]}
 
 
 METHODS = {name: overrides for part in SETTINGS["parts"].values() for name, overrides in part["methods"].items()}
-DATASETS = dict.fromkeys(("supervised_averaged", "mlpmatch_burn_in"), SETTINGS["parts"]["comparison"]["datasets"])
+DATASETS = dict.fromkeys(
+    ("supervised_averaged", "mlpmatch_burn_in", "all_labels"), SETTINGS["parts"]["comparison"]["datasets"]
+)
 
 
 @pytest.mark.parametrize(
@@ -29,13 +31,16 @@ DATASETS = dict.fromkeys(("supervised_averaged", "mlpmatch_burn_in"), SETTINGS["
 def test_every_run_composes(dataset, method, monkeypatch, tmp_path):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
     monkeypatch.setenv("MLPMATCH_STUDY", "study")
-    overrides = [*SETTINGS["shared"], *SETTINGS["datasets"][dataset]["overrides"], *METHODS[method]]
+    settings = SETTINGS["datasets"][dataset]
+    further = settings["methods"].get(method, [])
+    overrides = [*SETTINGS["shared"], *settings["overrides"], *METHODS[method], *further]
     config = read_config(compose_train(*overrides, "schedule.steps=1", output_dir=tmp_path))
     resolved = resolve_method(config["method"])
-    preset = method.partition(" ")[0].removesuffix("_averaged")
+    preset = {"all_labels": "supervised"}.get(method, method.partition(" ")[0].removesuffix("_averaged"))
     assert resolved.name == preset
     assert (json.dumps(asdict(resolved)) != json.dumps(asdict(PRESETS[preset]))) == (method != preset)
     assert method in tables.COLORS or preset in tables.COLORS
+    assert bool(further) == (method == "all_labels")
 
 
 @pytest.fixture

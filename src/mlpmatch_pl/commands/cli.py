@@ -26,6 +26,11 @@ _PLAIN = str.maketrans(
     {"─": "-", "━": "-", "│": "|", "┃": "|", "╇": "+", "╈": "+", "\u00d7": "x", "…": "...", "\u2013": "-"}
 )
 _LENGTH = re.compile(r"\+*schedule\.(epochs|steps|minutes)=(?!null$)")
+_OPEN = (
+    "trainer.",
+    "optimizer.",
+    "objective.criterion",
+)  # keys of mappings that take more than the configuration names
 _PLUGINS = ("joblib", "submitit_local", "submitit_slurm", "optuna")  # of the extra "sweep"
 _ITEM = re.compile(r"""\s*(?:'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,])+""")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")
@@ -141,8 +146,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def training_arguments(arguments: Sequence[str]) -> list[str]:
     """Return a training's arguments as Hydra needs them.
 
-    The length that is given last replaces the others. Arguments of Lightning's Trainer and of the optimizer need no
-    ``+``, whether or not the configuration names them; others are refused when it is validated.
+    The length that is given last replaces the others. Arguments of Lightning's Trainer, the optimizer and the criterion
+    need no ``+``, whether or not the configuration names them; others are refused when it is validated.
 
     Example:
         >>> training_arguments(["schedule.steps=9", "schedule.epochs=2", "trainer.limit_val_batches=1"])
@@ -155,7 +160,7 @@ def training_arguments(arguments: Sequence[str]) -> list[str]:
             others = [key for key in ("epochs", "steps", "minutes") if key != lengths[-1][1]]
             result += [argument, *(f"schedule.{key}=null" for key in others)]
         elif number not in dict(lengths):
-            result.append(f"++{argument}" if argument.startswith(("trainer.", "optimizer.")) else argument)
+            result.append(f"++{argument}" if argument.startswith(_OPEN) else argument)
     return result
 
 
