@@ -66,3 +66,11 @@ def test_the_estimate_of_calibrated_probabilities_is_close_to_the_miou():
         estimate.add(image.softmax(0))
     truth = Scores.of(confusion_matrix(logits.argmax(1), mask, 4)).miou
     assert estimate.miou == pytest.approx(truth, abs=0.01)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.002, 0.998 / 2), (0.0005, 0.9995)])
+def test_a_class_that_is_expected_but_predicted_nowhere_counts_as_zero(share, expected):
+    """Without it, a network that never predicts poles would seem better than one that does."""
+    estimate = MiouEstimate(2)
+    estimate.add(torch.tensor([1 - share, share]).reshape(2, 1, 1).expand(2, 8, 8))
+    assert estimate.miou == pytest.approx(expected, abs=1e-6)

@@ -15,6 +15,8 @@ from torchmetrics import Metric
 BINS = 15
 TEMPERATURES = torch.logspace(-1, 3, 81, base=2.0, dtype=torch.float64)  # 0.5 to 8 in steps of 3.5 %
 
+_EXPECTED_SHARE = 0.001  # of the pixels, from which on a class is taken to be in the images
+
 
 class Calibration(NamedTuple):
     """Confidences compared with the share of pixels that are right.
@@ -118,14 +120,15 @@ class MiouEstimate:
     """Estimates the mIoU of predictions without masks, from their probabilities.
 
     If probabilities are calibrated, ``p_c`` is the chance that a pixel is of class ``c``, so sums of them are the
-    expected intersection and area of each class. The estimate is as good as the calibration: on images unlike those
-    of the training it is too high.
+    expected intersection and area of each class. A class that is predicted nowhere counts, with 0, if at least 0.1 % of
+    the pixels are expected to be of it. The estimate is as good as the calibration: on images unlike those of the
+    training it is too high.
 
     Example:
         >>> estimate = MiouEstimate(2)
         >>> estimate.add(torch.tensor([0.9, 0.1]).reshape(2, 1, 1).expand(2, 4, 4))
-        >>> round(estimate.miou, 3)  # of class 0; class 1 is predicted nowhere
-        0.9
+        >>> round(estimate.miou, 3)  # the mean of 0.9 and 0, as class 1 is predicted nowhere
+        0.45
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -141,6 +144,7 @@ class MiouEstimate:
 
     @property
     def miou(self) -> float:
-        """The mean over the predicted classes; NaN without images."""
+        """The mean over the classes that are predicted or expected; NaN without images."""
         iou_C = self.hit_C / (self.predicted_C + self.truth_C - self.hit_C)
-        return float(iou_C[self.predicted_C > 0].mean())
+        expected_C = self.truth_C >= _EXPECTED_SHARE * self.predicted_C.sum()
+        return float(iou_C[(self.predicted_C > 0) | expected_C].mean())
