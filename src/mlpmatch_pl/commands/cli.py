@@ -26,11 +26,8 @@ _PLAIN = str.maketrans(
     {"─": "-", "━": "-", "│": "|", "┃": "|", "╇": "+", "╈": "+", "\u00d7": "x", "…": "...", "\u2013": "-"}
 )
 _LENGTH = re.compile(r"\+*schedule\.(epochs|steps|minutes)=(?!null$)")
-_OPEN = (
-    "trainer.",
-    "optimizer.",
-    "objective.criterion",
-)  # keys of mappings that take more than the configuration names
+# Mappings that take more keys than the configuration names.
+_OPEN = ("trainer.", "optimizer.", "objective.criterion")
 _PLUGINS = ("joblib", "submitit_local", "submitit_slurm", "optuna")  # of the extra "sweep"
 _ITEM = re.compile(r"""\s*(?:'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,])+""")
 _UNDERSCORED = re.compile(r"""^[+~]*dataset\.(labeled|val)=(?:.*[,\[])?['"]*(\d+)_(\d+)['"]*(?:$|[,\]])""")

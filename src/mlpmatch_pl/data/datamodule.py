@@ -184,7 +184,8 @@ class SemiSupervisedDataModule(LightningDataModule):
         """Return the number of batches in an epoch."""
         labeled = math.ceil(len(self._labeled) / (self.batch_size * world_size))
         unlabeled = math.ceil(len(self._unlabeled) / (self.unlabeled_batch_size * world_size))
-        return min(max(labeled, unlabeled), self.max_batches or math.inf)  # type: ignore[return-value]
+        steps = max(labeled, unlabeled)
+        return steps if self.max_batches is None else min(steps, self.max_batches)
 
     def share_batches(self, devices: int, accumulated: int) -> None:
         """Divide batch sizes per step among devices and accumulated batches; `setup` does so with a Trainer's.

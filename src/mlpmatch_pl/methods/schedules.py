@@ -125,13 +125,12 @@ def _scheduler_values(spec: Mapping[str, Any], steps: int) -> list[float]:
     name = arguments.pop("name", None)
     scheduler_class = _find_scheduler(name)
     taken = inspect.signature(scheduler_class).parameters
-    arguments = {key: steps for key in _LENGTHS if key in taken} | arguments
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0, momentum=0.9)
+    steps_as = dict.fromkeys(_LENGTHS, steps) | {"t_in_epochs": False}  # timm counts epochs otherwise
+    arguments = {key: value for key, value in steps_as.items() if key in taken} | arguments
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     values = []
     try:
-        scheduler = scheduler_class(
-            optimizer, **({"t_in_epochs": False} if "t_in_epochs" in taken else {}), **arguments
-        )
+        scheduler = scheduler_class(optimizer, **arguments)
         step_update = getattr(scheduler, "step_update", lambda _: scheduler.step())  # timm's method
         for step in range(steps):
             values.append(float(optimizer.param_groups[0]["lr"]))
