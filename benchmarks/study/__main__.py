@@ -53,16 +53,19 @@ def main() -> None:
     part = study["parts"][arguments.part]
     methods = arguments.methods or list(part["methods"])
     for dataset in arguments.datasets or part["datasets"]:
-        settings = study["datasets"][dataset]
-        further = settings["methods"]
-        overrides = {
-            method: [*study["shared"], *settings["overrides"], *part["methods"][method], *further.get(method, [])]
-            for method in methods
-        }
-        steps = measure_steps(RESULTS / dataset / "steps.json", settings["minutes"], overrides)
+        overrides = {method: overrides_of(study, dataset, method) for method in methods}
+        minutes = study["datasets"][dataset]["minutes"]
+        steps = measure_steps(RESULTS / dataset / "steps.json", minutes, overrides)
         for seed, method in product(arguments.seeds or study["seeds"], methods):
             own = [*overrides[method], f"schedule.steps={steps[method]}", f"seed={seed}"]
             train(dataset, method, own, arguments.out)
+
+
+def overrides_of(study: dict[str, Any], dataset: str, method: str) -> list[str]:
+    """Return the overrides of a method on a dataset, without its number of steps and its seed."""
+    settings = study["datasets"][dataset]
+    methods = {name: own for part in study["parts"].values() for name, own in part["methods"].items()}
+    return [*study["shared"], *settings["overrides"], *methods[method], *settings["methods"].get(method, [])]
 
 
 def halve_aerial(target: Path) -> None:

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import TINY, compose_train
+from lightning.pytorch import Trainer
 
 from mlpmatch_pl.engine.build import build_datamodule, read_config
 from mlpmatch_pl.engine.resume import Start
@@ -97,3 +98,22 @@ def test_the_last_step_is_validated_if_the_validation_interval_is_given(tmp_path
     config, datamodule = configure(tmp_path, *overrides)
     trainer = build_trainer(config, tmp_path, datamodule, [])
     assert (trainer.max_epochs, datamodule.steps_per_epoch(), trainer.check_val_every_n_epoch) == (4, 3, 2)
+
+
+@pytest.mark.parametrize(("every", "steps"), [("null", 6), (2, 7)])
+def test_validations_of_few_long_epochs_are_counted(timed, tmp_path, monkeypatch, every, steps):
+    """Three seconds are 8 steps of 0.4, in two epochs of at most 5; a validation takes 0.18 seconds."""
+    monkeypatch.setattr(ShortTraining, "validate", lambda self, module, batches: 0.18)
+    config, datamodule = configure(tmp_path, "schedule.minutes=0.05", f"trainer.check_val_every_n_epoch={every}")
+    assert set_steps(config, tmp_path, datamodule, Start())["schedule"]["steps"] == steps
+
+
+def test_steps_are_timed_in_epochs_as_long_as_possible(tmp_path, monkeypatch):
+    """A training of one step has epochs of one step: each would load anew."""
+    timed = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, *_, datamodule: timed.append(
+        (self.max_epochs, datamodule.steps_per_epoch())
+    ))  # fmt: skip
+    config, datamodule = configure(tmp_path, "schedule.minutes=null", "schedule.steps=1")
+    ShortTraining(config, tmp_path, datamodule).fit(None, batches=6)
+    assert (timed, datamodule.steps_per_epoch()) == ([(2, 5)], 1)

@@ -6,19 +6,20 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from helpers import compose_train
+from helpers import TINY, compose_train
 from PIL import Image
 
 from benchmarks.study import tables
-from benchmarks.study.__main__ import STUDY
+from benchmarks.study.__main__ import STUDY, overrides_of, result_of
 from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.methods.method import PRESETS, resolve_method
+from mlpmatch_pl.train import train
 
 SETTINGS = yaml.safe_load(STUDY.read_text())
 MIOU = {"supervised": [0.50, 0.53], "mlpmatch_burn_in": [0.55]}
 
 
-METHODS = {name: overrides for part in SETTINGS["parts"].values() for name, overrides in part["methods"].items()}
+METHODS = [name for part in SETTINGS["parts"].values() for name in part["methods"]]
 DATASETS = dict.fromkeys(
     ("supervised_averaged", "mlpmatch_burn_in", "all_labels"), SETTINGS["parts"]["comparison"]["datasets"]
 )
@@ -31,16 +32,26 @@ DATASETS = dict.fromkeys(
 def test_every_run_composes(dataset, method, monkeypatch, tmp_path):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
     monkeypatch.setenv("MLPMATCH_STUDY", "study")
-    settings = SETTINGS["datasets"][dataset]
-    further = settings["methods"].get(method, [])
-    overrides = [*SETTINGS["shared"], *settings["overrides"], *METHODS[method], *further]
+    overrides = overrides_of(SETTINGS, dataset, method)
     config = read_config(compose_train(*overrides, "schedule.steps=1", output_dir=tmp_path))
     resolved = resolve_method(config["method"])
     preset = {"all_labels": "supervised"}.get(method, method.partition(" ")[0].removesuffix("_averaged"))
     assert resolved.name == preset
     assert (json.dumps(asdict(resolved)) != json.dumps(asdict(PRESETS[preset]))) == (method != preset)
     assert method in tables.COLORS or preset in tables.COLORS
-    assert bool(further) == (method == "all_labels")
+    assert (config["dataset"]["labeled"] in (None, "1/1")) == (method == "all_labels")
+
+
+def test_a_result_has_test_scores_only_of_test_images(tmp_path, monkeypatch):
+    folder, overrides = tmp_path / "run", [*TINY, "method=supervised"]
+    train(compose_train(*overrides, output_dir=folder))
+    result = result_of(folder, "supervised", overrides)
+    assert {"test", "tested"} <= result.keys()
+    assert result["curve"]["val/miou"][-1] == pytest.approx(result["last"]["val/miou"], abs=1e-4)
+    assert 0 < result["fit"] <= 1
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"evaluated_on": "val"}))
+    assert not {"test", "tested"} & result_of(folder, "supervised", overrides).keys()
 
 
 @pytest.fixture

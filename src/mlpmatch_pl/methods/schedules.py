@@ -89,17 +89,15 @@ def lr_schedule(
         >>> [round(factor(step), 4) for step in range(4)]
         [1.0, 1.0, 0.1, 0.1]
     """
+    decayed: Callable[[int], float]
     if decay in DECAYS:
-        decayed: Callable[[int], float] = partial(
-            _decayed, steps=max(steps, 1), power=power if decay == "poly" else None
-        )
+        decayed = partial(_decayed, steps=max(steps, 1), power=power if decay == "poly" else None)
     else:
-        values = _scheduler_values({"name": decay} if isinstance(decay, str) else decay, steps)
-        decayed = lambda step: values[min(step, steps)]  # noqa: E731
+        decayed = _scheduler_values({"name": decay} if isinstance(decay, str) else decay, steps).__getitem__
 
     def factor(step: int) -> float:
         step = max(step - late, 0)
-        return float(decayed(step) * min((step + 1) / max(warmup_steps, 1), 1.0))
+        return decayed(min(step, steps)) * min((step + 1) / max(warmup_steps, 1), 1.0)
 
     return factor
 
@@ -112,12 +110,12 @@ def check_decay(decay: str | Mapping[str, Any]) -> None:
 
 def _decayed(step: int, steps: int, power: float | None) -> float:
     """Return the factor of the polynomial decay, or of the cosine without a power."""
-    left = max(1 - step / steps, 0.0)
+    left = 1 - step / steps
     return (1 - math.cos(math.pi * left)) / 2 if power is None else float(left**power)
 
 
 def _scheduler_values(spec: Mapping[str, Any], steps: int) -> list[float]:
-    """Return the learning rate that a scheduler of torch or timm gives each step of an optimizer that starts with 1.
+    """Return the ``steps + 1`` learning rates that a scheduler of torch or timm gives an optimizer that starts with 1.
 
     Values known in advance need no state in checkpoints, and a resumed training may have another learning rate.
     """
