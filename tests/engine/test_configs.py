@@ -26,6 +26,7 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.published import PUBLISHED, published_list
 from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.engine.build import build_datamodule, build_module, read_config
+from mlpmatch_pl.engine.trainer import build_trainer
 from mlpmatch_pl.evaluation.confusion import confusion_matrix
 from mlpmatch_pl.evaluation.sliding_window import SlidingWindowInference
 from mlpmatch_pl.methods.method import PRESETS, Method, resolve_method
@@ -111,6 +112,17 @@ def test_a_folder_is_trained_with_a_pretrained_network_unless_another_is_chosen(
     assert config["schedule"] == read_config(compose_train("schedule=voc", output_dir=Path("out")))["schedule"]
     chosen = compose_train("dataset=folder", "backbone=tiny", "schedule=demo")
     assert (chosen.backbone, chosen.schedule) == (compose_train().backbone, compose_train().schedule)
+
+
+@pytest.mark.parametrize("method", ["supervised", "mlpmatch"])
+def test_the_demo_has_the_steps_that_its_results_name(method, tmp_path):
+    config = read_config(compose_train(f"method={method}", output_dir=tmp_path))
+    datamodule = build_datamodule(config, resolve_method(config["method"]))
+    steps = build_trainer(config, tmp_path, datamodule, []).max_epochs * datamodule.steps_per_epoch()
+    for page in ("README.md", "docs/results.md"):
+        assert f"20 of 480 images labeled, {steps} steps" in (Path(__file__).parents[2] / page).read_text(
+            encoding="utf-8"
+        )
 
 
 def test_training_validates_in_the_windows_of_its_configuration():
