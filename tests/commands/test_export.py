@@ -44,11 +44,12 @@ NAMES, PALETTE = ["ground", "road", "sky"], [[0, 0, 0], [250, 0, 10], [0, 20, 24
 SIZES = ((1, 33, 200), (5, 70, 33), (2, 65, 97), (1, 111, 96))  # batch, height, width
 
 
-def make_checkpoint(path: Path, backbone="test_resnet", in_chans=3, **options) -> Path:
+def make_checkpoint(path: Path, backbone="test_resnet", in_chans=3, decoder=None, **options) -> Path:
     torch.manual_seed(0)
     module = MLPMatch(
-        3, backbone=backbone, in_chans=in_chans, decoder={"channels": 8}, mean=[100.0, 120.0, 90.0][:in_chans],
-        std=[50.0, 60.0, 70.0][:in_chans], **{"class_names": NAMES, "palette": PALETTE, **options},
+        3, backbone=backbone, in_chans=in_chans, mean=[100.0, 120.0, 90.0][:in_chans],
+        std=[50.0, 60.0, 70.0][:in_chans], decoder=decoder or {"channels": 8},
+        **{"class_names": NAMES, "palette": PALETTE, **options},
     )  # fmt: skip
     calibrate(module.segmentor, in_chans)
     trainer = Trainer(
@@ -158,6 +159,20 @@ def test_torch_export_gives_probabilities_describes_itself_and_refuses_small_ima
     assert json.loads(extra["config.json"])["class_names"] == NAMES
     with pytest.raises(AssertionError, match="33"):
         program(random_image((1, 32, 40), 1, torch.uint8))
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch_export"])
+@torch.no_grad()
+def test_a_transformer_that_pads_its_images_is_exported_for_sizes_with_and_without_padding(form, tmp_path):
+    pytest.importorskip("onnxscript")
+    decoder = {"name": "dpt", "channels": 12, "level_channels": [8, 8, 16, 16]}
+    path = make_checkpoint(tmp_path / "best.ckpt", "test_vit", decoder=decoder)
+    options = ExportOptions(path, form)
+    export_checkpoint(options)
+    module, exported = load(path, device="cpu").module, FORMATS[form].read(options.path)
+    for size in (*SIZES, (1, 64, 96), (3, 48, 50), (2, 100, 80)):  # patches have 16 pixels
+        image = random_image(size)
+        assert_same(module(image), exported(image))
 
 
 @torch.no_grad()

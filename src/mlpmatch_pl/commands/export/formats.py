@@ -146,7 +146,20 @@ def trace(segmentor: Segmentor, config: dict[str, Any]) -> ExportedProgram:
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)  # otherwise the file contains paths of this machine
+    _remove_assertions(program)
     return program
+
+
+def _remove_assertions(program: ExportedProgram) -> None:
+    """Remove what torch.export assumes about the example's memory layout, as that padding adds pixels, in place.
+
+    The operations hold for every size, which `mlpmatch_pl.commands.export.run.compare` verifies.
+    """
+    graph = program.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 def _dynamic_sizes() -> dict[int, Any]:

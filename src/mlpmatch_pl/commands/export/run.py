@@ -35,7 +35,8 @@ PARITY = (
     (3, 47, 78),
     (1, 128, 50),
     (2, 161, 131),
-)  # batch, height, width; other sizes than the traced example
+    (1, 112, 224),
+)  # batch, height, width; other sizes than the traced example; the last is not padded to patches of 14 or 16 pixels
 TOLERANCE = 1e-4  # relative to the largest output, or to 1; float32 sums in another order differ by about 1e-6
 CARD_PICTURES = 3
 ROUNDING = 4  # a difference up to this multiple of the checkpoint's own rounding error is accepted as well
@@ -140,11 +141,6 @@ def export_checkpoint(options: ExportOptions) -> Parity:
     predictor = load(options.checkpoint, device="cpu", weights=options.weights)
     # Channels-last weights would be traced as copies between memory formats.
     segmentor = predictor.module.segmentor.to(memory_format=torch.contiguous_format)
-    if options.format == "torch_export" and getattr(segmentor.encoder, "multiple", 1) > 1:
-        raise UserError(
-            "expected a backbone that does not pad images for format=torch_export, but that of "
-            f"{options.checkpoint} does; use format=onnx"
-        )
     config = describe(predictor, options)
     if options.format == "hub":
         config["card"] = {**run_facts(options.checkpoint), "license": options.license}
