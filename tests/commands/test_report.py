@@ -382,6 +382,19 @@ def test_wrong_options_are_one_sentence(tmp_path, monkeypatch, overrides, senten
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty", "file"]
 
 
+def test_the_confusion_matrix_is_that_of_the_scores_also_without_test_images(runs):
+    folder = make_run(runs / "a")
+    result = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(result | {"evaluated_on": "validation"}))
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "confusion_val.png")  # of the last weights
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(folder / "confusion_test.png")
+    assert report_of(runs)
+    page = (runs.parent / "out" / "report.html").read_text()
+    (content,) = re.findall(r"data:image/\w+;base64,([^\"]+)", page)
+    with Image.open(io.BytesIO(base64.b64decode(content))) as matrix:
+        assert matrix.convert("RGB").getpixel((4, 4)) == (0, 0, 255)
+
+
 def test_folders_may_come_without_a_key_and_have_any_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=0.1,seed=0").mkdir()

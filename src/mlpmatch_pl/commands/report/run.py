@@ -126,8 +126,8 @@ def _part(runs: pd.DataFrame, num_images: int, problems: list[Problem]) -> dict[
         stem = f"curves_{_slug(dataset)}_{first['labels']}_{_slug(first['sha256'][:8])}"
         plots |= {f"{stem}_{_slug(key.partition('/')[2])}.svg": svg for key, svg in curves.items()}
         for _, run in own[own["finished"]].drop_duplicates("group").iterrows():
-            name = f"confusion_{'test' if run['evaluated_on'] == 'test' else 'val'}.png"
-            if picture := read_file(Path(run["run"]), name, _open, problems):
+            # That of the scores: without test images, of the best checkpoint on the validation images.
+            if picture := read_file(Path(run["run"]), "confusion_test.png", _open, problems):
                 uri = _data_uri(picture, _MATRIX_WIDTH, lossless=True)
                 matrices.append({"caption": f"{run['series']}, seed {run['seed']}", "uri": uri})
         title = f"{first['list']}, {first['labels']:,} labeled images"
