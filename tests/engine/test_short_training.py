@@ -5,11 +5,12 @@ import torch
 from helpers import TINY, compose_train
 from lightning.pytorch import Trainer
 
-from mlpmatch_pl.engine.build import build_datamodule, read_config
+from mlpmatch_pl.engine.build import build_datamodule, build_module, read_config
 from mlpmatch_pl.engine.resume import Start
 from mlpmatch_pl.engine.short_training import ShortTraining, set_steps
 from mlpmatch_pl.engine.trainer import build_trainer
 from mlpmatch_pl.methods.method import resolve_method
+from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.utils.errors import UserError
 
 STEP, BURN_IN_STEP, VALIDATION_BATCH = 0.4, 0.1, 0.2  # seconds
@@ -26,7 +27,7 @@ def configure(tmp_path, *overrides):
 def timed(monkeypatch):
     """Steps and validations take the time above."""
 
-    def fit(self, module, batches, burn_in):
+    def fit(self, module, batches, burn_in, **limits):
         wait = 0.1 * (BURN_IN_STEP if burn_in else STEP)
         return SimpleNamespace(seconds=lambda warmup: (wait, 9 * wait))
 
@@ -77,6 +78,37 @@ def test_real_steps_are_timed_and_leave_no_trace(tmp_path):
     steps = set_steps(config, tmp_path / "run", datamodule, Start())["schedule"]["steps"]
     assert 1 <= steps < 100
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("minutes", "noted"), [(1, False), (0.1, True)])
+def test_few_steps_are_noted(timed, tmp_path, caplog, minutes, noted):
+    config, datamodule = configure(tmp_path, f"schedule.minutes={minutes}")
+    steps = set_steps(config, tmp_path, datamodule, Start())["schedule"]["steps"]
+    assert (f"{steps} steps are few; lower loader.batch_size=4 or loader.crop_size=48" in caplog.text) == noted
+
+
+@pytest.mark.parametrize(("seconds", "least", "batches"), [(1e6, 1, 7), (0, 1, 1), (0, 3, 3)])
+def test_a_timing_ends_with_its_batches_or_its_time_but_not_before_the_least_batches(
+    tmp_path, monkeypatch, seconds, least, batches
+):
+    trained = []
+    step = MLPMatch.training_step
+    monkeypatch.setattr(MLPMatch, "training_step", lambda *args: trained.append(1) or step(*args))
+    config, datamodule = configure(tmp_path, "schedule.minutes=null", "schedule.steps=9")
+    training = ShortTraining(config, tmp_path, datamodule)
+    module = build_module(config, datamodule.method, datamodule, training.trainer())
+    timer = training.fit(module, batches=7, seconds=seconds, least=least)
+    assert len(trained) == batches
+    assert sum(timer.seconds(0)) > 0
+
+
+def test_slow_steps_are_timed_for_a_tenth_of_the_minutes(tmp_path, monkeypatch):
+    limits = []
+    fit = ShortTraining.fit
+    monkeypatch.setattr(ShortTraining, "fit", lambda *args, **kwargs: limits.append(kwargs) or fit(*args, **kwargs))
+    config, datamodule = configure(tmp_path, "schedule.minutes=0.02", "method.burn_in=0.5")
+    set_steps(config, tmp_path, datamodule, Start())
+    assert limits == [{"seconds": pytest.approx(0.12), "least": 3}] * 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,8 @@ from mlpmatch_pl.utils.timing import Moment, now, seconds_between
 log = logging.getLogger(__name__)
 
 WARMUP, TIMED, VALIDATED = 2, 6, 3  # batches: before the timed ones, timed, and timed in validation
+SHARE = 0.1  # of the minutes that a training is given: steps are timed no longer, but at least one
+FEW_STEPS = 100
 
 
 class StepTimer(Callback):
@@ -35,15 +38,18 @@ class StepTimer(Callback):
 
     Args:
         batches: Batches after which the training stops.
+        seconds: Seconds after which it stops, too.
+        least: Batches before which it doesn't, however long they take.
 
     Attributes:
         peak_bytes: The most memory allocated on a GPU at once; on a CPU, the peak resident memory of the process.
     """
 
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
+    def __init__(self, batches: int, seconds: float = math.inf, least: int = 1) -> None:
+        self.batches, self.max_seconds, self.least = batches, seconds, least
         self.peak_bytes = 0
         self._marks: list[Moment] = []
+        self._started = 0.0
 
     def seconds(self, warmup: int) -> tuple[float, float]:
         """Return the mean seconds per batch of waiting for data and of computing, after ``warmup`` batches."""
@@ -56,7 +62,7 @@ class StepTimer(Callback):
         """Start to wait for the first batch."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._marks = [now(pl_module.device)]
+        self._marks, self._started = [now(pl_module.device)], time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch is on the device."""
@@ -67,7 +73,8 @@ class StepTimer(Callback):
     ) -> None:
         """Stop the training after the last batch."""
         self._marks.append(now(pl_module.device))
-        trainer.should_stop = len(self._marks) > 2 * self.batches
+        done, is_late = len(self._marks) // 2, time.monotonic() - self._started > self.max_seconds
+        trainer.should_stop = done >= self.batches or (is_late and done >= self.least)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the peak memory."""
@@ -136,9 +143,16 @@ class ShortTraining:
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, DataWait)]  # type: ignore[attr-defined]
         return trainer
 
-    def fit(self, module: MLPMatch, batches: int, burn_in: bool = False) -> StepTimer | None:
-        """Train for some batches of the burn-in, or after it; returns None if they do not fit into memory."""
-        timer = StepTimer(batches)
+    def fit(self, module: MLPMatch, batches: int, burn_in: bool = False, **limits: Any) -> StepTimer | None:
+        """Train for some batches of the burn-in, or after it; returns None if they do not fit into memory.
+
+        Args:
+            module: The module.
+            batches: The number of batches.
+            burn_in: Whether they are those of the burn-in.
+            limits: Other limits of `StepTimer`.
+        """
+        timer = StepTimer(batches, **limits)
         method = resolve_method("supervised") if burn_in else replace(self.datamodule.method, burn_in=0.0)
         trainer = self.trainer(timer)
         trainer.limit_val_batches = 0
@@ -211,7 +225,8 @@ def _steps_in(seconds: float, config: dict[str, Any], output_dir: Path, datamodu
     module = build_module(config, method, datamodule, trainer)
 
     def time_step(burn_in: bool) -> float:
-        timer = training.fit(module, (WARMUP + TIMED) * accumulate, burn_in)
+        least = (WARMUP + 1) * accumulate
+        timer = training.fit(module, (WARMUP + TIMED) * accumulate, burn_in, seconds=SHARE * seconds, least=least)
         if timer is None:
             raise UserError(
                 f"expected batches of loader.batch_size={datamodule.batch_size} to fit into memory, but they do not; "
@@ -234,4 +249,10 @@ def _steps_in(seconds: float, config: dict[str, Any], output_dir: Path, datamodu
         "%s: %d steps of %.2f s%s; a validation takes %.1f s",
         duration(seconds), steps, main, f" ({burning_in:.2f} s during burn-in)" if method.burn_in else "", validation,
     )  # fmt: skip
+    if steps < FEW_STEPS:
+        log.warning(
+            "note: %d steps are few; lower loader.batch_size=%d or loader.crop_size=%d for shorter ones, or raise "
+            "schedule.minutes",
+            steps, datamodule.batch_size, datamodule.crop_size,
+        )  # fmt: skip
     return steps
