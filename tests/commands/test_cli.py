@@ -10,7 +10,13 @@ from helpers.processes import run_forked
 from omegaconf import OmegaConf
 
 from mlpmatch_pl.__main__ import COMMANDS
-from mlpmatch_pl.commands.cli import check_arguments, literal_paths, print_plainly, training_arguments
+from mlpmatch_pl.commands.cli import (
+    check_arguments,
+    keep_last_length,
+    literal_paths,
+    print_plainly,
+    training_arguments,
+)
 from mlpmatch_pl.engine.trainer import length_of_training
 from mlpmatch_pl.train import train
 from mlpmatch_pl.utils.errors import UserError
@@ -231,6 +237,7 @@ def test_wrong_values_are_found_before_anything_is_written(overrides, sentence, 
         (["schedule.epochs=1"], "schedule", (1, None, None)),
         (["schedule.epochs=1", "schedule.steps=7"], "schedule", (None, 7, None)),
         (["schedule.steps=7", "schedule.minutes=2", "schedule.epochs=null"], "schedule", (None, None, 2)),
+        (["schedule.steps=7", "schedule.minutes=2", "++schedule.steps=8"], "schedule", (None, 8, None)),
         (["schedule=voc", "schedule.minutes=null"], "schedule", (80, None, None)),
         (["trainer.limit_val_batches=2", "optimizer.nesterov=true"], "trainer.limit_val_batches", 2),
         (["objective.criterion={name: ce, dice_weight: 1}"], "objective.criterion.dice_weight", 1),
@@ -239,7 +246,9 @@ def test_wrong_values_are_found_before_anything_is_written(overrides, sentence, 
     ],
 )
 def test_the_last_length_wins_and_open_mappings_need_no_plus(written, key, value):
-    found = OmegaConf.select(compose_config("train", *training_arguments(written)), key)
+    cfg = compose_config("train", *training_arguments(written))
+    keep_last_length(cfg, written)
+    found = OmegaConf.select(cfg, key)
     assert value == ((found.epochs, found.steps, found.minutes) if key == "schedule" else found)
 
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mlpmatch_pl.commands.benchmark.run import Options as Benchmark
-from mlpmatch_pl.commands.cli import literal_paths, training_arguments
+from mlpmatch_pl.commands.cli import LIKE_TRAIN, keep_last_length, literal_paths, training_arguments
 from mlpmatch_pl.commands.evaluate.run import EvaluateOptions as Evaluate
 from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
@@ -26,7 +26,6 @@ from mlpmatch_pl.utils.validation import arguments_type, read_options, validate
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LIKE_TRAIN = ("train", "check", "benchmark")  # the same overrides
 OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "prepare": Prepare, "report": Report}
 NEEDED = {  # by a command beside an override that stands alone
     "train": ("dataset=folder", "dataset.root=x", "dataset.classes=[a,b]"),
@@ -89,8 +88,11 @@ def compose_for(command: str, *values: str) -> DictConfig:
     if command == "prepare":
         with initialize_config_dir(str(ROOT / "src/mlpmatch_pl/commands/prepare"), version_base="1.3"):
             return compose("prepare", list(values))
-    values = tuple(training_arguments(list(values))) if command in LIKE_TRAIN else values
-    return compose_config(command, *values, output_dir=Path("out") if command in LIKE_TRAIN else None)
+    if command not in LIKE_TRAIN:
+        return compose_config(command, *values)
+    cfg = compose_config(command, *training_arguments(values), output_dir=Path("out"))
+    keep_last_length(cfg, values)
+    return cfg
 
 
 def pass_the_door(command: str, cfg: DictConfig) -> None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlpmatch_pl.utils.distributed import time_stamp
 from mlpmatch_pl.utils.errors import UserError, suggest
 
+LIKE_TRAIN = ("train", "check", "benchmark")  # commands that take the configuration of a training
 PACKAGES = {"prepare": "mlpmatch_pl.commands.prepare"}  # of primary configs outside mlpmatch_pl.conf
 _PATHS = ("checkpoint", "input", "output", "root", "archives", "annotations", "init_weights", "resume")
 _FOLDERS = ("dataset.root", "dataset.images", "dataset.masks", "hydra.run.dir", "hydra.sweep.dir")  # may be lists
@@ -70,7 +71,7 @@ def run_command(name: str, function: Callable[[DictConfig], Any], doc: str | Non
             return
         check_arguments(sys.argv[1:])
         sys.argv[1:] = literal_paths(sys.argv[1:])
-        if name in ("train", "check", "benchmark"):
+        if name in LIKE_TRAIN:
             sys.argv[1:] = training_arguments(sys.argv[1:])
         if "MLPMATCH_STAMP" not in os.environ:  # the processes that Lightning starts inherit it
             os.environ["MLPMATCH_STAMP"] = time_stamp(os.environ)
@@ -104,6 +105,8 @@ def _run_job(name: str, function: Callable[[DictConfig], Any], cfg: DictConfig) 
 
     # Hydra reports the failed jobs of a sweep at its end. To an error in a single run it would add a line of its own.
     with guarded(name) if HydraConfig.get().mode == RunMode.RUN else nullcontext():
+        if name in LIKE_TRAIN:
+            keep_last_length(cfg, HydraConfig.get().overrides.task)
         return function(cfg)
 
 
@@ -143,22 +146,28 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def training_arguments(arguments: Sequence[str]) -> list[str]:
     """Return a training's arguments as Hydra needs them.
 
-    The length that is given last replaces the others. Arguments of Lightning's Trainer, the optimizer and the criterion
-    need no ``+``, whether or not the configuration names them; others are refused when it is validated.
+    Arguments of Lightning's Trainer, the optimizer and the criterion need no ``+``, whether or not the configuration
+    names them; others are refused when it is validated.
 
     Example:
-        >>> training_arguments(["schedule.steps=9", "schedule.epochs=2", "trainer.limit_val_batches=1"])
-        ['schedule.epochs=2', 'schedule.steps=null', 'schedule.minutes=null', '++trainer.limit_val_batches=1']
+        >>> training_arguments(["schedule.steps=9", "trainer.limit_val_batches=1"])
+        ['schedule.steps=9', '++trainer.limit_val_batches=1']
     """
-    lengths = [(number, match[1]) for number, argument in enumerate(arguments) if (match := _LENGTH.match(argument))]
-    result = []
-    for number, argument in enumerate(arguments):
-        if lengths and (number, lengths[-1][1]) == lengths[-1]:
-            others = [key for key in ("epochs", "steps", "minutes") if key != lengths[-1][1]]
-            result += [argument, *(f"schedule.{key}=null" for key in others)]
-        elif number not in dict(lengths):
-            result.append(f"++{argument}" if argument.startswith(_OPEN) else argument)
-    return result
+    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in arguments]
+
+
+def keep_last_length(cfg: DictConfig, arguments: Sequence[str]) -> None:
+    """Set the other lengths of a training to null than the one that is given last on the command line.
+
+    Example:
+        >>> cfg = OmegaConf.create({"schedule": {"epochs": 80, "steps": 9, "minutes": None}})
+        >>> keep_last_length(cfg, ["schedule.steps=9"])
+        >>> cfg.schedule
+        {'epochs': None, 'steps': 9, 'minutes': None}
+    """
+    given = [match[1] for argument in arguments if (match := _LENGTH.match(argument))]
+    for key in {"epochs", "steps", "minutes"} - set(given[-1:]) if given else ():
+        cfg.schedule[key] = None
 
 
 def literal_paths(arguments: Sequence[str], keys: Collection[str] = _PATHS) -> list[str]:
