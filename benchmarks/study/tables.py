@@ -148,7 +148,7 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
         first, last = max(curve.index[0] for curve in curves), min(curve.index[-1] for curve in curves)
         minutes = measured[(measured >= first) & (measured <= last)]
         values = np.array([np.interp(minutes, curve.index, curve) for curve in curves])
-        axes.plot(minutes, values.mean(0), color=color, label=method)
+        axes.plot(minutes, values.mean(0), color=color, label=method, marker="o", markersize=3)
         axes.fill_between(minutes, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
     axes.set(xlabel="minutes of training on one core", ylabel="validation mIoU (%)")
     axes.grid(alpha=0.3)
