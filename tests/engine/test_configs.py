@@ -67,7 +67,7 @@ ROOT_OF = dict.fromkeys(("folder_mobilenetv2", "folder_v2_dinov2s"), ("dataset.r
 LEARNING_RATES = {
     name: 5e-6
     if "_v2_" in name  # the same for both of UniMatch V2's batch sizes
-    else {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01, "folder": 0.001}[
+    else {"voc": 0.001, "cityscapes": 0.005, "coco": 0.001, "ade20k": 0.001, "camvid": 0.01, "folder": 0.0005}[
         name.split("_")[0]
     ]
     for name in choices("experiment")
