@@ -252,6 +252,18 @@ def test_the_last_length_wins_and_open_mappings_need_no_plus(written, key, value
     assert value == ((found.epochs, found.steps, found.minutes) if key == "schedule" else found)
 
 
+def test_the_last_length_wins_in_a_job_whose_listed_arguments_are_those_written(tmp_path):
+    written = (*TINY, "method=supervised", "schedule.epochs=1")  # TINY has steps
+    done = run_forked("-m", *written, "hydra.sweep.dir=sweep", cwd=tmp_path, module="mlpmatch_pl.train")
+    assert done.returncode == 0, done.stderr
+    (run,) = {path.parent for path in tmp_path.glob("sweep/*/config.yaml")}
+    schedule = OmegaConf.load(run / "config.yaml").schedule
+    assert (schedule.epochs, schedule.steps, schedule.minutes) == (1, None, None)
+    assert {*OmegaConf.load(run / "overrides.yaml")} == {*written}
+    (job,) = (line for line in done.stdout.splitlines() if "#0 : " in line)
+    assert {*job.partition("#0 : ")[2].split()} == {*written}
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

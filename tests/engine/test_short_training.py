@@ -87,9 +87,9 @@ def test_few_steps_are_noted(timed, tmp_path, caplog, minutes, noted):
     assert (f"{steps} steps are few; lower loader.batch_size=4 or loader.crop_size=48" in caplog.text) == noted
 
 
-@pytest.mark.parametrize(("seconds", "least", "batches"), [(1e6, 1, 7), (0, 1, 1), (0, 3, 3)])
-def test_a_timing_ends_with_its_batches_or_its_time_but_not_before_the_least_batches(
-    tmp_path, monkeypatch, seconds, least, batches
+@pytest.mark.parametrize(("max_seconds", "min_batches", "batches"), [(1e6, 1, 7), (0, 1, 1), (0, 3, 3)])
+def test_a_timing_ends_with_its_batches_or_its_time_but_not_before_its_minimum(
+    tmp_path, monkeypatch, max_seconds, min_batches, batches
 ):
     trained = []
     step = MLPMatch.training_step
@@ -97,7 +97,7 @@ def test_a_timing_ends_with_its_batches_or_its_time_but_not_before_the_least_bat
     config, datamodule = configure(tmp_path, "schedule.minutes=null", "schedule.steps=9")
     training = ShortTraining(config, tmp_path, datamodule)
     module = build_module(config, datamodule.method, datamodule, training.trainer())
-    timer = training.fit(module, batches=7, seconds=seconds, least=least)
+    timer = training.fit(module, batches=7, max_seconds=max_seconds, min_batches=min_batches)
     assert len(trained) == batches
     assert sum(timer.seconds(0)) > 0
 
@@ -108,7 +108,7 @@ def test_slow_steps_are_timed_for_a_tenth_of_the_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(ShortTraining, "fit", lambda *args, **kwargs: limits.append(kwargs) or fit(*args, **kwargs))
     config, datamodule = configure(tmp_path, "schedule.minutes=0.02", "method.burn_in=0.5")
     set_steps(config, tmp_path, datamodule, Start())
-    assert limits == [{"seconds": pytest.approx(0.12), "least": 3}] * 2
+    assert limits == [{"max_seconds": pytest.approx(0.12), "min_batches": 3}] * 2
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,15 @@ class StepTimer(Callback):
 
     Args:
         batches: Batches after which the training stops.
-        seconds: Seconds after which it stops, too.
-        least: Batches before which it doesn't, however long they take.
+        max_seconds: Time after which it stops, too.
+        min_batches: Batches before which it doesn't, however long they take.
 
     Attributes:
         peak_bytes: The most memory allocated on a GPU at once; on a CPU, the peak resident memory of the process.
     """
 
-    def __init__(self, batches: int, seconds: float = math.inf, least: int = 1) -> None:
-        self.batches, self.max_seconds, self.least = batches, seconds, least
+    def __init__(self, batches: int, max_seconds: float = math.inf, min_batches: int = 1) -> None:
+        self.batches, self.max_seconds, self.min_batches = batches, max_seconds, min_batches
         self.peak_bytes = 0
         self._marks: list[Moment] = []
         self._started = 0.0
@@ -74,7 +74,7 @@ class StepTimer(Callback):
         """Stop the training after the last batch."""
         self._marks.append(now(pl_module.device))
         done, is_late = len(self._marks) // 2, time.monotonic() - self._started > self.max_seconds
-        trainer.should_stop = done >= self.batches or (is_late and done >= self.least)
+        trainer.should_stop = done >= self.batches or (is_late and done >= self.min_batches)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the peak memory."""
@@ -143,16 +143,24 @@ class ShortTraining:
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, DataWait)]  # type: ignore[attr-defined]
         return trainer
 
-    def fit(self, module: MLPMatch, batches: int, burn_in: bool = False, **limits: Any) -> StepTimer | None:
+    def fit(
+        self,
+        module: MLPMatch,
+        batches: int,
+        burn_in: bool = False,
+        max_seconds: float = math.inf,
+        min_batches: int = 1,
+    ) -> StepTimer | None:
         """Train for some batches of the burn-in, or after it; returns None if they do not fit into memory.
 
         Args:
             module: The module.
-            batches: The number of batches.
-            burn_in: Whether they are those of the burn-in.
-            limits: Other limits of `StepTimer`.
+            batches: See `StepTimer`.
+            burn_in: Whether the batches are those of the burn-in.
+            max_seconds: See `StepTimer`.
+            min_batches: Likewise.
         """
-        timer = StepTimer(batches, **limits)
+        timer = StepTimer(batches, max_seconds, min_batches)
         method = resolve_method("supervised") if burn_in else replace(self.datamodule.method, burn_in=0.0)
         trainer = self.trainer(timer)
         trainer.limit_val_batches = 0
@@ -225,8 +233,8 @@ def _steps_in(seconds: float, config: dict[str, Any], output_dir: Path, datamodu
     module = build_module(config, method, datamodule, trainer)
 
     def time_step(burn_in: bool) -> float:
-        least = (WARMUP + 1) * accumulate
-        timer = training.fit(module, (WARMUP + TIMED) * accumulate, burn_in, seconds=SHARE * seconds, least=least)
+        most, least = ((WARMUP + timed) * accumulate for timed in (TIMED, 1))
+        timer = training.fit(module, most, burn_in, max_seconds=SHARE * seconds, min_batches=least)
         if timer is None:
             raise UserError(
                 f"expected batches of loader.batch_size={datamodule.batch_size} to fit into memory, but they do not; "

@@ -151,7 +151,7 @@ def trace(segmentor: Segmentor, config: dict[str, Any]) -> ExportedProgram:
 
 
 def _remove_assertions(program: ExportedProgram) -> None:
-    """Remove what torch.export assumes about the example's memory layout, as that padding adds pixels, in place.
+    """Remove torch.export's assertions, in place: guesses from the example, such as that padding adds pixels.
 
     The operations hold for every size, which `mlpmatch_pl.commands.export.run.compare` verifies.
     """
