@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -187,6 +188,18 @@ def test_if_a_process_is_killed_the_other_ends_with_one_sentence_and_the_run_res
             2,
             "expected RANK from 0 to below WORLD_SIZE=2, but got 3; start the processes with torchrun, or remove",
         ),
+        (
+            {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "9",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            },
+            2,
+            "expected torchrun at 127.0.0.1:9, as MASTER_ADDR and MASTER_PORT say, but nothing listens there; start",
+        ),
         ({**SRUN, "SLURM_NTASKS_PER_NODE": "4"}, 2, "`devices=2` in Lightning, but .*`--ntasks-per-node=4`"),
         ({**SRUN, "SLURM_NNODES": "2"}, 2, "`num_nodes=1` in Lightning, but .*`--nodes=2`"),
         ({**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}, 2, "`devices=2` in Lightning, but .*"),
@@ -243,6 +256,31 @@ def test_there_are_commands_in_the_page():
 def test_every_training_in_the_page_composes(arguments):
     values = [part for part in shlex.split(arguments) if not part.startswith(("-", "hydra"))]
     compose_train(*[re.sub(r"=([^\[,]+),.*", r"=\1", value) for value in values], output_dir=Path("out"))
+
+
+LEFT_OVER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_what_an_ended_torchrun_has_left_over_is_refused_before_the_run_folder_is_named(tmp_path):
+    left = {**LEFT_OVER, "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+    began = time.monotonic()
+    done = run_forked(*RUN, "trainer.devices=2", cwd=tmp_path, **left, TORCHELASTIC_USE_AGENT_STORE="True")
+    assert time.monotonic() - began < 60  # instead of minutes
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: expected torchrun at 127.0.0.1:\d+, .*\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_waits_for_others_says_where(tmp_path):
+    port = str(free_port())
+    waiting = ForkedCommand(*RUN, "trainer.devices=2", cwd=tmp_path, **LEFT_OVER, MASTER_PORT=port)
+    said, deadline = f"waiting for the other processes at 127.0.0.1:{port}", time.monotonic() + 60
+    while said not in (text := "".join(path.read_text() for path in tmp_path.glob("runs/*/train.log"))):
+        assert waiting.is_running, text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+    os.kill(waiting.pid, signal.SIGKILL)
+    waiting.finish()
 
 
 def test_a_slurm_job_without_srun_starts_its_own_processes(tmp_path):

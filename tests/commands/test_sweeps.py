@@ -9,6 +9,7 @@ import pytest
 import yaml
 from helpers import TINY
 from helpers.processes import ForkedCommand, run_forked
+from helpers.slurm import fake_slurm
 
 from mlpmatch_pl.train import main
 
@@ -72,11 +73,15 @@ def test_a_repeated_sweep_skips_finished_continues_stopped_and_repeats_failed_jo
     assert other.stdout.count("but its configuration differs; choose another hydra.sweep.dir") >= 3
 
 
-def test_a_job_runs_through_the_launcher_of_a_cluster(tmp_path):
-    launcher = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "hydra.launcher.tasks_per_node=1")
-    done, counts = sweep(launcher, "1/3", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_jobs_run_through_slurm(tmp_path, monkeypatch):
+    """Launched as documented, with the variables of srun in the environment of a job."""
+    monkeypatch.setenv("PATH", fake_slurm(tmp_path / "bin"))
+    done, counts = sweep(("hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"), "1/3,99", tmp_path)
+    assert "jobs in sweep: 1 finished, 1 failed\n" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1
     assert counts == {"0_shapes_supervised_1-3_s0": 8}
+    outputs = list((tmp_path / "sweep/.submitit").glob("*/*_0_log.out"))
+    assert any("results in " in path.read_text(encoding="utf-8") for path in outputs)
 
 
 def test_a_search_maximizes_the_validation_miou(tmp_path, monkeypatch):

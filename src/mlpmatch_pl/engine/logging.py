@@ -14,7 +14,7 @@ from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.engine.resume import Start
 from mlpmatch_pl.engine.trainer import describe_processes
 from mlpmatch_pl.module import MLPMatch
-from mlpmatch_pl.utils.distributed import is_first_process, tasks_without_srun
+from mlpmatch_pl.utils.distributed import is_first_process, tasks_without_srun, waits_for_others
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,12 @@ def describe_training(
         )  # fmt: skip
     if trainer.world_size > 1:
         log.info("%s", describe_processes(trainer.world_size, synchronized))
+        if waits_for_others(os.environ):
+            log.info(
+                "waiting for the other processes at %s:%s; if nothing starts them, unset LOCAL_RANK",
+                os.environ["MASTER_ADDR"],
+                os.environ["MASTER_PORT"],
+            )
 
 
 def describe_learning_rate(schedule: dict[str, Any], module: MLPMatch, images: int, start: Start) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from mlpmatch_pl.utils.errors import UserError
+
+STORE_SECONDS = 5
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -56,6 +59,35 @@ def refuse_leftovers(environment: Mapping[str, str], several: bool) -> None:
             raise UserError(f"expected {', '.join(missing)} beside {name}={value} in the environment; {advice}")
         if not value.isdecimal() or not world.isdecimal() or int(value) >= int(world):
             raise UserError(f"expected {name} from 0 to below WORLD_SIZE={world}, but got {value}; {advice}")
+    if ranks:
+        refuse_ended_torchrun(environment)
+
+
+def refuse_ended_torchrun(environment: Mapping[str, str]) -> None:
+    """Refuse the environment of a torchrun that has ended. While it runs, it serves the store of its processes.
+
+    Raises:
+        UserError: If nothing listens at the store's address.
+
+    Example:
+        >>> refuse_ended_torchrun(
+        ...     {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+        ... )
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected torchrun at 127.0.0.1:9, as MASTER_ADDR and MASTER_PORT say, ...
+    """
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # then the first process serves the store
+        return
+    host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+    try:
+        socket.create_connection((host, int(port)), timeout=STORE_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"expected torchrun at {host}:{port}, as MASTER_ADDR and MASTER_PORT say, but nothing listens there; start "
+            "the processes with torchrun, or remove what an earlier one has left over: unset "
+            "${!TORCHELASTIC_*} RANK LOCAL_RANK WORLD_SIZE"
+        ) from error
 
 
 def tasks_without_srun(environment: Mapping[str, str]) -> int:
@@ -68,6 +100,17 @@ def tasks_without_srun(environment: Mapping[str, str]) -> int:
         (4, 0)
     """
     return 0 if "SLURM_STEP_ID" in environment else int(environment.get("SLURM_NTASKS", 0))
+
+
+def waits_for_others(environment: Mapping[str, str]) -> bool:
+    """Tell whether the environment alone says that somebody starts the other processes, by a launcher unknown here.
+
+    Example:
+        >>> waits_for_others({"LOCAL_RANK": "0"}), waits_for_others({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"})
+        (True, False)
+    """
+    known = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+    return "LOCAL_RANK" in environment and not any(name in environment for name in known)
 
 
 def is_first_process() -> bool:
@@ -104,5 +147,6 @@ def _agree(value: str, environment: Mapping[str, str]) -> str:
     """Return the value of the first process to call this, from the store through which torchrun connects them."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    refuse_ended_torchrun(environment)
     store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
     return str(store.compare_set("mlpmatch_pl/time_stamp", "", value).decode())
