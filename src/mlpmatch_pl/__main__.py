@@ -6,7 +6,7 @@ from importlib import import_module
 
 from mlpmatch_pl.utils.errors import suggest
 
-COMMANDS = ("train", "check", "evaluate", "predict", "export", "report", "prepare", "benchmark")
+COMMANDS = ("train", "check", "evaluate", "predict", "suggest", "export", "report", "prepare", "benchmark")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,48 @@ def sheet_of(
         sheet.paste(row, (0, y))
         y += row.height
     return sheet
+
+
+def contact_sheet(panels: Mapping[str, Array], columns: int = 5, side: int = 240) -> PILImage.Image:
+    """Draw images in rows, each below its title.
+
+    Args:
+        panels: The images by title, (H, W, 3) uint8, of any sizes.
+        columns: Images in a row.
+        side: Longer side of the images in pixels.
+
+    Example:
+        >>> contact_sheet({"1  a.jpg": np.zeros((30, 60, 3), np.uint8)}, columns=1, side=100).size
+        (116, 80)
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    rows: list[list[tuple[str, PILImage.Image]]] = []
+    for number, (title, pixels) in enumerate(panels.items()):
+        factor = side / max(pixels.shape[:2])
+        size = [max(round(length * factor), 1) for length in pixels.shape[1::-1]]
+        if number % columns == 0:
+            rows.append([])
+        rows[-1].append((title, PILImage.fromarray(pixels).resize((size[0], size[1]), PILImage.Resampling.LANCZOS)))
+    heights = [TITLE + max(image.height for _, image in row) + MARGIN for row in rows]
+    width = max(len(row) for row in rows) * (side + MARGIN) + MARGIN
+    sheet = PILImage.new("RGB", (width, sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, top in zip(rows, itertools.accumulate(heights, initial=0), strict=False):
+        for column, (title, image) in enumerate(row):
+            x = MARGIN + column * (side + MARGIN)
+            draw.text((x, top + 3), _shortened(title, side, font), fill=INK, font=font)
+            sheet.paste(image, (x, top + TITLE))
+    return sheet
+
+
+def _shortened(title: str, width: int, font: Any) -> str:
+    """Cut the middle of a title that is too long; names of files differ at their end."""
+    cut = title
+    for kept in range(len(title) - 1, 0, -1):
+        if font.getlength(cut) <= width:
+            break
+        cut = f"{title[: kept // 3]}…{title[len(title) - (kept - kept // 3) :]}"
+    return cut
 
 
 def _listed(
