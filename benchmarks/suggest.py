@@ -66,7 +66,9 @@ class Comparison:
 
     def suggested(self, seed: int) -> None:
         """Train with 20 suggested images, then with 20 more."""
-        first = self.suggest("first", f"pretrained={os.environ['MLPMATCH_DATA']}/weights/timm_mobilenetv2_100.pth")
+        first = self.suggest(
+            "first", f"backbone.pretrained={os.environ['MLPMATCH_DATA']}/weights/timm_mobilenetv2_100.pth"
+        )
         run = self.train("suggested_20", first, seed)
         checkpoint = run / "checkpoints" / "last.ckpt"
         second = self.suggest(f"second_s{seed}", f"checkpoint={checkpoint}", f"labeled={run / 'labeled.txt'}")

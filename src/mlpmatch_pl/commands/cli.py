@@ -22,7 +22,14 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 LIKE_TRAIN = ("train", "check", "benchmark")  # commands that take the configuration of a training
 PACKAGES = {"prepare": "mlpmatch_pl.commands.prepare"}  # of primary configs outside mlpmatch_pl.conf
 _PATHS = ("checkpoint", "input", "output", "root", "archives", "annotations", "init_weights", "resume")
-_FOLDERS = ("dataset.root", "dataset.images", "dataset.masks", "hydra.run.dir", "hydra.sweep.dir", "labeled")  # may be lists
+_FOLDERS = (
+    "dataset.root",
+    "dataset.images",
+    "dataset.masks",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "labeled",
+)  # may be lists
 _PLAIN = str.maketrans(
     {"─": "-", "━": "-", "│": "|", "┃": "|", "╇": "+", "╈": "+", "\u00d7": "x", "…": "...", "\u2013": "-"}
 )

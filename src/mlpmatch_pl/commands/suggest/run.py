@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,7 @@ class SuggestOptions:
         count: How many images to suggest.
         labeled: List files of images that have labels; None for those of the checkpoint's run.
         checkpoint: Checkpoint of a training run; None for an encoder with ImageNet weights.
-        backbone: Name of this encoder.
-        pretrained: Whether to download its weights, or a file with them.
+        backbone: This encoder: ``name``, ``pretrained`` and other arguments of `mlpmatch_pl.segmentor.Segmentor`.
         output: Folder to write to.
         overwrite: Whether to replace existing files.
         device: See `mlpmatch_pl.predictor.load`.
@@ -55,8 +54,7 @@ class SuggestOptions:
     count: int
     labeled: tuple[Path, ...] | Path | None
     checkpoint: Path | None
-    backbone: str
-    pretrained: bool | str
+    backbone: dict[str, Any]
     output: Path
     overwrite: bool
     device: str
@@ -64,10 +62,11 @@ class SuggestOptions:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"expected count of at least 1, but got {self.count}")
-        if self.checkpoint is None and self.pretrained is False:
+        pretrained = self.backbone.get("pretrained")
+        if self.checkpoint is None and pretrained in (False, "auto"):
             raise UserError(
-                "expected weights to compare images with, but pretrained is false; set pretrained=true, a file of "
-                "weights, or checkpoint"
+                f"expected weights to compare images with, but backbone.pretrained={str(pretrained).lower()} may leave "
+                "the encoder without; set backbone.pretrained=true or a file of weights, or checkpoint"
             )
 
     def lists(self) -> list[Path]:
@@ -161,9 +160,9 @@ def _spellings(image: ImageFile) -> Iterator[str]:
 def _predictor(options: SuggestOptions) -> Predictor:
     if options.checkpoint:
         return load(options.checkpoint, options.device)
-    module = MLPMatch(
-        2, method="supervised", backbone=options.backbone, pretrained=options.pretrained, decoder="linear"
-    )  # its decoder is not used
+    backbone = dict(options.backbone)
+    name = backbone.pop("name")
+    module = MLPMatch(2, method="supervised", backbone=name, **backbone, decoder="linear")  # which is not used
     return Predictor(module.to(resolve_device(options.device)))
 
 
