@@ -22,6 +22,7 @@ from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
 from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
+from mlpmatch_pl.commands.suggest.run import SuggestOptions
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
 from mlpmatch_pl.data.datasets.published import PUBLISHED, published_list
 from mlpmatch_pl.data.datasets.shapes import shapes
@@ -285,7 +286,9 @@ def test_a_command_allows_its_own_group_only():
         read_config(cfg)
 
 
-OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "report": Report}
+OPTIONS = {
+    "evaluate": Evaluate, "predict": Predict, "suggest": SuggestOptions, "export": ExportOptions, "report": Report,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", OPTIONS)

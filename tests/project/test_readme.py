@@ -18,6 +18,7 @@ from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
 from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
+from mlpmatch_pl.commands.suggest.run import SuggestOptions
 from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.evaluate import added_keys
 from mlpmatch_pl.report import named_folders
@@ -26,12 +27,20 @@ from mlpmatch_pl.utils.validation import arguments_type, read_options, validate
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONS = {"evaluate": Evaluate, "predict": Predict, "export": ExportOptions, "prepare": Prepare, "report": Report}
+OPTIONS = {
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "suggest": SuggestOptions,
+    "export": ExportOptions,
+    "prepare": Prepare,
+    "report": Report,
+}
 NEEDED = {  # by a command beside an override that stands alone
     "train": ("dataset=folder", "dataset.root=x", "dataset.classes=[a,b]"),
     "benchmark": (),
     "evaluate": ("checkpoint=x",),
     "predict": ("checkpoint=x", "input=x", "output=x"),
+    "suggest": ("input=x",),
     "export": ("checkpoint=x",),
     "prepare": ("dataset=voc", "root=x"),
     "report": ("runs=x",),
