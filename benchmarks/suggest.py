@@ -27,7 +27,7 @@ from mlpmatch_pl.engine.build import build_data
 
 RESULTS = Path(__file__).parent / "results" / "suggest"
 METHOD = "supervised_averaged"
-RANDOM = (20, 30, 40, 50)
+RANDOM = (30, 50)
 STEPS = 240
 
 
