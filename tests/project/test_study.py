@@ -9,7 +9,7 @@ import yaml
 from helpers import TINY, compose_train
 from PIL import Image
 
-from benchmarks.study import tables
+from benchmarks.study import picture, tables
 from benchmarks.study.__main__ import STUDY, overrides_of, result_of
 from mlpmatch_pl.engine.build import read_config
 from mlpmatch_pl.methods.method import PRESETS, resolve_method
@@ -49,6 +49,9 @@ def test_a_result_has_test_scores_only_of_test_images(tmp_path, monkeypatch):
     assert {"test", "tested"} <= result.keys()
     assert result["curve"]["val/miou"][-1] == pytest.approx(result["last"]["val/miou"], abs=1e-4)
     assert 0 < result["fit"] <= 1
+    picture.draw(tmp_path / "methods.png", [folder, folder])
+    with Image.open(tmp_path / "methods.png") as sheet:
+        assert sheet.width > 4 * picture.WIDTH
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps(metrics | {"evaluated_on": "val"}))
     assert not {"test", "tested"} & result_of(folder, "supervised", overrides).keys()
