@@ -29,9 +29,7 @@ def draw(target: Path, runs: list[Path]) -> None:
         row = {title: np.asarray(panels[title]) for title in ("image", "truth")}
         for run in runs:
             row[title_of(run)] = np.asarray(read_panels(run / "predictions" / name)[0]["prediction"])
-        rows.append(
-            {title: pixels[::2, ::2] for title, pixels in row.items()}
-        )  # pictures are enlarged for their titles
+        rows.append({title: pixels[::2, ::2] for title, pixels in row.items()})  # enlarged for titles
     colors = [ImageColor.getrgb(color)[:3] for color in classes.values()]
     sheet_of(rows, list(classes), colors, WIDTH).save(target, optimize=True)
 
