@@ -48,7 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "MLPMATCH_STUDY": str(arguments.out.resolve() / "data")}
     torch.set_num_threads(1)
-    halve_aerial(arguments.out / "data" / "aerial")
+    if "MLPMATCH_DATA" in os.environ:
+        halve_aerial(arguments.out / "data" / "aerial")
     study = yaml.safe_load(STUDY.read_text())
     part = study["parts"][arguments.part]
     methods = arguments.methods or list(part["methods"])
@@ -65,7 +66,8 @@ def overrides_of(study: dict[str, Any], dataset: str, method: str) -> list[str]:
     """Return the overrides of a method on a dataset, without its number of steps and its seed."""
     settings = study["datasets"][dataset]
     methods = {name: own for part in study["parts"].values() for name, own in part["methods"].items()}
-    return [*study["shared"], *settings["overrides"], *methods[method], *settings["methods"].get(method, [])]
+    shared = [*study["shared"], *(study["photos"] if settings.get("photos", True) else ())]
+    return [*shared, *settings["overrides"], *methods[method], *settings["methods"].get(method, [])]
 
 
 def halve_aerial(target: Path) -> None:
@@ -113,7 +115,8 @@ class StepTimer:
         self.module = MLPMatch(
             len(self.datamodule.data.class_names),
             method={**config["method"], "lambda_schedule": "constant"},  # without a length; its steps cost the same
-            backbone=backbone.pop("name"), **backbone, lr=0.001, power=0,
+            backbone=backbone.pop("name"), **backbone, decoder=config["decoder"], **config["objective"],
+            lr=0.001, power=0,
         )  # fmt: skip
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 

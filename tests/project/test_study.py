@@ -27,7 +27,7 @@ DATASETS = dict.fromkeys(
 
 @pytest.mark.parametrize(
     ("dataset", "method"),
-    [(dataset, method) for method in METHODS for dataset in DATASETS.get(method, ["aerial"])],
+    [(dataset, method) for method in METHODS for dataset in DATASETS.get(method, ["shapes"])],
 )
 def test_every_run_composes(dataset, method, monkeypatch, tmp_path):
     monkeypatch.setenv("MLPMATCH_DATA", "data")
