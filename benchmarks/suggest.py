@@ -71,7 +71,7 @@ class Comparison:
         )
         run = self.train("suggested_20", first, seed)
         checkpoint = run / "checkpoints" / "last.ckpt"
-        second = self.suggest(f"second_s{seed}", f"checkpoint={checkpoint}", f"labeled={run / 'labeled.txt'}")
+        second = self.suggest(f"second_s{seed}", f"checkpoint={checkpoint}")
         self.train("suggested_40", [*first, *second], seed)
 
     def random(self, count: int, seed: int) -> None:
@@ -82,8 +82,8 @@ class Comparison:
         """Return suggested images."""
         path = self.out / name / "suggested.txt"
         if not path.is_file():
-            command(path.parent, "suggest", f"input={self.pool}", "count=20", f"output={path.parent}", *options)
-        return path.read_text().split()
+            command(path.parent, "suggest", "count=20", f"output={path.parent}", *options)
+        return [line.partition("\t")[0] for line in path.read_text().splitlines()]
 
     def train(self, choice: str, names: list[str], seed: int) -> Path:
         """Train with these labels, and add the result to the others; returns the run folder."""

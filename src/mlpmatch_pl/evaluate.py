@@ -16,10 +16,9 @@ Examples:
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlpmatch_pl.commands.cli import run_command
+from mlpmatch_pl.commands.cli import added_keys, run_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -47,18 +46,6 @@ def _evaluate_job(cfg: DictConfig) -> None:
 
     cfg.output = HydraConfig.get().runtime.output_dir  # a job of a sweep has its own folder
     evaluate(cfg)
-
-
-def added_keys(arguments: Sequence[str]) -> list[str]:
-    """Add Hydra's ``+`` to keys of the run's own dataset, which the configuration does not contain.
-
-    Example:
-        >>> added_keys(["dataset.root=/data", "part=val"]), added_keys(["dataset=camvid", "dataset.root=/data"])
-        (['+dataset.root=/data', 'part=val'], ['dataset=camvid', 'dataset.root=/data'])
-    """
-    if any(argument.startswith("dataset=") for argument in arguments):
-        return list(arguments)
-    return [f"+{argument}" if argument.startswith("dataset.") else argument for argument in arguments]
 
 
 def main() -> None:

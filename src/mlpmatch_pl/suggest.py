@@ -1,35 +1,34 @@
-"""Suggest which images to label next: few that represent all others.
+"""Suggest which images to label next: a few that represent all the others.
 
-Writes suggested.txt, the best one first, which dataset.labeled takes, and suggested.png with these images. Without a
-checkpoint, an encoder with ImageNet weights compares the images. With one, its encoder compares them, images count the
-more the less certain its predictions are, and those that its training had labels for are not suggested again.
+Writes suggested.txt, the best image first, as dataset.labeled takes it, and suggested.png, a sheet of these images.
+Without a checkpoint, a pretrained encoder compares the images of a folder. With one, the encoder of that training
+compares the images that it had no labels for, and an image counts more the less certain the predictions on it are.
 
 Examples:
-    python -m mlpmatch_pl.suggest input=photos count=20                                     # nothing is labeled yet
-    python -m mlpmatch_pl.suggest input=photos labeled=labeled.txt                          # 20 more
-    python -m mlpmatch_pl.suggest input=photos checkpoint=runs/x/checkpoints/best.ckpt output=second
+    python -m mlpmatch_pl.suggest input=photos count=20
+    python -m mlpmatch_pl.suggest checkpoint=runs/x/checkpoints/best.ckpt output=second
+    python -m mlpmatch_pl.suggest checkpoint=runs/x/checkpoints/best.ckpt dataset.root=/data/mine  # the data has moved
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from mlpmatch_pl.commands.cli import plain, run_command
+from mlpmatch_pl.commands.cli import added_keys, plain, run_command
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from omegaconf import DictConfig
 
 
-def suggest(cfg: DictConfig) -> list[Path]:
+def suggest(cfg: DictConfig) -> list[str]:
     """Suggest images with a composed configuration.
 
     Args:
         cfg: As composed from ``conf/suggest.yaml``.
 
     Returns:
-        The suggested images, the best one first.
+        The names of the suggested images, the best one first.
 
     Raises:
         UserError: If the configuration is wrong, there are too few images, one cannot be read, or a file exists.
@@ -42,6 +41,7 @@ def suggest(cfg: DictConfig) -> list[Path]:
 
 def main() -> None:
     """Run the command; wrong input ends with one line and exit code 1."""
+    sys.argv[1:] = added_keys(sys.argv[1:])
     run_command("suggest", suggest, __doc__)
 
 

@@ -20,7 +20,7 @@ from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
 from mlpmatch_pl.commands.suggest.run import SuggestOptions
 from mlpmatch_pl.engine.build import read_config
-from mlpmatch_pl.evaluate import added_keys
+from mlpmatch_pl.commands.cli import added_keys
 from mlpmatch_pl.report import named_folders
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.validation import arguments_type, read_options, validate

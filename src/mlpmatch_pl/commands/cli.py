@@ -177,6 +177,18 @@ def keep_last_length(cfg: DictConfig, arguments: Sequence[str]) -> None:
         cfg.schedule[key] = None
 
 
+def added_keys(arguments: Sequence[str]) -> list[str]:
+    """Add Hydra's ``+`` to keys of the run's own dataset, which the configuration does not contain.
+
+    Example:
+        >>> added_keys(["dataset.root=/data", "part=val"]), added_keys(["dataset=camvid", "dataset.root=/data"])
+        (['+dataset.root=/data', 'part=val'], ['dataset=camvid', 'dataset.root=/data'])
+    """
+    if any(argument.startswith("dataset=") for argument in arguments):
+        return list(arguments)
+    return [f"+{argument}" if argument.startswith("dataset.") else argument for argument in arguments]
+
+
 def literal_paths(arguments: Sequence[str], keys: Collection[str] = _PATHS) -> list[str]:
     r"""Quote the paths among a command's arguments, because Hydra's grammar has a meaning for many of their characters.
 

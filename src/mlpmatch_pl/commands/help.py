@@ -26,7 +26,7 @@ def help_page(name: str, package: str, doc: str) -> str:
     for text in _config_files(package, name):
         keys += _HIDDEN.sub("", text).strip() + "\n"
         groups += [
-            f"{key}={default or 'null'}".ljust(22) + fill(", ".join(_choices(key)), 98, subsequent_indent=" " * 24)
+            f"{key}={default or 'null'} ".ljust(22) + fill(", ".join(_choices(key)), 98, subsequent_indent=" " * 24)
             for entry in yaml.safe_load(text).get("defaults", ()) if isinstance(entry, dict)
             for key, default in entry.items() if not key.startswith("override ")
         ]  # fmt: skip

@@ -303,13 +303,22 @@ class FileIndex:
             if not line:
                 continue
             parts = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
-            if "\t" not in line and len(parts) > 1 and (self.base / line).is_file():  # a bare name with spaces
+            if "\t" not in line and len(parts) > 1 and self._is_one_name(line, parts[0]):
                 parts = [line]
             if len(parts) > 2:
                 raise UserError(
                     f"expected 'image mask' in {path}, but found {line!r}; separate names with spaces by a tab"
                 )
             yield parts
+
+    def _is_one_name(self, line: str, first: str) -> bool:
+        """Tell whether a line is a name with spaces."""
+        if (self.base / line).is_file():
+            return True
+        if (self.base / first).is_file():
+            return False
+        known = self._names_below(self.images)
+        return normalized(line) in known or normalized(posixpath.splitext(line)[0]) in known
 
     def _pair(self, row: Sequence[str], path: Path, with_masks: bool) -> Pair:
         image = self._existing(row[0], path, self.images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +99,21 @@ def sheet_of(
     return sheet
 
 
-def contact_sheet(panels: Mapping[str, Array], columns: int = 5, side: int = 240) -> PILImage.Image:
+def contact_sheet(panels: Iterable[tuple[str, Array]], columns: int = 5, side: int = 240) -> PILImage.Image:
     """Draw images in rows, each below its title.
 
     Args:
-        panels: The images by title, (H, W, 3) uint8, of any sizes.
+        panels: Titles and images, (H, W, 3) uint8, of any sizes; one of them is in memory at a time.
         columns: Images in a row.
         side: Longer side of the images in pixels.
 
     Example:
-        >>> contact_sheet({"1  a.jpg": np.zeros((30, 60, 3), np.uint8)}, columns=1, side=100).size
+        >>> contact_sheet([("1  a.jpg", np.zeros((30, 60, 3), np.uint8))], columns=1, side=100).size
         (116, 80)
     """
     font = ImageFont.load_default(FONT_SIZE)
     rows: list[list[tuple[str, PILImage.Image]]] = []
-    for number, (title, pixels) in enumerate(panels.items()):
+    for number, (title, pixels) in enumerate(panels):
         factor = side / max(pixels.shape[:2])
         size = [max(round(length * factor), 1) for length in pixels.shape[1::-1]]
         if number % columns == 0:

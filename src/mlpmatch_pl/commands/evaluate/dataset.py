@@ -86,8 +86,10 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
         UserError: If the run folder or the dataset does not exist, or the dataset has no such part.
     """
     own = dataset is None or "_target_" not in dataset
-    config = _run_dataset(checkpoint, dataset or {}) if own else _whole(dict(dataset or {}), part)
-    data = build_data(checked_target("dataset", config))
+    if own:
+        data = open_run_dataset(checkpoint, dataset or {})
+    else:
+        data = build_data(checked_target("dataset", _whole(dict(dataset or {}), part)))
     if part == "test" and not data.test:
         raise UserError("expected test images for part=test, but the dataset has none; use part=val")
     part = part or ("test" if data.test else "val")
@@ -97,6 +99,15 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
         raise UserError(f"expected images to evaluate on, but {part} has none; choose another part or dataset.{part}")
     saved = _saved_hash(checkpoint, key) if own else None
     return EvaluatedPart(data, part, split, None if saved is None else saved == split["sha256"])
+
+
+def open_run_dataset(checkpoint: Path, changes: Mapping[str, Any]) -> SegmentationData:
+    """Open the dataset of a checkpoint's run, with some keys replaced.
+
+    Raises:
+        UserError: If the run folder or the dataset does not exist.
+    """
+    return build_data(checked_target("dataset", _run_dataset(checkpoint, changes)))
 
 
 def _whole(dataset: dict[str, Any], part: Part | None) -> dict[str, Any]:

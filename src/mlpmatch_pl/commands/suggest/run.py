@@ -1,11 +1,10 @@
-"""From a folder of images to a list of those to label next, and a picture of them."""
+"""From unlabeled images to a list of those to label next, and a sheet of them."""
 
 from __future__ import annotations
 
 import io
-import posixpath
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlpmatch_pl.commands.predict.outputs import ImageFile, find_images, write_file
+from mlpmatch_pl.commands.evaluate.dataset import check_compatible, open_run_dataset, run_folder_of
+from mlpmatch_pl.commands.predict.outputs import write_file
 from mlpmatch_pl.commands.suggest.selection import representatives
+from mlpmatch_pl.data.base import ImageSource
+from mlpmatch_pl.data.files import FileIndex, FileSource
+from mlpmatch_pl.data.layout import find_layout
+from mlpmatch_pl.data.readers.mask import MaskReader
 from mlpmatch_pl.evaluation.sliding_window import SMALLEST
 from mlpmatch_pl.module import MLPMatch
 from mlpmatch_pl.predictor import Predictor, load, resolve_device
@@ -26,7 +30,7 @@ from mlpmatch_pl.utils.prefetch import ordered_map
 from mlpmatch_pl.utils.progress import progress, say
 from mlpmatch_pl.visualization.panels import contact_sheet, to_rgb
 
-LIST, PICTURE = "suggested.txt", "suggested.png"
+LIST, SHEET = "suggested.txt", "suggested.png"
 LARGEST = 20_000  # images that are compared with each other; their similarities need 1.6 GB
 SIDE = 1024  # longer side at which images are compared
 THREADS, AHEAD = 4, 8  # that decode; images decoded before the one in the network
@@ -37,124 +41,95 @@ class SuggestOptions:
     """The configuration of ``python -m mlpmatch_pl.suggest``.
 
     Attributes:
-        input: A folder or a glob pattern.
+        input: A folder of images, laid out as for ``dataset=folder``; None for those of the checkpoint's run.
+        checkpoint: Checkpoint of a training run; None for a pretrained encoder.
+        dataset: Keys that replace those of the dataset of the checkpoint's run.
         count: How many images to suggest.
-        labeled: List files of images that have labels; None for those of the checkpoint's run.
-        checkpoint: Checkpoint of a training run; None for an encoder with ImageNet weights.
-        backbone: This encoder: ``name``, ``pretrained`` and other arguments of `mlpmatch_pl.segmentor.Segmentor`.
         output: Folder to write to.
         overwrite: Whether to replace existing files.
         device: See `mlpmatch_pl.predictor.load`.
+        backbone: The pretrained encoder: ``name``, ``pretrained`` and other arguments of
+            `mlpmatch_pl.segmentor.segmentor.Segmentor`.
 
     Raises:
-        UserError: If the count is not positive, or an encoder without weights is to compare images.
+        UserError: If the count is not positive, there are no images, or an encoder without weights is to compare them.
     """
 
-    input: Path
-    count: int
-    labeled: tuple[Path, ...] | Path | None
+    input: Path | None
     checkpoint: Path | None
-    backbone: dict[str, Any]
+    dataset: Mapping[str, Any] | None
+    count: int
     output: Path
     overwrite: bool
     device: str
+    backbone: dict[str, Any]
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"expected count of at least 1, but got {self.count}")
-        pretrained = self.backbone.get("pretrained")
-        if self.checkpoint is None and pretrained in (False, "auto"):
+        if self.input is None and self.checkpoint is None:
+            raise UserError("expected input=FOLDER with images, or the checkpoint of a run, but got neither")
+        if self.input is not None and self.dataset:
+            raise UserError("expected input or changes of a run's dataset, but got both; omit one")
+        if self.input is None and self.checkpoint and self.checkpoint.exists() and not run_folder_of(self.checkpoint):
             raise UserError(
-                f"expected weights to compare images with, but backbone.pretrained={str(pretrained).lower()} may leave "
-                "the encoder without; set backbone.pretrained=true or a file of weights, or checkpoint"
+                f"expected {self.checkpoint} in the folder of its run, whose images are meant, but there is no "
+                "config.yaml; set input to a folder with images"
+            )
+        pretrained = self.backbone.get("pretrained")
+        if self.checkpoint is None and (not pretrained or pretrained == "auto"):
+            raise UserError(
+                f"expected an encoder with weights to compare images, but got backbone.pretrained={pretrained}; set it "
+                "to true or to a file of weights, or set checkpoint"
             )
 
-    def lists(self) -> list[Path]:
-        """Return the list files of images with labels."""
-        if self.labeled is None:
-            folder = self.checkpoint.parent.parent if self.checkpoint else None
-            return [path for path in (folder / "labeled.txt", folder / "val.txt") if path.is_file()] if folder else []
-        return [self.labeled] if isinstance(self.labeled, Path) else list(self.labeled)
+
+class Choice(NamedTuple):
+    """The images to choose from.
+
+    Attributes:
+        source: All images.
+        labeled: Indices of those with labels.
+        unlabeled: Indices of the others.
+    """
+
+    source: ImageSource
+    labeled: Sequence[int]
+    unlabeled: Sequence[int]
 
 
-def run(options: SuggestOptions) -> list[Path]:
-    """Suggest images, and write their list and picture.
+def run(options: SuggestOptions) -> list[str]:
+    """Suggest images, and write their list and their sheet.
 
     Raises:
         UserError: Before anything is written.
     """
     if not options.overwrite:
-        paths = (options.output / LIST, options.output / PICTURE)
+        paths = (options.output / LIST, options.output / SHEET)
         refuse_overwrite(paths, "choose another output, or set overwrite=true")
-    images = _at_most(LARGEST, find_images(str(options.input), options.output))
-    labeled = find_listed(images, options.lists())
-    if len(images) - len(labeled) < options.count:
-        raise UserError(
-            f"expected at least count={options.count} images without labels in {options.input}, but "
-            f"{len(labeled)} of {len(images)} have labels; lower count, or name another input"
-        )
     predictor = _predictor(options)
-    described = describe_images(predictor, images)
-    features_ND = torch.stack([description.features_D for description in described.values()])
-    weights_N = torch.tensor([description.entropy for description in described.values()])
-    rows = {image: row for row, image in enumerate(described)}
+    choice = _choice(options, predictor)
+    _require(options.count, len(choice.unlabeled), "have no labels")
+    described = describe_images(predictor, choice.source, [*choice.labeled, *choice.unlabeled])
+    _require(options.count, len(described.keys() - set(choice.labeled)), "have no labels and can be read")
+    rows = {index: row for row, index in enumerate(described)}
     order = representatives(
-        features_ND,
+        torch.stack([description.features_D for description in described.values()]),
         options.count,
-        [rows[image] for image in labeled if image in rows],
-        weights_N if options.checkpoint else None,  # without one, predictions mean nothing
+        [rows[index] for index in choice.labeled if index in rows],
+        # Without a checkpoint, predictions mean nothing.
+        torch.tensor([one.entropy for one in described.values()]) if options.checkpoint else None,
     )
     suggested = [list(described)[row] for row in order]
-    names = [f"{image.name}{image.path.suffix}" for image in suggested]
-    shown = (to_rgb(predictor.read_image(image.path)) for image in suggested)
-    panels = {f"{rank}  {name}": pixels for rank, (name, pixels) in enumerate(zip(names, shown, strict=True), 1)}
-    write_file(options.output / LIST, "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape"))
-    buffer = io.BytesIO()
-    contact_sheet(panels).save(buffer, format="PNG")
-    write_file(options.output / PICTURE, buffer.getvalue())
-    known = f", of which {len(labeled):,} have labels" if labeled else ""
-    say(f"{len(order)} of {len(images):,} images{known}: {options.output / LIST} and {options.output / PICTURE}")
-    return [image.path for image in suggested]
+    _write(options.output, choice.source, suggested)
+    total, known = len(choice.labeled) + len(choice.unlabeled), len(choice.labeled)
+    say(f"suggested {len(suggested):,} of {total:,} images ({known:,} with labels): {options.output / LIST}")
+    return [choice.source.name(index) for index in suggested]
 
 
-def _at_most(count: int, images: list[ImageFile]) -> list[ImageFile]:
-    if len(images) <= count:
-        return images
-    say(f"{len(images):,} images are too many to compare; {count:,} of them, chosen at random, are")
-    kept = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    return [images[index] for index in sorted(kept.tolist())]
-
-
-def find_listed(images: Sequence[ImageFile], lists: Sequence[Path]) -> list[ImageFile]:
-    """Return the images that list files name, by a path below any folder, with or without suffix.
-
-    Raises:
-        UserError: If a list does not exist, or names none of the images.
-    """
-    listed: set[str] = set()
-    for path in lists:
-        if not path.is_file():
-            raise UserError(f"expected a list of images that have labels, but {path} does not exist; correct labeled")
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        names = {
-            name for line in map(str.strip, lines) if line for name in (line, line.split("\t")[0], line.split()[0])
-        }
-        found = {name.replace("\\", "/").lstrip("/") for name in names}
-        listed |= found | {posixpath.splitext(name)[0] for name in found}
-    labeled = [image for image in images if not listed.isdisjoint(_spellings(image))]
-    if lists and not labeled:
-        raise UserError(
-            f"expected images of input in {lists[0]}, but it names none of the {len(images)}; name the folder that the "
-            "list was written for, or another list in labeled"
-        )
-    return labeled
-
-
-def _spellings(image: ImageFile) -> Iterator[str]:
-    """Yield the path of an image without suffix, from each of its folders on."""
-    parts = image.path.resolve().with_suffix("").parts[1:]
-    for first in range(len(parts)):
-        yield "/".join(parts[first:])
+def _require(count: int, available: int, what: str) -> None:
+    if available < count:
+        raise UserError(f"expected at least count={count} images to choose from, but {available} {what}; lower count")
 
 
 def _predictor(options: SuggestOptions) -> Predictor:
@@ -164,6 +139,43 @@ def _predictor(options: SuggestOptions) -> Predictor:
     name = backbone.pop("name")
     module = MLPMatch(2, method="supervised", backbone=name, **backbone, decoder="linear")  # which is not used
     return Predictor(module.to(resolve_device(options.device)))
+
+
+def _choice(options: SuggestOptions, predictor: Predictor) -> Choice:
+    """Find the images; of very many, some."""
+    if options.input is not None:
+        choice = _folder(options.input, predictor)
+    else:
+        assert options.checkpoint is not None  # refused by the options
+        data = open_run_dataset(options.checkpoint, options.dataset or {})
+        check_compatible(predictor.module, data, options.checkpoint)
+        choice = Choice(data.train, data.labeled_indices, data.unlabeled)
+    room = max(LARGEST - len(choice.labeled), options.count)
+    if len(choice.unlabeled) > room:
+        say(f"{len(choice.unlabeled):,} unlabeled images are too many to compare; comparing {room:,} chosen at random")
+        kept = torch.randperm(len(choice.unlabeled), generator=torch.Generator().manual_seed(0))[:room]
+        choice = choice._replace(unlabeled=[choice.unlabeled[index] for index in sorted(kept.tolist())])
+    return choice
+
+
+def _folder(root: Path, predictor: Predictor) -> Choice:
+    if not root.is_dir():
+        raise UserError(f"expected input to be a folder with images, but {root} is none; correct it")
+    images, masks = find_layout(root)
+    images = images if (root / images).is_dir() else "."
+    files = FileIndex([root], images, masks if masks != "." else "masks")
+    pairs = [pair for pair in files.discover() if not _is_own_sheet(root / pair.image)]
+    for note in files.notes:
+        say(f"note: {note}")
+    return Choice(
+        FileSource(files.base, pairs, predictor.read_image, MaskReader()),
+        [index for index, pair in enumerate(pairs) if pair.mask],
+        [index for index, pair in enumerate(pairs) if not pair.mask],
+    )
+
+
+def _is_own_sheet(path: Path) -> bool:
+    return path.name == SHEET and path.with_name(LIST).is_file()
 
 
 class Description(NamedTuple):
@@ -179,26 +191,35 @@ class Description(NamedTuple):
 
 
 @torch.inference_mode()
-def describe_images(predictor: Predictor, images: Sequence[ImageFile]) -> dict[ImageFile, Description]:
-    """Describe all images that can be read; the others are named."""
-    segmentor, described = predictor.module.segmentor, {}
-    with progress("comparing", len(images)) as advance:
-        for image, pixels in zip(images, ordered_map(partial(_read, predictor), images, THREADS, AHEAD), strict=True):
+def describe_images(predictor: Predictor, source: ImageSource, indices: Sequence[int]) -> dict[int, Description]:
+    """Describe all images that can be read, by their index; the others are named.
+
+    Raises:
+        UserError: If none can be read, for the reason of the first one.
+    """
+    segmentor, described, failures = predictor.module.segmentor, dict[int, Description](), list[UserError]()
+    read = partial(_read, predictor, source)
+    with progress("comparing", len(indices)) as advance:
+        for index, image_CHW in zip(indices, ordered_map(read, indices, THREADS, AHEAD), strict=True):
             advance(1)
-            if isinstance(pixels, UserError):
-                print(f"skipped: {pixels}", file=sys.stderr)
+            if isinstance(image_CHW, UserError):
+                failures.append(image_CHW)
                 continue
-            features = segmentor.encode(pixels[None].to(predictor.module.device))
-            probability_CHW = segmentor.decode(features, pixels.shape[1:])[0].float().softmax(dim=0)
+            features = segmentor.encode(image_CHW[None].to(predictor.module.device))
+            probability_CHW = segmentor.decode(features, image_CHW.shape[1:])[0].float().softmax(dim=0)
             entropy = torch.special.entr(probability_CHW).sum(dim=0).mean()
-            described[image] = Description(features.levels[-1][0].float().mean(dim=(1, 2)).cpu(), entropy.item())
+            described[index] = Description(features.levels[-1][0].float().mean(dim=(1, 2)).cpu(), entropy.item())
+    if not described and failures:
+        raise failures[0]
+    for failure in failures:
+        print(f"skipped: {failure}", file=sys.stderr)
     return described
 
 
-def _read(predictor: Predictor, image: ImageFile) -> Tensor | UserError:
+def _read(predictor: Predictor, source: ImageSource, index: int) -> Tensor | UserError:
     """Read an image, with its longer side at most `SIDE`."""
     try:
-        image_CHW = predictor.image_tensor(image.path)
+        image_CHW = predictor.image_tensor(source.image(index))
     except UserError as error:
         return error
     factor = min(1, SIDE / max(image_CHW.shape[1:]))
@@ -206,3 +227,15 @@ def _read(predictor: Predictor, image: ImageFile) -> Tensor | UserError:
     if size == list(image_CHW.shape[1:]):
         return image_CHW
     return F.interpolate(image_CHW[None].float(), size, mode="bilinear", antialias=True)[0]
+
+
+def _write(output: Path, source: ImageSource, suggested: Sequence[int]) -> None:
+    def panels() -> Iterator[tuple[str, Any]]:
+        for rank, index in enumerate(suggested, 1):
+            yield f"{rank}  {source.name(index)}", to_rgb(source.image(index))
+
+    line = getattr(source, "listing", source.name)  # a source without files has only names
+    buffer = io.BytesIO()
+    contact_sheet(panels()).save(buffer, format="PNG")
+    write_file(output / SHEET, buffer.getvalue())
+    write_file(output / LIST, "".join(f"{line(index)}\n" for index in suggested).encode("utf-8", "surrogateescape"))

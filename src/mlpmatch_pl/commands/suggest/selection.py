@@ -1,4 +1,4 @@
-"""Choose few images that represent all others."""
+"""Choose a few images that represent all the others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def representatives(
         return (similarity_NN[rows] - covered_N).clamp_min_(0) @ weights_N
 
     upper = torch.cat([gains(slice(row, row + ROWS)) for row in range(0, len(features_ND), ROWS)]).tolist()
-    queue = [(-gain, index) for index, gain in enumerate(upper) if index not in set(chosen)]
+    taken = set(chosen)
+    queue = [(-gain, index) for index, gain in enumerate(upper) if index not in taken]
     heapq.heapify(queue)
     order: list[int] = []
     while queue and len(order) < count:
