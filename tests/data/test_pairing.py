@@ -7,6 +7,7 @@ from PIL import Image
 
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.datasets.voc import voc
+from mlpmatch_pl.data.files import FileIndex
 from mlpmatch_pl.data.pairing import NameRule, find_rule, mask_pattern
 from mlpmatch_pl.utils.errors import UserError
 
@@ -114,6 +115,17 @@ def test_lists_of_other_projects_are_read(tmp_path, line):
     assert data.labeled.names == ("images/0.png", "images/1.png", "images/2.png")
     assert [int(data.train.mask(index)[0, 0]) for index in range(3)] == [0, 1, 2]
     assert int(data.val.mask(0)[0, 0]) == 3
+
+
+@pytest.mark.parametrize("line", ["day 1/my photo", "day 1/my photo.png", "images/day 1/my photo.png"])
+def test_a_listed_name_may_have_spaces(tmp_path, line):
+    """Also below the folder of the images."""
+    for name in ("day 1/my photo", "day"):
+        save_image(tmp_path / f"images/{name}.png", np.zeros((40, 40, 3), np.uint8))
+        save_mask(tmp_path / f"masks/{name}.png", np.zeros((40, 40), np.uint8), palette=False)
+    (tmp_path / "list.txt").write_text(f"{line}\n", encoding="utf-8")
+    (pair,) = FileIndex([tmp_path], "images", "masks").part("list.txt")
+    assert pair.image == "images/day 1/my photo.png"
 
 
 def test_a_listed_suffix_must_be_that_of_the_file(tmp_path):

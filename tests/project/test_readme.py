@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mlpmatch_pl.commands.benchmark.run import Options as Benchmark
-from mlpmatch_pl.commands.cli import LIKE_TRAIN, keep_last_length, literal_paths, training_arguments
+from mlpmatch_pl.commands.cli import LIKE_TRAIN, added_keys, keep_last_length, literal_paths, training_arguments
 from mlpmatch_pl.commands.evaluate.run import EvaluateOptions as Evaluate
 from mlpmatch_pl.commands.export.run import ExportOptions
 from mlpmatch_pl.commands.predict.run import PredictOptions as Predict
@@ -20,7 +20,6 @@ from mlpmatch_pl.commands.prepare.run import Options as Prepare
 from mlpmatch_pl.commands.report.run import Options as Report
 from mlpmatch_pl.commands.suggest.run import SuggestOptions
 from mlpmatch_pl.engine.build import read_config
-from mlpmatch_pl.commands.cli import added_keys
 from mlpmatch_pl.report import named_folders
 from mlpmatch_pl.utils.errors import UserError
 from mlpmatch_pl.utils.validation import arguments_type, read_options, validate
