@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.tables docs/results.md
 
-A table starts with `<!-- comparison: study/aerial -->`, which names a folder of results, or `ablation` or `dynamics`
-instead, and ends with `<!-- end -->`. The curves of a comparison are written beside the page, as study_aerial.png.
+A table starts with `<!-- comparison: study/aerial -->`, which names a folder of results, or `ablation`, `dynamics` or
+`suggestions` (a file of `benchmarks.suggest`) instead, and ends with `<!-- end -->`. The curves of a comparison are written beside the page, as study_aerial.png.
 """
 
 import json
@@ -23,7 +23,7 @@ from benchmarks.study.__main__ import STUDY
 
 RESULTS = Path(__file__).parents[1] / "results"
 PARTS = yaml.safe_load(STUDY.read_text())["parts"]
-MARKED = re.compile(r"(<!-- (comparison|ablation|dynamics): ([\w/]+) -->\n).*?(<!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- (comparison|ablation|dynamics|suggestions): ([\w/]+) -->\n).*?(<!-- end -->)", re.S)
 COLORS = dict(
     zip(
         ("supervised", "supervised_averaged", "fixmatch", "unimatch", "mlpmatch", "mlpmatch_burn_in", "all_labels"),
@@ -56,8 +56,13 @@ def fill(page: Path) -> None:
 
 def filled(text: str) -> str:
     """Return a page with its tables regenerated."""
-    tables = {"comparison": comparison, "ablation": ablation, "dynamics": dynamics}
-    return MARKED.sub(lambda match: f"{match[1]}\n{tables[match[2]](read_runs(match[3]))}\n\n{match[4]}", text)
+    of_runs = {"comparison": comparison, "ablation": ablation, "dynamics": dynamics}
+
+    def table(match: re.Match[str]) -> str:
+        rows = suggestions(match[3]) if match[2] == "suggestions" else of_runs[match[2]](read_runs(match[3]))
+        return f"{match[1]}\n{rows}\n\n{match[4]}"
+
+    return MARKED.sub(table, text)
 
 
 def read_runs(folder: str) -> pd.DataFrame:
@@ -128,6 +133,17 @@ def dynamics(runs: pd.DataFrame) -> str:
                 f"| {method} | {len(own)} | {spread(own['fit'])} | {spread(gap)} | {spread(own['converged'])} "
                 f"| {last.max() - last.min():.1f} |"
             )
+    return "\n".join(lines)
+
+
+def suggestions(name: str) -> str:
+    """Compare suggested with random labels."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    lines = ["| labels | seeds | validation, last |", "|---|---|---|"]
+    for choice in ("random_30", "suggested_20", "random_50", "suggested_40"):
+        kind, _, count = choice.partition("_")
+        scores = pd.Series(result["miou"][choice].values()) * 100
+        lines.append(f"| {count} {kind} | {len(scores)} | {spread(scores)} |")
     return "\n".join(lines)
 
 

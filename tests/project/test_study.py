@@ -124,3 +124,12 @@ def test_dynamics_compare_trainings_with_and_without_the_volatile_term(results):
         "| mlpmatch_burn_in volatile term | 1 | 90.0 | 43.0 | 0.9 | 0.0 |",
         "| mlpmatch_burn_in | 1 | 90.0 | 45.0 | 0.9 | 0.0 |",
     ]
+
+
+def test_suggested_labels_are_compared_with_random_ones(results):
+    choices = {"random_30": 0.3, "suggested_20": 0.29, "random_50": 0.4, "suggested_40": 0.41}
+    miou = {choice: {"0": value, "1": value + 0.02} for choice, value in choices.items()}
+    (results / "results" / "suggest.json").write_text(json.dumps({"miou": miou}))
+    rows = tables.filled("<!-- suggestions: suggest -->\n<!-- end -->").splitlines()[4:8]
+    assert rows[0] == "| 30 random | 2 | 31.0 (30.0 to 32.0) |"
+    assert rows[3] == "| 40 suggested | 2 | 42.0 (41.0 to 43.0) |"
