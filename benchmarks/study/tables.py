@@ -3,7 +3,8 @@
     python -m benchmarks.study.tables docs/results.md
 
 A table starts with `<!-- comparison: study/aerial -->`, which names a folder of results, or `ablation`, `dynamics` or
-`suggestions` (a file of `benchmarks.suggest`) instead, and ends with `<!-- end -->`. The curves of a comparison are written beside the page, as study_aerial.png.
+`suggestions` (a file of `benchmarks.suggest`) instead, and ends with `<!-- end -->`. The curves of a comparison are
+written beside the page, as study_aerial.png.
 """
 
 import json
