@@ -8,20 +8,23 @@ import re
 import pytest
 import torch
 from helpers.batches import make_batch
+from helpers.processes import FORKS
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from mlpmatch_pl import MLPMatch, SemiSupervisedDataModule, UserError, shapes
 from mlpmatch_pl.methods.method import PRESETS
 
 CLASSES, BATCHES = 3, 3
+CLASSIFIER = "segmentor.decoder.classifier.weight"
 TRAIN_KEYS = {"loss", "loss_x", "loss_x_np", "loss_s", "loss_fp", "loss_u_np", "confident_ratio", "lambda_np", "lr"}
 
 
-def make_module(**options):
+def make_module(classes=CLASSES, **options):
     torch.manual_seed(0)
-    return MLPMatch(CLASSES, **{"backbone": "test_resnet", "decoder": {"channels": 8}, **options})
+    return MLPMatch(classes, **{"backbone": "test_resnet", "decoder": {"channels": 8}, **options})
 
 
 def random_batch(index=0):
@@ -340,7 +343,7 @@ def test_a_trained_module_is_pickled_copied_and_saved_whole(trained):
 
 @pytest.mark.parametrize("copied", [lambda data: pickle.loads(pickle.dumps(data)), copy.deepcopy])
 def test_a_data_module_is_pickled_and_copied_after_training(copied, tmp_path):
-    data = SemiSupervisedDataModule(shapes(labeled=4, train=8, val=1), batch_size=2, crop_size=33, num_workers=0)
+    data = small_data()
     module = MLPMatch(len(data.data.class_names), backbone="test_resnet", decoder={"channels": 8})
     make_trainer(tmp_path, limit_train_batches=1).fit(module, data)
     twin = copied(data)
@@ -348,6 +351,37 @@ def test_a_data_module_is_pickled_and_copied_after_training(copied, tmp_path):
     assert data.trainer is not None
     expected, batch = next(iter(data.val_dataloader())), next(iter(twin.val_dataloader()))
     assert torch.equal(batch["image"], expected["image"])
+
+
+def small_data():
+    return SemiSupervisedDataModule(shapes(labeled=4, train=8, val=1), batch_size=2, crop_size=33, num_workers=0)
+
+
+def test_overfit_batches_repeats_one_batch(tmp_path):
+    class Batches(Callback):
+        images = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.images.append(batch["labeled"]["image"])
+
+    module, before = make_module(6), make_module(6).state_dict()
+    make_trainer(tmp_path, [Batches()], overfit_batches=1, max_epochs=2).fit(module, small_data())
+    first, second = Batches.images
+    assert first.shape == (2, 3, 33, 33)
+    assert torch.equal(first, second)
+    assert not torch.equal(module.state_dict()[CLASSIFIER], before[CLASSIFIER])
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_is_pickled_to_them(tmp_path):
+    """As with ``ddp_spawn``, but they need not import everything first."""
+    strategy = DDPStrategy(start_method=FORKS.get_start_method())
+    module, before = make_module(6), make_module(6).state_dict()
+    trainer = make_trainer(tmp_path, strategy=strategy, devices=2, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(module, small_data())
+    assert trainer.world_size == 2
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert not torch.equal(module.state_dict()[CLASSIFIER], before[CLASSIFIER])
 
 
 @pytest.mark.parametrize("wrap", [lambda image: image, lambda image: {"image": image}, lambda image: (image, 0)])

@@ -1,16 +1,18 @@
 """Several jobs at once: on this machine, through a cluster's launcher, and as a search."""
 
 import json
+import math
 import os
 import signal
 import time
 
 import pytest
 import yaml
-from helpers import TINY
+from helpers import TINY, compose_train
 from helpers.processes import ForkedCommand, run_forked
 from helpers.slurm import fake_slurm
 
+from mlpmatch_pl.commands.sweep import run_job
 from mlpmatch_pl.train import main
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,15 @@ def test_jobs_run_through_slurm(tmp_path, monkeypatch):
     assert counts == {"0_shapes_supervised_1-3_s0": 8}
     outputs = list((tmp_path / "sweep/.submitit").glob("*/*_0_log.out"))
     assert any("results in " in path.read_text(encoding="utf-8") for path in outputs)
+
+
+def test_a_job_without_a_validation_is_finished_without_a_score(tmp_path, caplog):
+    cfg = compose_train(*TINY, "+trainer.limit_val_batches=0", output_dir=tmp_path)
+    caplog.set_level("INFO")
+    assert math.isnan(run_job(cfg, tmp_path))
+    assert "best validation mIoU none" in caplog.text
+    assert math.isnan(run_job(cfg, tmp_path))
+    assert f"{tmp_path} is finished; skipped" in caplog.text
 
 
 def test_a_search_maximizes_the_validation_miou(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlpmatch_pl.commands.cli import JobError, one_sentence
 from mlpmatch_pl.utils.errors import UserError
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def run_job(cfg: DictConfig, folder: Path) -> float:
-    """Train a job of a sweep, unless it is finished, and return its best validation mIoU.
+    """Train a job of a sweep, unless it is finished, and return its best validation mIoU; NaN if nothing was validated.
 
     Args:
         cfg: The configuration of the job.
@@ -46,8 +47,8 @@ def run_job(cfg: DictConfig, folder: Path) -> float:
             cfg.resume = "auto"
             if (folder / "metrics.json").exists():
                 log.info("%s is finished; skipped", folder)
-                return float(json.loads((folder / "metrics.json").read_text())["best"]["val/miou"])
-        return float(run(cfg)["best"]["val/miou"])
+                return _best(json.loads((folder / "metrics.json").read_text()))
+        return _best(run(cfg))
     except Exception as error:
         sentence = one_sentence(error, "train")
         if sentence is None:
@@ -57,6 +58,11 @@ def run_job(cfg: DictConfig, folder: Path) -> float:
             log.error("failed: %s", sentence)
         atomic_write(folder / FAILURE, sentence + "\n")
         raise JobError(sentence) from None
+
+
+def _best(metrics: dict[str, Any]) -> float:
+    score = metrics["best"]["val/miou"]
+    return math.nan if score is None else float(score)
 
 
 @contextmanager
