@@ -358,15 +358,15 @@ def small_data():
 
 
 def test_overfit_batches_repeats_one_batch(tmp_path):
-    class Batches(Callback):
-        images = []
+    images = []
 
+    class Batches(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.images.append(batch["labeled"]["image"])
+            images.append(batch["labeled"]["image"])
 
     module, before = make_module(6), make_module(6).state_dict()
     make_trainer(tmp_path, [Batches()], overfit_batches=1, max_epochs=2).fit(module, small_data())
-    first, second = Batches.images
+    first, second = images
     assert first.shape == (2, 3, 33, 33)
     assert torch.equal(first, second)
     assert not torch.equal(module.state_dict()[CLASSIFIER], before[CLASSIFIER])

@@ -42,6 +42,7 @@ SRUN = {
     "SLURM_LOCALID": "0",
 }  # fmt: skip
 """What srun puts into the environment of the first of two tasks."""
+PORT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 PAGE = Path(__file__).parents[2] / "docs" / "multi_gpu.md"
 
 
@@ -199,6 +200,23 @@ def test_if_a_process_is_killed_the_other_ends_with_one_sentence_and_the_run_res
             },
             2,
             "expected torchrun at 127.0.0.1:9, as MASTER_ADDR and MASTER_PORT say, but nothing listens there; start",
+        ),
+        (
+            {"NODE_RANK": "1"},
+            1,
+            "expected NODE_RANK=0, as trainer.devices=1 and trainer.num_nodes=1 say, but",
+        ),
+        ({**PORT, "RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2, "expected RANK=1, as trainer.devices=2"),
+        (
+            {**PORT, "LOCAL_RANK": "2", "WORLD_SIZE": "3"},
+            2,
+            "expected LOCAL_RANK=0 or 1, as .* has 2; change",
+        ),
+        ({**PORT, "LOCAL_RANK": "0", "WORLD_SIZE": "3"}, 2, "expected WORLD_SIZE=2, as .* has 3; change"),
+        (
+            {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"},
+            2,
+            "expected the number of tasks per node beside 2 tasks of srun, .* use srun --ntasks-per-node",
         ),
         ({**SRUN, "SLURM_NTASKS_PER_NODE": "4"}, 2, "`devices=2` in Lightning, but .*`--ntasks-per-node=4`"),
         ({**SRUN, "SLURM_NNODES": "2"}, 2, "`num_nodes=1` in Lightning, but .*`--nodes=2`"),

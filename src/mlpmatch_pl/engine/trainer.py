@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from mlpmatch_pl.callbacks.checkpoints import AtomicCheckpointIO, Resume
 from mlpmatch_pl.callbacks.progress import DataWait, ProcessorTime, ProgressBar, ProgressLines, Throughput
 from mlpmatch_pl.data.datamodule import SemiSupervisedDataModule
-from mlpmatch_pl.utils.distributed import cluster_environment, refuse_leftovers
+from mlpmatch_pl.utils.distributed import cluster_environment, refuse_leftovers, refuse_other_numbers
 from mlpmatch_pl.utils.errors import UserError
 
 _SET_HERE = {
@@ -116,7 +116,10 @@ def _trainer(options: dict[str, Any], output_dir: str, callbacks: list[Callback]
             use_distributed_sampler=False,
         )
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        refuse_other_numbers(os.environ, trainer.num_devices, trainer.num_nodes)
         return trainer
+    except UserError:
+        raise
     except Exception as error:  # Lightning raises many kinds
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"expected options of trainer that Lightning takes, but it refuses them: {reason}") from error

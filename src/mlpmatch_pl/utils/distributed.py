@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlpmatch_pl.utils.errors import UserError
 
 STORE_SECONDS = 5
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -20,6 +21,9 @@ def cluster_environment() -> ClusterEnvironment:
     """Return how this process was started: by torchrun, by srun, or by Lightning, which starts the others itself.
 
     SLURM jobs are not requeued by Lightning: the run saves and exits on a signal, and its script decides.
+
+    Raises:
+        UserError: If srun started several tasks without a number of tasks per node.
     """
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -28,6 +32,11 @@ def cluster_environment() -> ClusterEnvironment:
     if TorchElasticEnvironment.detect():  # before SLURM, as in Lightning: torchrun may run inside a SLURM job
         return TorchElasticEnvironment()
     if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
+        if int(tasks := os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise UserError(
+                f"expected the number of tasks per node beside {tasks} tasks of srun, but SLURM_NTASKS_PER_NODE is not "
+                "set; use srun --ntasks-per-node with the value of trainer.devices"
+            )
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
 
@@ -61,6 +70,43 @@ def refuse_leftovers(environment: Mapping[str, str], several: bool) -> None:
             raise UserError(f"expected {name} from 0 to below WORLD_SIZE={world}, but got {value}; {advice}")
     if ranks:
         refuse_ended_torchrun(environment)
+
+
+def refuse_other_numbers(environment: Mapping[str, str], devices: int, nodes: int) -> None:
+    """Refuse ranks and sizes that fit another number of processes, as Lightning does for torchrun and srun.
+
+    Args:
+        environment: The environment variables.
+        devices: Number of processes on each machine.
+        nodes: Number of machines.
+
+    Raises:
+        UserError: For the first variable that contradicts the numbers.
+
+    Example:
+        >>> refuse_other_numbers({"NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, 4, nodes=2)
+        >>> refuse_other_numbers({"NODE_RANK": "1"}, 1, nodes=1)
+        Traceback (most recent call last):
+        ...
+        mlpmatch_pl.utils.errors.UserError: expected NODE_RANK=0, as trainer.devices=1 and trainer.num_nodes=1 ...
+    """
+    if any(name in environment for name in _LAUNCHERS):
+        return
+    machine = "NODE_RANK" if "NODE_RANK" in environment else "GROUP_RANK"
+    node, local = int(environment.get(machine, 0)), int(environment.get("LOCAL_RANK", 0))
+    expected = {machine: range(nodes), "LOCAL_RANK": range(devices)}
+    if "RANK" in environment or "LOCAL_RANK" in environment:  # without them, nobody reads WORLD_SIZE
+        expected |= {"RANK": [node * devices + local], "WORLD_SIZE": [devices * nodes]}
+    for name, numbers in expected.items():
+        found = environment.get(name)
+        if name == "LOCAL_RANK" and "RANK" in environment and devices > 1:
+            found = found or "none"  # Lightning would start processes that inherit this RANK
+        if found is not None and found not in map(str, numbers):
+            raise UserError(
+                f"expected {name}={' or '.join(map(str, numbers))}, as trainer.devices={devices} and "
+                f"trainer.num_nodes={nodes} say, but the environment has {found}; change these options, or remove what "
+                f"is left over: unset RANK LOCAL_RANK {machine} WORLD_SIZE"
+            )
 
 
 def refuse_ended_torchrun(environment: Mapping[str, str]) -> None:
@@ -109,8 +155,7 @@ def waits_for_others(environment: Mapping[str, str]) -> bool:
         >>> waits_for_others({"LOCAL_RANK": "0"}), waits_for_others({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"})
         (True, False)
     """
-    known = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
-    return "LOCAL_RANK" in environment and not any(name in environment for name in known)
+    return "LOCAL_RANK" in environment and not any(name in environment for name in _LAUNCHERS)
 
 
 def is_first_process() -> bool:
