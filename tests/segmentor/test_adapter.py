@@ -2,19 +2,25 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.batches import make_batch
+from timm.models.resnest import ResNestBottleneck
+from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import convnext, efficientnet, mnasnet, regnet, resnet18, swin_transformer
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large
+from torchvision.models.vision_transformer import EncoderBlock
 
 import mlpmatch_pl
 from mlpmatch_pl import MLPMatch, UserError
-from mlpmatch_pl.perturbation.network import deactivate, find_blocks
+from mlpmatch_pl.perturbation.network import bypass, deactivate, find_blocks
 from mlpmatch_pl.segmentor import NetworkAdapter
 
 MEAN, STD = (124.0, 116.0, 104.0), (58.0, 57.0, 57.0)
@@ -70,6 +76,44 @@ def test_torchvisions_blocks_are_bypassed():
         assert torch.equal(network(x), F.relu(network[0].downsample(x)))
 
 
+def small_blocks():
+    """Blocks of other packages, each with a shape of its input, by an identity or a projected shortcut."""
+    narrow, norm = partial(efficientnet.MBConvConfig, 4, 3, 1, 8, 8, 1), nn.BatchNorm2d
+    fused = efficientnet.FusedMBConvConfig(4, 3, 1, 8, 8, 1)
+    map_BDHW, map_BHWD = (2, 8, 8, 8), (2, 8, 8, 8)
+    window = {"input_resolution": (8, 8), "num_heads": 2, "window_size": 4}
+    yield convnext.CNBlock(8, 0.5, 0.0), map_BDHW
+    yield efficientnet.MBConv(narrow(), 0.0, norm), map_BDHW
+    yield efficientnet.FusedMBConv(fused, 0.0, norm), map_BDHW
+    yield mnasnet._InvertedResidual(8, 8, 3, 1, 2), map_BDHW
+    yield regnet.ResBottleneckBlock(8, 8, 1, norm, nn.ReLU, 8), map_BDHW
+    yield regnet.ResBottleneckBlock(8, 16, 2, norm, nn.ReLU, 8), map_BDHW
+    yield EncoderBlock(2, 8, 16, 0.0, 0.0), (2, 5, 8)
+    yield swin_transformer.SwinTransformerBlock(8, 2, [4, 4], [2, 2]), map_BHWD
+    yield swin_transformer.SwinTransformerBlockV2(8, 2, [4, 4], [2, 2]), map_BHWD
+    yield SwinTransformerBlock(8, **window), map_BHWD
+    yield SwinTransformerV2Block(8, **window), map_BHWD
+    yield ResNestBottleneck(8, 2), map_BDHW
+    yield SelectiveKernelBasic(8, 8), map_BDHW
+    yield SelectiveKernelBottleneck(8, 2), map_BDHW
+
+
+@pytest.mark.parametrize(
+    ("block", "shape"), [pytest.param(*case, id=type(case[0]).__name__) for case in small_blocks()]
+)
+def test_a_bypassed_block_is_one_whose_residual_branch_adds_zero(block, shape):
+    torch.manual_seed(0)
+    x_B = torch.randn(shape)
+    assert find_blocks(block)[""] is block
+    before = block.eval()(x_B)
+    for name, parameter in block.named_parameters():
+        if not name.startswith(("proj", "downsample")):
+            nn.init.zeros_(parameter)
+    bypassed = bypass(block, x_B)
+    assert torch.equal(bypassed, block(x_B))
+    assert not torch.equal(bypassed, before)
+
+
 def test_forked_features_are_those_of_a_pass_with_the_blocks_deactivated():
     torch.manual_seed(0)
     adapter = NetworkAdapter(OwnNetwork(), 3, 3, MEAN, STD).eval()
@@ -103,6 +147,23 @@ def test_a_network_of_ones_own_is_trained_with_all_perturbations(method):
 def test_other_networks_are_refused(network, message):
     with pytest.raises(UserError, match=re.escape(message)):
         MLPMatch(3, segmentor=network)
+
+
+def test_networks_of_segmentation_models_pytorch_are_trained_or_refused_in_one_sentence():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    module = MLPMatch(3, segmentor=smp.Unet("mit_b0", encoder_weights=None, classes=3), criterion="ce")
+    assert [len(stage) for stage in module.segmentor.encoder.stages] == [2, 2, 2, 2]
+    deep = smp.Unet("vgg11", encoder_weights=None, classes=3, encoder_depth=3, decoder_channels=(8, 8, 8))
+    with pytest.raises(
+        UserError, match=r"Unet has none of a known type; register .* or train it with method='unimatch'"
+    ):
+        MLPMatch(3, segmentor=deep)
+    MLPMatch(3, segmentor=deep, method={"name": "mlpmatch", "network_perturbation": None})
+    fixed = smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=3)
+    with pytest.raises(
+        UserError, match=r"but DPT refuses one of 128x128 pixels \(AssertionError: Input height .*wrap it"
+    ):
+        MLPMatch(3, segmentor=fixed)
 
 
 @pytest.mark.parametrize("option", ["frozen", "compile_blocks", "activation_checkpointing"])

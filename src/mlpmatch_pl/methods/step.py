@@ -30,7 +30,7 @@ from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 from mlpmatch_pl.perturbation.feature import StrongDropout
 from mlpmatch_pl.perturbation.input import inside_boxes
 from mlpmatch_pl.perturbation.network import Unit, block_of, has_branches
-from mlpmatch_pl.segmentor import Features, Segmentor
+from mlpmatch_pl.segmentor import Features, NetworkAdapter, Segmentor
 from mlpmatch_pl.segmentor.blocks import frozen_batchnorm_statistics
 from mlpmatch_pl.utils.errors import UserError
 
@@ -298,6 +298,12 @@ def _keep(features: tuple[Tensor, ...], step: int, views: int) -> tuple[Tensor, 
 
 def _require_units(segmentor: Segmentor, options: Mapping[str, Any] | None) -> None:
     blocks = [segmentor.encoder.blocks[index] for stage in segmentor.encoder.stages for index in stage]
+    if options and not blocks and isinstance(segmentor, NetworkAdapter):
+        raise UserError(
+            f"expected residual blocks that can be deactivated, but {type(segmentor.network).__name__} has none of a "
+            "known type; register their type with mlpmatch_pl.perturbation.bypass.register, or train it with "
+            "method='unimatch' or method={'name': 'mlpmatch', 'network_perturbation': None}"
+        )
     if options and not blocks:
         raise UserError(
             "expected a backbone with residual blocks that can be deactivated, but the configured one has none; "

@@ -24,11 +24,16 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.eva import EvaBlock
 from timm.models.regnet import Bottleneck as RegNetBottleneck
 from timm.models.res2net import Bottle2neck
+from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torchvision.models import mobilenetv2, mobilenetv3
+from torchvision.models import convnext, efficientnet, mnasnet, mobilenetv2, mobilenetv3, regnet, swin_transformer
 from torchvision.models import resnet as torchvision_resnet
+from torchvision.models.vision_transformer import EncoderBlock
 
 from mlpmatch_pl.utils.errors import UserError, suggest
 from mlpmatch_pl.utils.seeding import derive_seed
@@ -101,14 +106,25 @@ for _block, _activation in (
     (Bottleneck, "act3"),
     (RegNetBottleneck, "act3"),
     (Bottle2neck, "relu"),
+    (ResNestBottleneck, "act3"),
+    (SelectiveKernelBasic, "act"),
+    (SelectiveKernelBottleneck, "act"),
     (torchvision_resnet.BasicBlock, "relu"),
     (torchvision_resnet.Bottleneck, "relu"),
 ):
     bypass.register(_block, partial(_bypass_resnet, activation=_activation))
 
 
+@bypass.register(convnext.CNBlock)
+@bypass.register(efficientnet.FusedMBConv)
+@bypass.register(efficientnet.MBConv)
+@bypass.register(mnasnet._InvertedResidual)
 @bypass.register(mobilenetv2.InvertedResidual)
 @bypass.register(mobilenetv3.InvertedResidual)
+@bypass.register(swin_transformer.SwinTransformerBlock)
+@bypass.register(EncoderBlock)
+@bypass.register(SwinTransformerBlock)
+@bypass.register(SwinTransformerV2Block)
 @bypass.register(DepthwiseSeparableConv)
 @bypass.register(EdgeResidual)
 @bypass.register(InvertedResidual)
@@ -121,6 +137,11 @@ def _(block: nn.Module, x: Tensor) -> Tensor:
 @bypass.register
 def _(block: ConvNeXtBlock, x_BDHW: Tensor) -> Tensor:
     return block.shortcut(x_BDHW)  # type: ignore[no-any-return]
+
+
+@bypass.register
+def _(block: regnet.ResBottleneckBlock, x_BDHW: Tensor) -> Tensor:
+    return block.activation(x_BDHW.clone() if block.proj is None else block.proj(x_BDHW))  # type: ignore[no-any-return]
 
 
 @has_shortcut.register(DepthwiseSeparableConv)
@@ -178,6 +199,13 @@ def _(block: EvaBlock, x_BND: Tensor, branch: str, rope: Tensor | None = None) -
     return x_BND + drop_path(residual if scale is None else scale * residual)  # type: ignore[no-any-return]
 
 
+@has_shortcut.register
+def _(block: mnasnet._InvertedResidual) -> bool:
+    return bool(block.apply_residual)
+
+
+@has_shortcut.register(efficientnet.FusedMBConv)
+@has_shortcut.register(efficientnet.MBConv)
 @has_shortcut.register(mobilenetv2.InvertedResidual)
 @has_shortcut.register(mobilenetv3.InvertedResidual)
 def _(block: Any) -> bool:

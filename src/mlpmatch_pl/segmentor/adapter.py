@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlpmatch_pl.perturbation.network import Branch, Unit, block_of, deactivate, find_blocks
+from mlpmatch_pl.perturbation.network import Branch, Unit, block_of, bypass, deactivate, find_blocks
 from mlpmatch_pl.segmentor.blocks import eval_mode
 from mlpmatch_pl.segmentor.encoder import Features
 from mlpmatch_pl.segmentor.segmentor import Segmentor
@@ -50,8 +50,8 @@ class NetworkAdapter(Segmentor):
         std: Standard deviation of each channel, for values as stored.
 
     Raises:
-        UserError: If the network is of none of these kinds or has another number of classes, or mean and std another
-            length than ``in_chans``.
+        UserError: If the network is of none of these kinds, refuses an image or has another number of classes, or mean
+            and std have another length than ``in_chans``.
 
     Example:
         >>> from torchvision.models.segmentation import fcn_resnet50
@@ -72,11 +72,19 @@ class NetworkAdapter(Segmentor):
         self.encoder = EncoderView(view, network)  # type: ignore[assignment]
         self.decoder = DecoderView(self.encoder, network)  # type: ignore[assignment, arg-type]
         self.set_normalization(mean, std, in_chans)
-        with torch.no_grad(), eval_mode(self):
-            logits_BCHW: Tensor = self(torch.zeros(1, in_chans, 128, 128))
+        name = type(network).__name__
+        try:
+            with torch.no_grad(), eval_mode(self):
+                logits_BCHW: Tensor = self(torch.zeros(1, in_chans, 128, 128))
+        except Exception as error:
+            raise UserError(
+                f"expected a network that takes images of any size, but {name} refuses one of 128x128 pixels "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); wrap it in a module with the methods "
+                "encode, decode and blocks, see mlpmatch_pl.segmentor.adapter"
+            ) from error
         found = logits_BCHW.shape[1]
         if found != num_classes:
-            raise UserError(f"expected a network with {num_classes} classes, but {type(network).__name__} has {found}")
+            raise UserError(f"expected a network with {num_classes} classes, but {name} has {found}")
 
     def encode(self, image_BCHW: Tensor, deactivated: frozenset[Unit] = frozenset()) -> Features:
         """Return features of images, with the given blocks deactivated.
@@ -153,6 +161,10 @@ class _SmpView:
     """segmentation_models_pytorch: images are padded to a multiple of the encoder's output stride."""
 
     def __init__(self, network: Any) -> None:
+        with suppress(ImportError):  # another package may use the same names of attributes
+            from segmentation_models_pytorch.encoders.mix_transformer import Block
+
+            bypass.register(Block, lambda block, x_BDHW: x_BDHW)
         self.network, self.encoder = network, network.encoder
 
     def _padded(self, size: Sequence[int]) -> list[int]:

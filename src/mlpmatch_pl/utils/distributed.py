@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,7 @@ def refuse_other_numbers(environment: Mapping[str, str], devices: int, nodes: in
         return
     machine = "NODE_RANK" if "NODE_RANK" in environment else "GROUP_RANK"
     node, local = int(environment.get(machine, 0)), int(environment.get("LOCAL_RANK", 0))
-    expected = {machine: range(nodes), "LOCAL_RANK": range(devices)}
+    expected: dict[str, Sequence[int]] = {machine: range(nodes), "LOCAL_RANK": range(devices)}
     if "RANK" in environment or "LOCAL_RANK" in environment:  # without them, nobody reads WORLD_SIZE
         expected |= {"RANK": [node * devices + local], "WORLD_SIZE": [devices * nodes]}
     for name, numbers in expected.items():
