@@ -417,13 +417,16 @@ def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path, monkeypatc
     run = tmp_path / "run"
     metrics = {
         "method": "mlpmatch", "seed": 3, "steps": 70, "unlabeled": 90, "tested": "best checkpoint",
-        "evaluated_on": "test", "labeled": {"count": 4, "split": "1/8", "sha256": "a1b2"}, "best": {"val/miou": 0.5},
+        "evaluated_on": "test", "best": {"val/miou": 0.5},
         "test": {"test/miou": 0.375, "test/iou/road": 0.25}, "versions": {"torch": "9.9"},
     }  # fmt: skip
     (run / "predictions").mkdir(parents=True)
     (run / "checkpoints").mkdir()
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "config.yaml").write_text("dataset: {_target_: mlpmatch_pl.data.datasets.camvid.camvid}")
+    parts = {"labeled": (4, "1/8", "a1b2"), "val": (101, "validation", "c3d4"), "test": (233, "test", "e5f6")}
+    splits = {part: dict(zip(("count", "split", "sha256"), values, strict=True)) for part, values in parts.items()}
+    (run / "splits.json").write_text(json.dumps(splits))
     for number in range(5):
         (run / "predictions" / f"{number}.png").write_bytes(b"picture")
     path = make_checkpoint(run / "checkpoints" / "best.ckpt")
@@ -436,7 +439,7 @@ def test_a_hub_folder_has_the_weights_and_a_card_of_the_run(tmp_path, monkeypatc
     for text in (
         "license: cc-by-4.0", "| dataset | camvid |", "| labeled images | 4 (1/8, sha256 a1b2) |", "| steps | 70 |",
         "| unlabeled images | 90 |", "| val/miou | 50.00 |", "| test/miou | 37.50 |", "| test/iou/road | 25.00 |",
-        "](2.png)", "ground, road",
+        "](2.png)", "ground, road", "- `val`: 101 (validation, sha256 c3d4)\n- `test`: 233 (test, sha256 e5f6)\n",
     ):  # fmt: skip
         assert text in card
     with pytest.raises(UserError, match=r"my\.model"):

@@ -93,6 +93,15 @@ def test_the_card_has_the_scores_and_says_what_is_unknown(tmp_path):
     assert "No license of the weights is stated." in unknown
 
 
+@pytest.mark.parametrize(
+    ("method", "unlabeled", "said"), [("mlpmatch", 9, True), ("mlpmatch", 0, False), ("supervised", 9, False)]
+)
+def test_a_card_speaks_of_pseudo_labels_only_if_there_were_any(method, unlabeled, said):
+    card = module_of(method).generate_model_card(unlabeled=unlabeled)
+    assert ("most of its targets were predictions of its own." in card.text) is said
+    assert ("| unlabeled images | not used |" in card.text) is not said
+
+
 @pytest.mark.parametrize("damage", ["missing", "weights", "config"])
 def test_a_damaged_folder_is_named(damage, tmp_path):
     module_of().save_pretrained(tmp_path)

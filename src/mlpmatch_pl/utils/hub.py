@@ -65,6 +65,7 @@ class HubMixin(ModelHubMixin):
         split: str | None = None,
         unlabeled: int | None = None,
         scores: Mapping[str, float] | None = None,
+        splits: Mapping[str, str] | None = None,
         license: str | None = None,
         pictures: Sequence[str] = (),
         run: Mapping[str, Any] | None = None,
@@ -76,6 +77,7 @@ class HubMixin(ModelHubMixin):
             split: The labeled images, with the hash of their list.
             unlabeled: Number of unlabeled images.
             scores: Metrics by name, fractions: ``val/miou``, ``test/miou``, ``test/iou/<class>``.
+            splits: The images that were scored, with the hash of their list, by ``val`` and ``test``.
             license: License of the weights, as the Hub names licenses.
             pictures: Names of image files in the folder.
             run: Further facts about the training by name.
@@ -93,7 +95,8 @@ class HubMixin(ModelHubMixin):
         card: ModelCard = ModelCard.from_template(
             card_data, template_str=template, title=card_data.model_name, hparams=dict(hparams),
             classes=self.class_names, data=data, split=split, unlabeled=unlabeled, scores=scores,  # type: ignore[attr-defined]
-            weights_license=license, pictures=list(pictures), run=dict(run or {}),
+            splits=dict(splits or {}), weights_license=license, pictures=list(pictures), run=dict(run or {}),
+            pseudo_labels=self.method.uses_unlabeled and unlabeled != 0,  # type: ignore[attr-defined]
         )  # fmt: skip
         return card
 

@@ -211,20 +211,22 @@ def run_facts(checkpoint: Path) -> dict[str, Any]:
         return {}
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    labeled, versions = metrics["labeled"], metrics["versions"]
+    splits = json.loads((run / "splits.json").read_text(encoding="utf-8"))
+    images = {part: "{count} ({split}, sha256 {sha256})".format(**split) for part, split in splits.items()}
     best = {} if metrics["best"]["val/miou"] is None else {"val/miou": metrics["best"]["val/miou"]}
     tested = metrics["test"] if metrics["evaluated_on"] == "test" else {}
     return {
         "data": str(config["dataset"]["_target_"]).rpartition(".")[2],
-        "split": f"{labeled['count']} ({labeled['split']}, sha256 {labeled['sha256']})",
+        "split": images["labeled"],
         "unlabeled": metrics["unlabeled"],
         "scores": best | tested,
+        "splits": {part: images[part] for part, scores in (("val", best), ("test", tested)) if scores},
         "run": {
             "method": f"`{metrics['method']}`",
             "steps": metrics["steps"],
             "seed": metrics["seed"],
             "weights": metrics["tested"],
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "versions": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         },
         "pictures": sorted((run / "predictions").glob("*.png"))[:CARD_PICTURES],
     }
