@@ -51,7 +51,7 @@ def test_a_repeated_sweep_skips_finished_continues_stopped_and_repeats_failed_jo
     (tmp_path / "few.txt").write_text("nothing\n")
     options = (
         "-m", *SWEEP, "dataset.labeled=4,few.txt,8", "method=supervised", "schedule.steps=12", "hydra.sweep.dir=sweep",
-        "trainer.log_every_n_steps=1",
+        "trainer.log_every_n_steps=1", "loader.num_workers=1", "loader.multiprocessing_context=fork",
     )  # fmt: skip
     first = ForkedCommand(*options, cwd=tmp_path)
     metrics = tmp_path / "sweep/2_shapes_supervised_8_s0/metrics.csv"
@@ -78,7 +78,10 @@ def test_a_repeated_sweep_skips_finished_continues_stopped_and_repeats_failed_jo
 def test_jobs_run_through_slurm(tmp_path, monkeypatch):
     """Launched as documented, with the variables of srun in the environment of a job."""
     monkeypatch.setenv("PATH", fake_slurm(tmp_path / "bin"))
-    done, counts = sweep(("hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"), "1/3,99", tmp_path)
+    spawned = ("loader.num_workers=1", "loader.multiprocessing_context=spawn")
+    done, counts = sweep(
+        ("hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"), "1/3,99", tmp_path, *spawned
+    )
     assert "jobs in sweep: 1 finished, 1 failed\n" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 1
     assert counts == {"0_shapes_supervised_1-3_s0": 8}
