@@ -58,7 +58,7 @@ def messages(caplog):
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_loading_a_local_file_is_logged_in_three_lines(tmp_path, caplog, name):
+def test_loading_a_local_file_is_logged_in_four_lines(tmp_path, caplog, name):
     state = timm_state()
     path = save(state, tmp_path / name)
     with caplog.at_level(logging.INFO, logger="mlpmatch_pl"):
@@ -68,6 +68,7 @@ def test_loading_a_local_file_is_logged_in_three_lines(tmp_path, caplog, name):
         f"weights from {path}: loaded {len(loaded)} of {len(loaded)} tensors",
         "  missing: none",
         "  of another shape: none",
+        "  unexpected: none",
     ]
 
 
@@ -101,6 +102,19 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         Encoder("test_resnet", pretrained=path)
     assert "check backbone.name" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("backbone", "file"), [("resnet18", "resnet34"), ("test_vit", "longer")])
+def test_a_file_of_a_deeper_network_is_refused(tmp_path, backbone, file):
+    """It has all tensors of a shallower one, in the same shapes."""
+    state = timm.create_model(backbone if file == "longer" else file).state_dict()
+    if file == "longer":
+        state |= {name.replace("blocks.5", "blocks.6"): value for name, value in state.items() if "blocks.5" in name}
+    path = save(state, tmp_path / "weights.pth")
+    count = len(state.keys() - timm.create_model(backbone).state_dict().keys())
+    first = {"resnet34": "layer1.2.bn1.bias", "longer": "blocks.6.attn.proj.bias"}[file]
+    with pytest.raises(UserError, match=rf"in {path} are unexpected \({count}, such as {first}\); check backbone"):
+        Encoder(backbone, pretrained=path)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -319,6 +333,7 @@ def test_a_published_checkpoint_gives_the_logits_of_a_plain_model(tmp_path, capl
         f"weights from {path}: loaded {total} of {total} tensors",
         "  missing: none",
         "  of another shape: none",
+        "  unexpected: none",
     ]
 
 
@@ -336,6 +351,7 @@ def test_a_classifier_for_other_classes_is_not_loaded(tmp_path, caplog):
         f"weights from {path}: loaded {total - 2} of {total} tensors",
         "  missing: none",
         "  of another shape: decoder.classifier.bias, decoder.classifier.weight",
+        "  unexpected: none",
     ]
 
 
@@ -345,7 +361,7 @@ def test_an_incomplete_checkpoint_is_refused_and_changes_nothing(tmp_path, lacki
     del state[lacking]
     torch.save({"model": state}, tmp_path / "unimatch.pth")
     before = {name: value.clone() for name, value in segmentor.state_dict().items()}
-    with pytest.raises(UserError, match="1 tensors are missing or have another shape"):
+    with pytest.raises(UserError, match=r"are missing \(1, such as [a-z0-9._]+\); check backbone.name"):
         load_published(segmentor, tmp_path / "unimatch.pth")
     assert all(torch.equal(value, before[name]) for name, value in segmentor.state_dict().items())
 
@@ -359,6 +375,19 @@ def test_own_state_dicts_load_too(tmp_path, prefix, wrapper):
     torch.save({wrapper: named} if wrapper else named, tmp_path / "own.pth")
     load_published(segmentor, tmp_path / "own.pth")
     assert all(torch.equal(value, state[name]) for name, value in segmentor.state_dict().items())
+
+
+def test_a_training_checkpoint_gives_the_student_and_a_classifier_of_the_encoder_is_dropped(tmp_path):
+    segmentor = small_segmentor()
+    state = randomized(segmentor.state_dict(), 5)
+    named = {f"segmentor.{name}": value for name, value in state.items()}
+    named |= {f"teacher.network.{name}": value + 1 for name, value in state.items()}
+    torch.save({"state_dict": named | {"segmentor.encoder.model.fc.weight": torch.zeros(2)}}, tmp_path / "own.pth")
+    load_published(segmentor, tmp_path / "own.pth")
+    assert all(torch.equal(value, state[name]) for name, value in segmentor.state_dict().items())
+    torch.save(named | {"segmentor.decoder.aspp.extra": torch.zeros(2)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"are unexpected \(1, such as decoder.aspp.extra\)"):
+        load_published(segmentor, tmp_path / "more.pth")
 
 
 def test_names_of_published_resnets_are_timms():

@@ -43,6 +43,8 @@ PUBLISHED_NAMES = (
     (r"(?<=\.)resConfUnit2\.", "refine."),
     (r"(?<=\.)out_conv\.", "out."),
 )
+# In such files beside the segmentor: classifiers of the encoder, and the teacher of a training checkpoint.
+PUBLISHED_BESIDE = ("encoder.model.fc.", "encoder.model.head.", "encoder.model.classifier.", "teacher.")
 # Published checkpoints hold the best score as a numpy scalar, from numpy 1 or 2.
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS: list[Any] = [
@@ -121,7 +123,7 @@ def load_pretrained(
 def load_published(segmentor: nn.Module, path: str | Path) -> None:
     """Load a ``.pth`` file of UniMatch, UniMatch V2 or MLPMatch, or a state dict of a `Segmentor`, into a segmentor.
 
-    A classifier for another number of classes is not loaded, which is logged.
+    A training checkpoint gives the student. A classifier for another number of classes is not loaded, which is logged.
 
     Raises:
         UserError: If the file does not exist or is of another architecture.
@@ -132,6 +134,7 @@ def load_published(segmentor: nn.Module, path: str | Path) -> None:
             name = re.sub(pattern, replacement, name)
         state[name.removeprefix("segmentor.")] = value
     prefix = "encoder.model."
+    state = {name: value for name, value in state.items() if not name.startswith(PUBLISHED_BESIDE)}
     encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     state = {name: value for name, value in state.items() if not name.startswith(prefix)}
     state |= {prefix + name: value for name, value in _convert(encoder, segmentor.get_submodule(prefix[:-1])).items()}
@@ -141,7 +144,7 @@ def load_published(segmentor: nn.Module, path: str | Path) -> None:
 def load_reported(
     model: nn.Module, state: Mapping[str, Tensor], expected: set[str], source: str, optional: tuple[str, ...] = ()
 ) -> None:
-    """Load a state dict into a model and log the number of loaded tensors and the names of missing and mismatched ones.
+    """Load a state dict into a model and log the number of loaded tensors and the names that do not fit.
 
     Args:
         model: The model.
@@ -151,20 +154,27 @@ def load_reported(
         optional: Prefixes of names that may be missing or of another shape.
 
     Raises:
-        UserError: If other names are missing or of another shape; the model is not modified.
+        UserError: If other names are missing or of another shape, or there are more; the model is not modified.
     """
     own = model.state_dict()
-    mismatched = sorted(name for name in expected & set(state) if own[name].shape != state[name].shape)
-    # Files of old torch versions lack these counters.
-    missing = sorted(name for name in expected - set(state) if not name.endswith("num_batches_tracked"))
-    loaded = {name: state[name] for name in expected & set(state) if name not in mismatched}
+    misfits = {
+        # Files of old torch versions lack these counters.
+        "missing": sorted(name for name in expected - set(state) if not name.endswith("num_batches_tracked")),
+        "of another shape": sorted(name for name in expected & set(state) if own[name].shape != state[name].shape),
+        "unexpected": sorted(set(state) - expected),
+    }
+    loaded = {name: state[name] for name in expected & set(state) if name not in misfits["of another shape"]}
     log.info("weights from %s: loaded %d of %d tensors", source, len(loaded), len(expected))
-    log.info("  missing: %s", ", ".join(missing) or "none")
-    log.info("  of another shape: %s", ", ".join(mismatched) or "none")
-    if misfits := [name for name in missing + mismatched if not (optional and name.startswith(optional))]:
+    for problem, names in misfits.items():
+        log.info("  %s: %s", problem, ", ".join(names) or "none")
+    refused = {
+        problem: [name for name in names if not (optional and name.startswith(optional))]
+        for problem, names in misfits.items()
+    }
+    if found := [f"{problem} ({len(names)}, such as {names[0]})" for problem, names in refused.items() if names]:
         raise UserError(
-            f"expected weights of the configured architecture, but in {source} {len(misfits)} tensors are missing or "
-            f"have another shape ({', '.join(misfits[:3])}, ...); check backbone.name"
+            f"expected weights of the configured architecture, but tensors in {source} are {' and '.join(found)}; "
+            "check backbone.name" + (", or remove the unexpected ones from the file" if refused["unexpected"] else "")
         )
     model.load_state_dict({**own, **loaded})
 
