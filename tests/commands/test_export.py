@@ -16,13 +16,20 @@ from helpers.processes import run_forked
 from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.layers import AvgPool2dSame, Conv2dSame
+from timm.layers import AvgPool2dSame, Conv2dSame, RotaryEmbeddingDinoV3
 from torch import nn
 from torch.export import Dim
 
 from mlpmatch_pl import MLPMatch, UserError
 from mlpmatch_pl.commands.export import run as exporting_module
-from mlpmatch_pl.commands.export.formats import EXAMPLE, FORMATS, ExportedModel, SamePadding, replace_same_padding
+from mlpmatch_pl.commands.export.formats import (
+    EXAMPLE,
+    FORMATS,
+    ExportedModel,
+    RotaryPositions,
+    SamePadding,
+    replace_sized_layers,
+)
 from mlpmatch_pl.commands.export.int8 import write_int8
 from mlpmatch_pl.commands.export.run import (
     PARITY,
@@ -37,6 +44,7 @@ from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.export import export
 from mlpmatch_pl.predictor import load
 from mlpmatch_pl.segmentor import Segmentor
+from mlpmatch_pl.segmentor.families import dinov2_positions
 from mlpmatch_pl.segmentor.weights import load_published
 from mlpmatch_pl.utils.validation import read_options
 
@@ -361,7 +369,7 @@ def test_integer_padding_stays_dynamic_in_both_formats(tmp_path):
     pytest.importorskip("onnxscript")
     same = nn.Sequential(Conv2dSame(3, 4, 5, 2), AvgPool2dSame(2, 2)).eval()
     plain = deepcopy(same)
-    replace_same_padding(plain)
+    replace_sized_layers(plain)
     sizes = {0: Dim("batch", min=1), 2: Dim("height", min=33), 3: Dim("width", min=33)}
     program = torch.export.export(plain, (torch.rand(2, 3, 65, 97),), dynamic_shapes=(sizes,))
     torch.export.save(program, tmp_path / "m.pt2")
@@ -371,6 +379,36 @@ def test_integer_padding_stays_dynamic_in_both_formats(tmp_path):
         image = torch.rand(size)
         torch.testing.assert_close(loaded(image), same(image))
         torch.testing.assert_close(run_onnx(tmp_path / "m.onnx", image), same(image))
+
+
+class Positions(nn.Module):
+    """What a transformer with DINOv2's or DINOv3's positions computes from the size of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + 4 * 4, 3, generator=torch.Generator().manual_seed(0)))
+        self.rope = RotaryEmbeddingDinoV3(dim=8)
+
+    def forward(self, x_BCHW):
+        size = x_BCHW.shape[2:]
+        return dinov2_positions(self.pos_embed, *size), self.rope.get_embed(size)
+
+
+@torch.no_grad()
+def test_positions_are_exported_for_any_size_that_of_the_pretraining_included(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    plain, exported = Positions(), Positions()
+    replace_sized_layers(exported)
+    assert isinstance(exported.rope, RotaryPositions)
+    size = {2: Dim("height", min=2), 3: Dim("width", min=2)}
+    program = torch.export.export(exported, (torch.rand(1, 1, 5, 8),), dynamic_shapes=(size,))
+    torch.onnx.export(program, f=tmp_path / "m.onnx", dynamo=True, input_names=["image"], verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for height, width in ((4, 4), (4, 5), (7, 9), (2, 31)):
+        image = torch.rand(1, 1, height, width)
+        for found in (program.module()(image), map(torch.from_numpy, session.run(None, {"image": image.numpy()}))):
+            for part, expected in zip(found, plain(image), strict=True):
+                torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -221,12 +221,29 @@ def dinov2_positions(pos_embed_1ND: Tensor, height: int, width: int) -> Tensor:
         Positions of the class token and of the patches, (1, 1 + height * width, D).
     """
     side = int((pos_embed_1ND.shape[1] - 1) ** 0.5)
-    if (height, width) == (side, side):
+    exporting = torch.compiler.is_exporting()  # height and width are no constants then
+    if not exporting and (height, width) == (side, side):
         return pos_embed_1ND
-    square_1DHW = pos_embed_1ND[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
-    factors = [(height + 0.1) / side, (width + 0.1) / side]
-    resized_1DHW = F.interpolate(square_1DHW.float(), scale_factor=factors, mode="bicubic").to(pos_embed_1ND.dtype)
-    return torch.cat([pos_embed_1ND[:, :1], resized_1DHW.flatten(2).transpose(1, 2)], dim=1)
+    square_1DHW = pos_embed_1ND[:, 1:].transpose(1, 2).reshape(1, -1, side, side).float()
+    if exporting:
+        resized_1DHW = _sample_positions(square_1DHW, height, width)
+    else:
+        factors = [(height + 0.1) / side, (width + 0.1) / side]
+        resized_1DHW = F.interpolate(square_1DHW, scale_factor=factors, mode="bicubic")
+    resized_1ND = resized_1DHW.to(pos_embed_1ND.dtype).flatten(2).transpose(1, 2)
+    return torch.cat([pos_embed_1ND[:, :1], resized_1ND], dim=1)
+
+
+def _sample_positions(square_1DHW: Tensor, height: int, width: int) -> Tensor:
+    """Resize as `dinov2_positions` without conditions on the size and without numbers computed from it."""
+    sizes = [torch.full((), size, dtype=torch.float32) for size in (height, width)]
+    native = (sizes[0] == square_1DHW.shape[2]) & (sizes[1] == square_1DHW.shape[3])
+    y_H, x_W = (
+        2 * (torch.arange(count) + 0.5) / (size + torch.where(native, 0.0, 0.1)) - 1
+        for count, size in zip((height, width), sizes, strict=True)
+    )
+    grid_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), dim=-1)
+    return F.grid_sample(square_1DHW, grid_HW2[None], mode="bicubic", padding_mode="border", align_corners=False)
 
 
 def _resnet_stem(model: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ treats a size of 1 as constant. Pad smaller images by repeating their border, as
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
-from timm.layers import AvgPool2dSame, Conv2dSame
+from timm.layers import AvgPool2dSame, Conv2dSame, RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -66,7 +66,7 @@ class ExportedModel(nn.Module):
     def __init__(self, segmentor: Segmentor, returns: str) -> None:
         super().__init__()
         self.segmentor = deepcopy(segmentor).eval()
-        replace_same_padding(self.segmentor)
+        replace_sized_layers(self.segmentor)
         self.probabilities = returns == "probabilities"
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -104,10 +104,30 @@ class SamePadding(nn.Module):
         return F.pad(x_BDHW, padding)
 
 
-def replace_same_padding(module: nn.Module) -> None:
-    """Replace timm's layers with "same" padding by `SamePadding` and the plain layer, in place."""
+class RotaryPositions(nn.Module):
+    """DINOv3's rotary positions as in timm, but for a height and width that are no constants.
+
+    Args:
+        rope: timm's layer.
+    """
+
+    def __init__(self, rope: RotaryEmbeddingDinoV3) -> None:
+        super().__init__()
+        self.rope = rope
+
+    def get_embed(self, shape: Sequence[int]) -> Tensor:
+        """Return sines and cosines for patches in rows and columns, (height * width, 2 * dim)."""
+        axes = [2 * (torch.arange(side) + 0.5) / side - 1 for side in shape]
+        coordinates_N2 = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        return torch.cat(self.rope._get_pos_embed_from_coords(coordinates_N2), dim=-1)
+
+
+def replace_sized_layers(module: nn.Module) -> None:
+    """Replace timm's layers that compute with sizes by `RotaryPositions` or a padded plain layer, in place."""
     for name, child in list(module.named_children()):
-        if isinstance(child, AvgPool2dSame):
+        if isinstance(child, RotaryEmbeddingDinoV3):
+            setattr(module, name, RotaryPositions(child))
+        elif isinstance(child, AvgPool2dSame):
             pool = nn.AvgPool2d(child.kernel_size, child.stride)
             setattr(module, name, nn.Sequential(SamePadding(child.kernel_size, child.stride), pool))
         elif isinstance(child, Conv2dSame):
@@ -124,7 +144,7 @@ def replace_same_padding(module: nn.Module) -> None:
             conv.load_state_dict(child.state_dict())
             setattr(module, name, nn.Sequential(padding, conv))
         else:
-            replace_same_padding(child)
+            replace_sized_layers(child)
 
 
 def trace(segmentor: Segmentor, config: dict[str, Any]) -> ExportedProgram:
