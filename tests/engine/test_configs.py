@@ -123,6 +123,15 @@ def test_a_folder_is_trained_with_a_pretrained_network_unless_another_is_chosen(
     assert (chosen.backbone, chosen.schedule) == (compose_train().backbone, compose_train().schedule)
 
 
+@pytest.mark.parametrize("backbone", ["dinov2_small", "dinov3_base", "convnext_tiny"])
+def test_naming_a_transformer_names_its_weights(backbone):
+    chosen = ("dataset=folder", f"backbone={backbone}", "decoder=dpt", "method=mlpmatch_v2")
+    assert compose_train(*chosen).backbone.pretrained == "auto"
+    assert compose_train(*chosen, "backbone.pretrained=false").backbone.pretrained is False
+    assert compose_train("experiment=folder_v2_dinov2s", f"backbone={backbone}").backbone.pretrained is True
+    assert compose_config("suggest", f"backbone={backbone}").backbone.pretrained is True
+
+
 @pytest.mark.parametrize("method", ["supervised", "mlpmatch"])
 def test_the_demo_has_the_steps_that_its_results_name(method, tmp_path):
     config = read_config(compose_train(f"method={method}", output_dir=tmp_path))
