@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA machine, in one call and without network: GPU tests, benchmarks of the training step,
-# evaluation and loading, and a training. It has not run on a GPU yet; it is meant to take about ten minutes there, plus
-# compilation (in the tests and in the levers benchmark).
+# evaluation and loading, and a training. It has not run on a GPU yet. A part is stopped after four minutes, and the whole
+# after 14: parts that are stopped, or not started by then, count as failed.
 #
 #   benchmarks/gpu.sh [FOLDER]          results go to FOLDER (default: benchmarks/results)
 #
@@ -10,7 +10,8 @@
 # Needs: Python >= 3.11 with torch (CUDA) and the package's dependencies; W&B is not needed (logger=csv). The package
 # itself need not be installed. MLPMATCH_DATA, if set, names a folder with camvid/ and weights/ to train on,
 # and voc2012/ to time loading with.
-# PARTS: a regular expression of the parts to run (default: all), as PARTS='^step of'; none takes more than four minutes.
+# PARTS: a regular expression of the parts to run (default: all), as PARTS='^step of'.
+# PART_SECONDS, TOTAL_SECONDS: limits of a part and of the whole (default 230 and 830, a few seconds less than the minutes).
 # SECONDS_EACH: time for the rounds of a step benchmark (default 45). TRAIN_STEPS: length of that training (default 2000).
 # To try every line without a GPU:
 #   DEVICE=cpu TRAINER=default BACKBONE=test_resnet CROPS="49 65" BATCHES="2 2" SECONDS_EACH=0 EVAL_IMAGES=4 ROUNDS=1 \
@@ -40,53 +41,64 @@ echo "== $machine"
 failed=()
 part() {  # NAME COMMAND...: run one part and record its failure
   [[ "$1" =~ ${PARTS:-.} ]] || return 0
+  local left=$((${TOTAL_SECONDS:-830} - SECONDS)) code
+  limit=$((left < ${PART_SECONDS:-230} ? left : ${PART_SECONDS:-230}))
+  [ "$limit" -gt 0 ] || { failed+=("$1: no time left"); return 0; }
   echo "== $1"
   "${@:2}"
-  local code=$?
-  [ "$code" -eq 0 ] || { failed+=("$1"); echo "== $1: failed with exit code $code" >&2; }
-  echo "== $1: done after $SECONDS s"
+  code=$?
+  case $code in
+    0) ;;
+    124 | 137) failed+=("$1: stopped after $limit s") ;;
+    *) failed+=("$1: exit code $code") ;;
+  esac
+  echo "== $1: exit code $code after $SECONDS s"
+}
+
+timed() {  # ARGUMENTS...: run Python, at most until the limit of the part
+  timeout --kill-after=5 "$limit" "$python" "$@"
 }
 
 gpu_tests() {
   # Collect only files with GPU tests: the others import packages that are missing on such machines.
   local files; mapfile -t files < <(grep -rl "mark\.gpu" tests --include="test_*.py")
-  "$python" -m pytest "${files[@]}" -m gpu -q -p no:cacheprovider -o addopts= -o timeout=0 -o testpaths=tests
+  timed -m pytest "${files[@]}" -m gpu -q -p no:cacheprovider -o addopts= -o timeout=0 -o testpaths=tests
 }
 
 step() {  # INDEX
-  "$python" -m benchmarks.step --device "$device" --backbone "$backbone" --crop "${crops[$1]}" --batch "${batches[$1]}" \
+  timed -m benchmarks.step --device "$device" --backbone "$backbone" --crop "${crops[$1]}" --batch "${batches[$1]}" \
     --classes "${classes[$1]}" --criterion "${criteria[$1]}" --seconds "$seconds" \
     --out "$out/step_${crops[$1]}_$machine.json"
 }
 
 step_v2() {  # BACKBONE
-  "$python" -m benchmarks.step_v2 --device "$device" --backbone "$1" --crop "${VIT_CROP:-518}" --batch "${VIT_BATCH:-16}" \
+  timed -m benchmarks.step_v2 --device "$device" --backbone "$1" --crop "${VIT_CROP:-518}" --batch "${VIT_BATCH:-16}" \
     --precision bfloat16 --seconds "$seconds" --out "$out/step_v2_$1_$machine.json"
 }
 
 levers() {
-  "$python" -m benchmarks.levers --device "$device" --backbone "$backbone" --crop "${crops[0]}" --batch "${batches[0]}" \
+  timed -m benchmarks.levers --device "$device" --backbone "$backbone" --crop "${crops[0]}" --batch "${batches[0]}" \
     --seconds "$seconds" --out "$out/levers_${crops[0]}_$machine.json"
 }
 
 benchmark_command() {  # on generated images
-  "$python" -m mlpmatch_pl.benchmark trainer="$trainer" backbone=timm backbone.name="$backbone" \
+  timed -m mlpmatch_pl.benchmark trainer="$trainer" backbone=timm backbone.name="$backbone" \
     loader.crop_size="${TRAIN_CROP:-321}" loader.batch_size="${TRAIN_BATCH:-8}" benchmark.steps="${BENCHMARK_STEPS:-50}" \
     hydra.run.dir="$stage/timing" && cp "$stage"/timing/*.json "$out/benchmark_$machine.json"
 }
 
 evaluation() {
-  "$python" -m benchmarks.evaluate --generated --device "$device" --backbone "$backbone" --images "${EVAL_IMAGES:-100}" \
+  timed -m benchmarks.evaluate --generated --device "$device" --backbone "$backbone" --images "${EVAL_IMAGES:-100}" \
     --rounds "${ROUNDS:-5}" --out "$out/evaluate_$machine.json"
 }
 
 loading() {
-  OMP_NUM_THREADS=1 "$python" -m benchmarks.loader --formats voc --rounds "${ROUNDS:-5}" --samples "${SAMPLES:-24}" \
+  OMP_NUM_THREADS=1 timed -m benchmarks.loader --formats voc --rounds "${ROUNDS:-5}" --samples "${SAMPLES:-24}" \
     --out "$out/loader_$machine.json"
 }
 
 training() {  # METHOD
-  "$python" -m mlpmatch_pl.train experiment=camvid_1-8_mobilenetv2 logger=csv trainer="$trainer" method="$1" \
+  timed -m mlpmatch_pl.train experiment=camvid_1-8_mobilenetv2 logger=csv trainer="$trainer" method="$1" \
     loader.crop_size="${TRAIN_CROP:-321}" loader.batch_size="${TRAIN_BATCH:-8}" decoder.channels=256 \
     schedule.steps="${TRAIN_STEPS:-2000}" hydra.run.dir="$stage/$1" && cp "$stage/$1/metrics.json" "$out/camvid_$1_$machine.json"
 }
