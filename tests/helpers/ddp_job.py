@@ -19,6 +19,8 @@ from mlpmatch_pl.perturbation import FeaturePerturbation, NetworkPerturbation
 
 BATCH, EPOCHS, STEPS = 6, 2, 4  # a global batch; steps in total
 WHOLE, PADDED = (1.0, 1.5), (0.4, 0.8)  # scales of images of 48 pixels in crops of 33
+# A process pairs images and drops channels within its share of a batch, so V2's flipped partner and complementary
+# dropout give two processes other pairs and channels than one. Views of the same image do not depend on the share.
 RUNS = {
     "mlpmatch": ({"name": "mlpmatch", "partner": "same_image"}, WHOLE),
     "teacher": ({"name": "mlpmatch_burn_in", "burn_in": 0.25, "partner": "same_image"}, WHOLE),
