@@ -41,7 +41,7 @@ class StoredMask:
         is_color: Whether the channels are red, green and blue.
         palette: Color of each id as (colors, 3) uint8, if the file has a palette.
         transparent: (H, W) bool, if the file has transparent pixels.
-        lossy: Name of the compression if it changes values.
+        lossy: Name of the compression if it changes values, or may do so.
     """
 
     pixels: Array
@@ -155,22 +155,16 @@ def _transparent_ids(pixels: Array, transparency: int | bytes | None) -> Array |
 
 
 def _lossy(file: PILImage.Image, path: str | Path) -> str:
-    """Return the name of the file's compression if it changes values."""
+    """Return the name of the file's compression if it changes values, or may do so."""
     if file.format in ("JPEG", "MPO"):
         return "JPEG"
     if file.format in ("AVIF", "HEIF"):
         return file.format
     if file.format == "WEBP":
         return "" if b"VP8L" in Path(path).read_bytes()[:256] else "lossy WebP"
-    if file.format == "JPEG2000":
-        return "" if _is_reversible(Path(path).read_bytes()) else "lossy JPEG 2000"
+    if file.format == "JPEG2000":  # a reversible file may be cut off at a rate, which nothing in it says
+        return "JPEG 2000, which may have changed them"
     return ""
-
-
-def _is_reversible(content: bytes) -> bool:
-    """Tell whether a JPEG 2000 file uses the reversible wavelet transform (ISO/IEC 15444-1, A.6.1)."""
-    start = content.find(b"\xff\x52", content.find(b"\xff\x4f\xff\x51"))  # the coding style, after the image size
-    return start > 0 and content[start + 13 : start + 14] == b"\x01"
 
 
 def _read_tiff(path: str | Path, apply_orientation: bool, window: Window | None) -> StoredMask:
