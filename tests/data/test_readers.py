@@ -350,6 +350,22 @@ def test_a_transparent_color_of_a_palette_image_is_told(save, tmp_path):
     assert (ImageReader().transparent(tmp_path / "p.png") == (noise(*SHAPE, most=2) == 1)).all()
 
 
+def add_chunk(path, name, data):
+    """Insert a chunk into a PNG file before its pixels."""
+    content = path.read_bytes()
+    at = content.index(b"IDAT") - 4
+    chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    path.write_bytes(content[:at] + chunk + content[at:])
+
+
+def test_transparency_is_told_behind_long_metadata(save):
+    path = save("a.png", noise(*SHAPE, 3, most=1))
+    add_chunk(path, b"tEXt", b"Comment\0" + b"x" * 2000)
+    assert ImageReader().transparent(path) is None
+    add_chunk(path, b"tRNS", struct.pack(">HHH", 1, 1, 1))
+    assert (ImageReader().transparent(path) == (noise(*SHAPE, 3, most=1) == 1).all(2)).all()
+
+
 FOUND = {"gray.png": 1, "rgb.png": 3, "rgba.png": 4, "la.png": 2, "gray.tif": 1, "rgb.tif": 3, "five.tif": 5}
 REFUSED = [
     (name, channels)
@@ -626,9 +642,39 @@ def test_lossy_masks_are_refused_with_the_share_of_changed_values(save, suffix, 
         assert share == pytest.approx(100 * wrong.mean(), abs=0.06)
 
 
-def test_lossless_webp_is_read(save):
+@pytest.mark.parametrize("profile", [None, bytes(3001)])  # of odd size: chunks are padded
+def test_lossless_webp_is_read(save, profile):
     colors = np.array(PALETTE, np.uint8)[IDS]
-    assert (MaskReader(colors=PALETTE)(save("a.webp", colors, lossless=True)) == IDS).all()
+    path = save("a.webp", colors, lossless=True, icc_profile=profile)
+    assert (MaskReader(colors=PALETTE)(path) == IDS).all()
+    lossy = save("b.webp", colors, icc_profile=profile and profile + b"VP8L")
+    assert "is lossy WebP" in sentence(MaskReader(colors=PALETTE), lossy)
+
+
+def test_values_of_lossy_rgb_masks_without_a_palette_are_counted(save):
+    gray = np.dstack([np.kron(IDS, np.ones((3, 3), np.uint8)) * 100] * 3)
+    path = save("a.jpg", gray)
+    with Image.open(path) as file:
+        found = np.array(file)
+    wrong = ~((found == found[..., :1]).all(-1) & np.isin(found[..., 0], [0, 100, 200]))
+    message = sentence(MaskReader({0: 0, 100: 1, 200: 2}), path)
+    assert f"is JPEG, and {wrong.mean():.1%} of its pixels have values that are not listed;" in message
+    assert "is JPEG, and 100.0% of its pixels" in sentence(
+        MaskReader(num_classes=3), save("b.jpg", np.full((8, 8, 3), (200, 0, 0), np.uint8))
+    )
+    assert "is JPEG;" in sentence(MaskReader(), path)
+
+
+def test_a_single_channel_of_an_npy_mask_is_removed_and_channels_may_come_first(tmp_path):
+    path = tmp_path / "a.npy"
+    for pixels in (IDS[..., None], IDS[None]):
+        np.save(path, pixels)
+        assert (MaskReader()(path) == IDS).all()
+    np.save(path, np.stack([label == IDS for label in range(3)]))
+    assert (MaskReader(class_channels=True, num_classes=3)(path) == IDS).all()
+    assert f"but {path} has 3 pages or channels;" in sentence(MaskReader(), path)
+    np.save(path, IDS[None] > 1)  # the second of two classes
+    assert (MaskReader(class_channels=True, num_classes=2)(path) == (IDS > 1)).all()
 
 
 def test_pages_and_frames_are_refused_unless_each_is_a_class(tmp_path, save):
@@ -664,6 +710,13 @@ def test_transparent_pixels_of_masks_are_ignored(save, tmp_path):
             file.save(tmp_path / "p.png", transparency=transparency)
             assert (MaskReader()(tmp_path / "p.png") == expected).all()
             assert (MaskReader(colors=PALETTE)(tmp_path / "p.png") == expected).all()
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_a_transparent_level_of_a_one_bit_mask_is_ignored(save, hidden):
+    path = save("a.png", IDS > 1)
+    add_chunk(path, b"tRNS", struct.pack(">H", hidden))
+    assert (MaskReader()(path) == np.where((IDS > 1) == hidden, 255, IDS > 1)).all()
 
 
 def test_16_bit_colors_are_refused(tmp_path):

@@ -158,7 +158,7 @@ class ImageReader:
     def transparent(self, path: str | Path, window: Window | None = None) -> NDArray[np.bool_] | None:
         """Return the wholly transparent pixels of a file whose alpha channel is dropped, (H, W); None if it has none.
 
-        Files without an alpha channel are told by a look at their first bytes.
+        Files without an alpha channel are told by what precedes their pixels.
         """
         suffix = os.path.splitext(path)[1].lower()
         if self.in_chans != 3 or self.bands or suffix in (".jpg", ".jpeg", ".bmp", ".jp2"):
@@ -166,11 +166,6 @@ class ImageReader:
         try:
             if window is not None:
                 return _transparent_window(path, window)
-            if suffix == ".png":
-                with open(path, "rb") as file:
-                    head = file.read(1024)
-                if head[25:26] not in (b"\x04", b"\x06") and b"tRNS" not in head:  # color types with alpha
-                    return None
             return _transparent(path, self.orientation == "apply")
         except Exception:  # reading the image gives the message
             return None

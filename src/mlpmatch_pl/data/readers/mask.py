@@ -225,9 +225,11 @@ class MaskReader:
         pixels = stored.pixels
         if pixels.ndim == 3 and stored.is_color and self._colors:
             known = self._classes(stored, "") != _UNKNOWN
-        elif pixels.ndim == 2 and (self._values or self.num_classes):
+        elif self._values or self.num_classes:
             listed = list(self._values) or [*range(self.num_classes or 0), self.ignore_index]
-            known = np.isin(pixels, [value for value in listed if value != OTHER])
+            levels = np.atleast_3d(pixels)  # in colors, ids are levels of gray
+            known = np.isin(levels[..., 0], [value for value in listed if value != OTHER])
+            known &= (levels == levels[..., :1]).all(2)
         else:
             return ""
         return f", and {1 - known.mean():.1%} of its pixels have values that are not listed"

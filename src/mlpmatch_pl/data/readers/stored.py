@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_stored(path: str | Path, apply_orientation: bool = True, window: Window
         if suffix == "npy":
             pixels = np.lib.format.open_memmap(path, mode="r")
             require_max_pixels(pixels.size, path)
-            return _cropped(StoredMask(np.array(pixels)), window, path)
+            return _cropped(StoredMask(_channels_of_npy(np.array(pixels))), window, path)
         if suffix in ("tif", "tiff"):
             return _read_tiff(path, apply_orientation, window)
         return _cropped(_read_pillow(path, apply_orientation), window, path)
@@ -77,6 +78,13 @@ def read_stored(path: str | Path, apply_orientation: bool = True, window: Window
         raise UserError(f"cannot read the mask {path}: it is damaged or not an image; replace or remove it") from error
     except _PIL_ERRORS as error:
         raise UserError(f"cannot read the mask {path} ({error}); replace or remove it") from error
+
+
+def _channels_of_npy(pixels: Array) -> Array:
+    """Move the channels to the end if they come first, and remove a single one; such files name no axes."""
+    if pixels.ndim == 3 and pixels.shape[0] < min(pixels.shape[1:]):
+        pixels = np.moveaxis(pixels, 0, -1)
+    return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
 
 
 def _cropped(stored: StoredMask, window: Window | None, path: str | Path) -> StoredMask:
@@ -133,7 +141,9 @@ def _from_pillow(file: PILImage.Image, pixels: Array, rawmode: str, lossy: str) 
     if pixels.ndim == 2:
         if ";" in rawmode and file.mode == "L" and file.format == "PNG":  # Pillow spreads 2 and 4 bits over 0..255
             pixels = pixels // np.uint8(255 // (2 ** int(rawmode[-1]) - 1))
-        hidden = pixels == transparency if isinstance(transparency, int) else None
+        hidden = None
+        if isinstance(transparency, int):  # Pillow's 255 is 1 in a file of 1 bit
+            hidden = pixels == (transparency > 0 if pixels.dtype == np.bool_ else transparency)
         return StoredMask(pixels, transparent=hidden, lossy=lossy)
     transparent = None
     if file.mode in ("LA", "RGBA"):
@@ -161,10 +171,19 @@ def _lossy(file: PILImage.Image, path: str | Path) -> str:
     if file.format in ("AVIF", "HEIF"):
         return file.format
     if file.format == "WEBP":
-        return "" if b"VP8L" in Path(path).read_bytes()[:256] else "lossy WebP"
+        return "" if _is_lossless_webp(path) else "lossy WebP"
     if file.format == "JPEG2000":  # a reversible file may be cut off at a rate, which nothing in it says
         return "JPEG 2000, which may have changed them"
     return ""
+
+
+def _is_lossless_webp(path: str | Path) -> bool:
+    """Tell whether the first chunk with pixels is a lossless one; others may precede it, such as a color profile."""
+    with open(path, "rb") as file:
+        file.seek(12)
+        while (head := file.read(8)) and head[:4] not in (b"VP8L", b"VP8 ", b"ANMF"):
+            file.seek(int.from_bytes(head[4:], "little") + 1 & ~1, os.SEEK_CUR)  # padded to an even size
+    return head[:4] == b"VP8L"
 
 
 def _read_tiff(path: str | Path, apply_orientation: bool, window: Window | None) -> StoredMask:
