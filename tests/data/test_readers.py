@@ -17,6 +17,7 @@ from PIL import Image
 
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.engine.schema import checked_target
 from mlpmatch_pl.utils.errors import UserError
 
 SHAPE = (13, 21)
@@ -616,6 +617,23 @@ def test_negative_and_large_values_can_be_mapped(tmp_path, dtype):
         pixels[:4] = 2_000_000_000
         tifffile.imwrite(tmp_path / "a.tif", pixels)
         assert (MaskReader({2_000_000_000: 255, 0: 0, 1: 1, 2: 2})(tmp_path / "a.tif") == expected).all()
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("float32", -3.4028235e38), ("float64", -1.7976931348623157e308)])
+def test_the_nodata_value_of_gis_is_covered(tmp_path, dtype, nodata):
+    path = tmp_path / "a.tif"
+    pixels = IDS.astype(dtype)
+    pixels[:4] = nodata
+    tifffile.imwrite(path, pixels)
+    expected = IDS.copy()
+    expected[:4] = 255
+    for values in ({0: 0, 1: 1, 2: 2, "other": 255}, {nodata: 255, 0: 0, 1.0: 1, 2: 2}):
+        assert (MaskReader(values)(path) == expected).all()
+    assert f"but {path} has {np.dtype(dtype).type(nodata)!s};" in sentence(MaskReader({0: 0, 1: 1, 2: 2}), path)
+    config = {"_target_": "mlpmatch_pl.data.datasets.folder.folder", "root": ".", "mask_values": {nodata: 255, 0: 0}}
+    assert checked_target("dataset", config)["mask_values"] == {nodata: 255, 0: 0}
+    advice = re.search(r"mask_values=\{(\S+):255,0:0,1:1\}'", sentence(MaskReader(), path))[1]
+    assert (MaskReader({float(advice): 255, 0: 0, 1: 1, 2: 2})(path) == expected).all()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class ClassFile(NamedTuple):
     names: tuple[str, ...]
     palette: tuple[Color, ...] = ()
     ignore_colors: tuple[Color, ...] = ()
-    mask_values: dict[int | str, int] | None = None
+    mask_values: dict[int | float | str, int] | None = None
 
 
 def is_ignored(name: str) -> bool:
@@ -125,6 +125,6 @@ def _read_csv(path: Path) -> ClassFile:
             "dataset.classes"
         ) from error
     kept = [(value, name) for value, name in found if not is_ignored(name)]
-    values: dict[int | str, int] = {value: label for label, (value, _) in enumerate(kept)}
+    values: dict[int | float | str, int] = {value: label for label, (value, _) in enumerate(kept)}
     values |= {value: 255 for value, name in found if is_ignored(name)}
     return ClassFile(tuple(name for _, name in kept), mask_values=values)

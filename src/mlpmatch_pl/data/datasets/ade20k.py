@@ -63,7 +63,7 @@ def ade20k(
         UserError: If files or lists are not there.
     """
     base = find_root(root, "annotations", INFO, inside=("ADEChallengeData2016",))
-    values: dict[int | str, int] = {0: 255, **{label + 1: label for label in range(len(INFO.class_names))}}
+    values: dict[int | float | str, int] = {0: 255, **{label + 1: label for label in range(len(INFO.class_names))}}
     train, own_val = _part(base, "training"), _part(base, "validation")
     files = FileIndex([base], "images", "annotations", known=[*train, *own_val])
     selection = Selection(labeled, unlabeled, val, split_seed, cover_classes)

@@ -41,7 +41,7 @@ def folder(
     bit_depth: int = 8,
     bands: Sequence[int] | None = None,
     channel_axis: str = "auto",
-    mask_values: Mapping[int | str, int] | None = None,
+    mask_values: Mapping[int | float | str, int] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     ignore_colors: Sequence[Sequence[int]] = (),
     ignore_index: int = 255,

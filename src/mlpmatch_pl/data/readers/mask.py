@@ -19,6 +19,7 @@ from mlpmatch_pl.utils.palette import require_colors
 OTHER = "other"  # key of `mask_values` for all values that are not listed
 _UNKNOWN = 256  # no class and no ignore index
 _SMALL = 1 << 16  # ids below it are mapped by a table
+_MAX_INT = 2.0**62  # of ids in floating-point files; larger ones stay floats
 Array = NDArray[Any]
 
 
@@ -30,8 +31,8 @@ class MaskReader:
     ``colors`` maps these to classes. Transparent pixels are ignored.
 
     Args:
-        values: Class (or the ignore index) of each id in the files, any integer. The key ``other`` matches all other
-            ids.
+        values: Class (or the ignore index) of each id in the files, any whole number. The key ``other`` matches all
+            other ids.
         colors: RGB color of each class.
         ignore_colors: RGB colors of pixels to ignore.
         ignore_index: Mask value of pixels to ignore.
@@ -50,7 +51,7 @@ class MaskReader:
 
     def __init__(
         self,
-        values: Mapping[int | str, int] | None = None,
+        values: Mapping[int | float | str, int] | None = None,
         colors: Sequence[Sequence[int]] = (),
         ignore_colors: Sequence[Sequence[int]] = (),
         ignore_index: int = 255,
@@ -64,7 +65,8 @@ class MaskReader:
         require_colors("dataset.ignore_colors", ignore_colors)
         self.ignore_index, self.class_channels, self.num_classes = ignore_index, class_channels, num_classes
         self.orientation = require_choice("dataset.orientation", orientation, ORIENTATIONS)
-        self._values = dict(values or {})
+        # A nodata value such as -3.4e38 is only written as a float.
+        self._values = {int(key) if _is_whole(key) else key: label for key, label in dict(values or {}).items()}
         _require_mapping(self._values)
         self._ids = _id_table(self._values) if values else None
         # Checked when a mask has colors: in a palette for visualization only, two classes may share one.
@@ -125,7 +127,7 @@ class MaskReader:
             )
         if stored.palette is not None and self._colors and not self._values and pixels.dtype == np.uint8:
             return self._from_palette(pixels, stored.palette)
-        pixels = _integers(pixels, stored.transparent, path, self._values)
+        pixels = _integers(pixels, stored.transparent, path)
         return self._as_ids(pixels, path, stored.transparent) if self._ids is None else self._from_ids(pixels)
 
     def _from_ids(self, pixels: Array) -> Array:
@@ -133,16 +135,19 @@ class MaskReader:
         if pixels.dtype in (np.bool_, np.uint8, np.uint16) or (pixels.min() >= 0 and pixels.max() < _SMALL):
             return self._ids[pixels.astype(np.uint16, copy=False)]
         ids, positions = np.unique(pixels, return_inverse=True)
-        other = self._values.get(OTHER, _UNKNOWN)
-        labels = np.array([self._values.get(int(value), other) for value in ids], np.uint16)
+        other, known = self._values.get(OTHER, _UNKNOWN), self._values
+        if ids.dtype.kind == "f":  # keys as precise as the file
+            with np.errstate(over="ignore"):
+                known = {ids.dtype.type(key): label for key, label in known.items() if key != OTHER}
+        labels = np.array([known.get(value, other) for value in ids], np.uint16)
         return labels[positions].reshape(pixels.shape)
 
     def _as_ids(self, pixels: Array, path: str | Path, transparent: Array | None) -> Mask:
         if pixels.dtype != np.uint8:
             counted = pixels if transparent is None else pixels[~transparent]
-            low, high = (int(counted.min()), int(counted.max())) if counted.size else (0, 0)
+            low, high = (counted.min(), counted.max()) if counted.size else (0, 0)
             if low < 0 or high > 255:
-                wrong = low if low < 0 else high
+                wrong = _shown(low if low < 0 else high)
                 raise UserError(
                     f"expected class ids from 0 to 255, but {path} has the value {wrong}; map the values to classes, "
                     f"as in 'dataset.mask_values={{{wrong}:{self.ignore_index},0:0,1:1}}'"
@@ -217,7 +222,7 @@ class MaskReader:
             )
         return (
             f"expected the mask values {', '.join(map(str, self._values))} of dataset.mask_values, but {path} has "
-            f"{int(value)}; add it, or 'other: {self.ignore_index}' for all others"
+            f"{_shown(value)}; add it, or 'other: {self.ignore_index}' for all others"
         )
 
     def _share_unlisted(self, stored: StoredMask) -> str:
@@ -241,24 +246,30 @@ def _axes(stored: StoredMask) -> str:
     return f"{stored.pixels.shape[2]} {'color channels' if stored.is_color else 'pages or channels'}"
 
 
-def _integers(pixels: Array, transparent: Array | None, path: str | Path, values: Mapping[int | str, int]) -> Array:
+def _integers(pixels: Array, transparent: Array | None, path: str | Path) -> Array:
     """Return ids; those in floating-point files must be whole numbers."""
     if pixels.dtype.kind in "biu":
         return pixels
     if pixels.dtype.kind != "f":
         raise UserError(f"expected class ids, but {path} has {pixels.dtype} values; save it as a gray PNG")
-    whole = pixels == np.rint(pixels)  # not for NaN
-    if transparent is not None:
-        whole |= transparent
-    fits = whole & (np.abs(pixels) < 2.0**62)
-    if not fits.all():
-        hint = "; set it to a number" if np.isnan(pixels[~fits]).any() else ""
+    ids = pixels if transparent is None else np.where(transparent, pixels.dtype.type(0), pixels)
+    wrong = ~(np.isfinite(ids) & (ids == np.rint(ids)))
+    if wrong.any():
+        hint = "; set it to a number" if np.isnan(ids[wrong]).any() else ""
         raise UserError(
-            f"expected whole numbers as class ids, but {path} has {pixels[~fits][0]} ({pixels.dtype}){hint}; save it "
+            f"expected whole numbers as class ids, but {path} has {ids[wrong][0]} ({ids.dtype}){hint}; save it "
             "as a gray PNG"
         )
-    ids: Array = np.where(fits, pixels, 0).astype(np.int64)
-    return ids
+    return ids.astype(np.int64) if float(np.abs(ids).max(initial=0)) < _MAX_INT else ids
+
+
+def _is_whole(key: object) -> bool:
+    return isinstance(key, float) and key.is_integer()
+
+
+def _shown(value: Any) -> str:
+    """Write an id as a key of `mask_values`: without a fraction, but not with 39 digits."""
+    return str(int(value) if abs(value) < _MAX_INT else value)
 
 
 def _require_mapping(values: Mapping[Any, Any]) -> None:
@@ -270,7 +281,7 @@ def _require_mapping(values: Mapping[Any, Any]) -> None:
             )
 
 
-def _id_table(values: Mapping[int | str, int]) -> Array:
+def _id_table(values: Mapping[int | float | str, int]) -> Array:
     """Return the class of each id from 0 to 65535."""
     table = np.full(_SMALL, values.get(OTHER, _UNKNOWN), np.uint16)
     for key, label in values.items():
