@@ -333,6 +333,18 @@ def test_a_sweep_keeps_its_commas_and_quotes_names_beyond_ascii():
 
 
 @pytest.mark.parametrize(
+    "key", [*(f"dataset.{part}" for part in ("train", "labeled", "unlabeled", "val", "test")), "backbone.pretrained"]
+)
+def test_paths_with_a_comma_are_no_sweep_where_other_values_are_choices_too(key):
+    group, name = key.split(".")
+    for path in ("a, b.txt", "[old] a (1)/x=y.txt", "sort(a)"):
+        config = compose_config("train", *literal_paths(["dataset=folder", f"{key}={path}"]))
+        assert config[group][name] == path
+    for value in ("0.2", "20", "1/8", "null", "auto", "[a,b]", "lists/a.txt", "true"):
+        assert literal_paths([f"{key}={value}"]) == [f"{key}={value}"]
+
+
+@pytest.mark.parametrize(
     ("encoding", "printed"), [("cp1252", b"+-| +- \xe9 \\u80cc x"), ("ascii", b"+-| +- \\xe9 \\u80cc x")]
 )
 def test_consoles_without_utf8_get_plain_characters(monkeypatch, encoding, printed):

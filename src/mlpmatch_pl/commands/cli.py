@@ -30,6 +30,13 @@ _FOLDERS = (
     "hydra.sweep.dir",
     "labeled",
 )  # may be lists
+# Also numbers, fractions, lists and other choices; only what is none of these is a path to quote.
+_PATHS_OR_CHOICES = (
+    *(f"dataset.{part}" for part in ("train", "labeled", "unlabeled", "val", "test")),
+    "backbone.pretrained",
+    "loader.cache",
+)
+_CHOICE = re.compile(r"\[.*\]|[\w./+-]*", re.S)
 _PLAIN = str.maketrans(
     {"─": "-", "━": "-", "│": "|", "┃": "|", "╇": "+", "╈": "+", "\u00d7": "x", "…": "...", "\u2013": "-"}
 )
@@ -200,6 +207,8 @@ def literal_paths(arguments: Sequence[str], keys: Collection[str] = _PATHS) -> l
         ["input='Föhr (2), \\'x\\'/epoch=1.jpg'", 'save=[index]', "output='a b'"]
         >>> literal_paths(["dataset.root=x[1]", "dataset.classes=[背景,b (old)]", "dataset.val=1/8", "dataset.train=é"])
         ["dataset.root='x[1]'", "dataset.classes=['背景','b (old)']", 'dataset.val=1/8', "dataset.train='é'"]
+        >>> literal_paths(["dataset.val=a, b.txt", "dataset.labeled=[20]"]), literal_paths(["dataset.val=2,4", "-m"])
+        (["dataset.val='a, b.txt'", 'dataset.labeled=[20]'], ['dataset.val=2,4', '-m'])
     """
     several = bool({"-m", "--multirun"} & set(arguments))
     return [_literal(argument, keys, several) for argument in arguments]
@@ -210,7 +219,8 @@ def _literal(argument: str, keys: Collection[str], several: bool) -> str:
     if not sign or not re.fullmatch(r"[+~]*[\w.@/:]+", key):
         return argument
     name = key.lstrip("+")
-    if not several and (name in keys or (name in _FOLDERS and not value.startswith("["))):
+    is_folder = name in _FOLDERS and not value.startswith("[")
+    if not several and (name in keys or is_folder or (name in _PATHS_OR_CHOICES and not _CHOICE.fullmatch(value))):
         return _quoted(argument)
     if _is_valid(argument) or (several and "," in value and not value.startswith("[")):
         return argument
