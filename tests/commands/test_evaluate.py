@@ -407,8 +407,22 @@ def photos(tmp_path_factory):
         (("dataset.val=val.txt",), 2),
         (("part=val",), 2),
         (("dataset.val=3",), 3),
+        ((r"dataset.group_by=p\d",), 9),
     ],
 )
 def test_a_folder_is_scored_whole_unless_the_options_say_which_images(run, photos, tmp_path, options, count):
     result = run_evaluate(run, tmp_path, "dataset=folder", f"dataset.root={photos}", SHAPES, *options)
     assert result["count"] == count
+
+
+def test_a_folder_whose_palettes_differ_is_refused(run, photos, tmp_path):
+    for index in range(9):
+        (tmp_path / "data/masks").mkdir(parents=True, exist_ok=True)
+        with Image.open(photos / f"masks/p{index}.png") as mask:
+            mask.putpalette(range(30) if index else range(30, 0, -1))
+            mask.save(tmp_path / f"data/masks/p{index}.png")
+    (tmp_path / "data/images").symlink_to(photos / "images")
+    with pytest.raises(
+        UserError, match=r"expected masks with the same palette, but 0 is .* set dataset.palette to the"
+    ):
+        run_evaluate(run, tmp_path / "out", "dataset=folder", f"dataset.root={tmp_path / 'data'}", SHAPES)

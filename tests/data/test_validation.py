@@ -7,11 +7,13 @@ from helpers.images import save_image, save_mask
 from PIL import Image
 
 from mlpmatch_pl.data import validation as checks
+from mlpmatch_pl.data.dataset import EvalDataset, LabeledDataset
 from mlpmatch_pl.data.datasets.folder import folder
 from mlpmatch_pl.data.datasets.shapes import shapes
 from mlpmatch_pl.data.files import FileSource
 from mlpmatch_pl.data.readers.image import ImageReader
 from mlpmatch_pl.data.readers.mask import MaskReader
+from mlpmatch_pl.data.transforms.weak import WeakView
 from mlpmatch_pl.data.validation import Job, all_jobs, find_problems, sample, scan_files, validate_dataset
 from mlpmatch_pl.utils.errors import UserError
 
@@ -170,7 +172,12 @@ def test_a_value_beyond_eight_bits_is_found(load, folder_root):
 def test_a_validation_list_without_masks_is_found(load, folder_root):
     (folder_root / "val.txt").write_text(ROLES["val"][0])  # a bare name: its mask is looked for by path
     (folder_root / ROLES["val"][1]).unlink()
-    assert complaint(load()) == f"expected a mask for the image {ROLES['val'][0]}, but it has none"
+    with pytest.raises(UserError) as caught:
+        load()
+    assert str(caught.value) == (
+        f"expected a mask for every validation image, but {ROLES['val'][0]} has none (1 in total); an image and its "
+        "mask have the same path below their folders, without suffix; the nearest mask is masks/day/img4.png"
+    )
 
 
 def test_an_empty_validation_set_is_found(load, folder_root):
@@ -232,7 +239,7 @@ def test_masks_of_zero_and_255_are_suspected(load, folder_root):
 
 
 def test_classes_that_are_never_labeled_or_validated_are_named(load):
-    assert findings(load()) == [
+    assert [finding for finding in findings(load()) if "nearly the same" not in finding[1]] == [
         (False, "no labeled mask has the class sky"),
         (False, "no validation mask has the class background"),
     ]
@@ -436,6 +443,11 @@ def test_an_orientation_tag_is_named_where_the_mask_may_not_be_turned(tmp_path, 
             "to 40 x 64, and its mask is 64 x 40 pixels; set dataset.orientation=ignore if masks were drawn on the "
             "stored pixels"
         )
+        data = folder(str(tmp_path), ["a", "b", "c"])
+        labeled = LabeledDataset(data.train, data.labeled_indices, 3, WeakView(CROP), seed=0)
+        for dataset in (EvalDataset(data.val, 3, 255), labeled):
+            with pytest.raises(UserError, match="but the orientation tag 6 turns images/"):
+                dataset[0]
     else:
         ((is_error, message),) = found
         assert not is_error
@@ -459,6 +471,17 @@ def test_frames_of_one_scene_on_both_sides_are_a_warning(tmp_path, classes, grou
     messages = [message for _, message in findings(data)]
     assert any("dataset.group_by=folder" in message for message in messages) == warned
     assert any("5 of 5 validation images look nearly the same" in message for message in messages) == warned
+
+
+@pytest.mark.parametrize("masked", [5, 10])
+def test_frames_in_a_validation_set_of_one_or_two_images_are_a_warning(tmp_path, classes, masked):
+    frame = np.kron(np.random.default_rng(0).integers(0, 256, (6, 6, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+    for index in range(masked):
+        save_image(tmp_path / f"images/{index}.png", np.roll(frame, index, 1))
+        save_mask(tmp_path / f"masks/{index}.png", np.arange(3600, dtype=np.uint8).reshape(60, 60) % 3, False)
+    count = masked // 5
+    messages = [message for _, message in findings(folder(str(tmp_path), classes))]
+    assert any(f"{count} of {count} validation images look nearly the same" in message for message in messages)
 
 
 @pytest.mark.parametrize("transparent", ["masks", "images"])

@@ -19,6 +19,7 @@ from mlpmatch_pl.utils.palette import default_palette
 
 Image = NDArray[np.uint8] | NDArray[np.uint16]
 Mask = NDArray[np.uint8]
+SWAPPED = (5, 6, 7, 8)  # orientation tags that swap height and width
 
 
 class ImageSource(Protocol):
@@ -110,19 +111,6 @@ def class_list(classes: Sequence[str], ignore_index: int) -> tuple[str, ...]:
     return names
 
 
-def require_same_size(image: Image, mask: Mask, name: str) -> None:
-    """Raise for a mask of another size than its image.
-
-    Raises:
-        UserError: With the name of the image and both sizes.
-    """
-    if image.shape[:2] != mask.shape:
-        raise UserError(
-            f"expected image and mask of the same size, but {name} is {image.shape[1]} x {image.shape[0]} and its mask "
-            f"{mask.shape[1]} x {mask.shape[0]} pixels"
-        )
-
-
 def require_classes(mask: Mask, name: str, num_classes: int, ignore_index: int) -> None:
     """Raise for a mask with values that are not classes.
 
@@ -172,6 +160,26 @@ def file_facts(source: ImageSource, index: int) -> FileFacts:
     """Return the facts about an image's files; the default for sources without a method ``file_facts(index)``."""
     tell = getattr(source, "file_facts", None)
     return tell(index) if tell else FileFacts()
+
+
+def require_same_size(image: Image, mask: Mask, source: ImageSource, index: int) -> None:
+    """Raise for a mask of another size than its image.
+
+    Raises:
+        UserError: With the name of the image, both sizes, and the orientation tag if that is the reason.
+    """
+    if image.shape[:2] == mask.shape:
+        return
+    name, tag = source.name(index), file_facts(source, index).orientation
+    sizes = f"{image.shape[1]} x {image.shape[0]}", f"{mask.shape[1]} x {mask.shape[0]}"
+    if tag in SWAPPED and image.shape[:2] == mask.shape[::-1]:
+        raise UserError(
+            f"expected image and mask of the same size, but the orientation tag {tag} turns {name} to {sizes[0]}, and "
+            f"its mask is {sizes[1]} pixels; set dataset.orientation=ignore if masks were drawn on the stored pixels"
+        )
+    raise UserError(
+        f"expected image and mask of the same size, but {name} is {sizes[0]} and its mask {sizes[1]} pixels"
+    )
 
 
 def has_mask(source: ImageSource, index: int) -> bool:

@@ -123,7 +123,7 @@ class LabeledDataset(TrainDataset):
         rng = random.Random(derive_seed(self.seed, self.stream, draw))
         image, mask = self.source.image(index), self.source.mask(index)
         name = self.source.name(index)
-        require_same_size(image, mask, name)
+        require_same_size(image, mask, self.source, index)
         view, mask, _ = self.weak(image, mask, rng)
         # The loss on a GPU would fail without a file name.
         require_classes(mask, name, self.num_classes, self.weak.ignore_index)
@@ -223,7 +223,7 @@ class EvalDataset(Dataset[Sample]):
         name = self.source.name(index)
         if block is None:
             image, mask, inner = self.source.image(index), self.source.mask(index), {}
-            require_same_size(image, mask, name)
+            require_same_size(image, mask, self.source, index)
         else:
             source: Any = self.source  # reads windows
             image = source.image(index, Window(block.read_rows, block.read_columns, size))

@@ -97,6 +97,7 @@ class FileIndex:
         self._rule = NameRule(image_name or "*", mask_name or "*") if image_name or mask_name else None
         self.notes: list[str] = []
         self._by_name: dict[str, dict[str, str]] = {}
+        self._paired_by = self._rule or NameRule()
 
     def discover(self) -> list[Pair]:
         """Pair all images with their masks: with the same relative path without suffix, or named by a rule."""
@@ -139,6 +140,19 @@ class FileIndex:
             f"{bare} has no mask ({len(pairs) - len(masked)} such images of {len(pairs)}); it is not scored"
         )
         return masked
+
+    def require_masks(self, pairs: Sequence[Pair], what: str) -> None:
+        """Raise a `UserError` that names the first image without mask, the rule of names, and the nearest mask."""
+        bare = [pair.image for pair in pairs if not pair.mask]
+        if not bare:
+            return
+        masks = {*self._names_below(self.masks).values(), *(pair.mask for pair in pairs if pair.mask)}
+        by_stem = {posixpath.splitext(mask)[0]: mask for mask in masks}
+        near = nearest(posixpath.splitext(bare[0])[0], by_stem)
+        raise UserError(
+            f"expected a mask for every {what}, but {bare[0]} has none ({len(bare)} in total); "
+            f"{self._explain(self._paired_by)}" + (f"; the nearest mask is {by_stem[near]}" if near else "")
+        )
 
     def is_folder(self, name: str) -> bool:
         """Tell whether a part is a folder rather than a list."""
@@ -200,7 +214,7 @@ class FileIndex:
             list(image_files(str(images), unread=others))
             instead = f"only {count_suffixes(others)}; convert them" if others else "none"
             raise UserError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {images}, but found {instead}")
-        rule = self._rule or find_rule(found, labels) or NameRule()
+        self._paired_by = rule = self._rule or find_rule(found, labels) or NameRule()
         pairs, lonely = pair_names(found, labels, rule)
         if not pairs:
             raise UserError(f"expected images named {rule.image} in {images}, but found none; set dataset.image_name")

@@ -127,15 +127,15 @@ def select(
     """Choose the labeled and unlabeled images, and return the dataset.
 
     Raises:
-        UserError: If a list or choice is invalid, or labeled and evaluation images overlap. The content of files is
-            checked later, by `mlpmatch_pl.data.validation`.
+        UserError: If a list or choice is invalid, labeled and evaluation images overlap, or one of these has no mask.
+            The content of files is checked later, by `mlpmatch_pl.data.validation`.
     """
     pairs = {pair.image: pair for pair in train}
     split = _labeled(files, form, pairs, wanted, any(pair.mask for pair in (*val, *test)))
-    _refuse_overlap(split.names, val, "validation")
-    _refuse_overlap(split.names, test, "test")
-    held_out = {pair.image for pair in (*val, *test)}
-    unlabeled, notes = _unlabeled(files, pairs, split, wanted, held_out)
+    for held_out, what in ((val, "validation"), (test, "test")):
+        _refuse_overlap(split.names, held_out, what)
+        files.require_masks(held_out, f"{what} image")
+    unlabeled, notes = _unlabeled(files, pairs, split, wanted, {pair.image for pair in (*val, *test)})
     if both := sorted({pair.image for pair in val} & {pair.image for pair in test}):
         notes += (f"{both[0]} is a validation image and a test image ({len(both)} in total)",)
     ordered = list(pairs.values())
@@ -167,8 +167,7 @@ def _labeled(
     if is_path(wanted.labeled):
         # Bare names in a list get the masks of the training images.
         listed = files.with_masks(files.part(str(wanted.labeled)), pairs)
-        if bare := [pair.image for pair in listed if not pair.mask]:
-            raise UserError(f"expected a mask for every image in {wanted.labeled}, but {bare[0]} has none")
+        files.require_masks(listed, f"image in {wanted.labeled}")
         pairs |= {pair.image: pair for pair in listed}
         return Split(wanted.label or str(wanted.labeled), tuple(pair.image for pair in listed))
     masked = [name for name, pair in pairs.items() if pair.mask]

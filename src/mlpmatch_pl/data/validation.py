@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpmatch_pl.data.base import (
+    SWAPPED,
     FileFacts,
     Image,
     ImageSource,
@@ -31,7 +32,6 @@ from mlpmatch_pl.utils.seeding import evenly_spaced
 log = logging.getLogger(__name__)
 
 PARTS = ("labeled", "val", "test", "unlabeled")
-_SWAPPED = (5, 6, 7, 8)  # orientation tags that swap height and width
 MAX_FILES = 2000  # read at the start of a training
 # Correlation of thumbnails of 16 x 16 pixels, and share of the evaluation images. Of 400 photos of VOC, 1 % have a
 # neighbor that is as similar; of CamVid's frames, every second one.
@@ -134,15 +134,7 @@ def _scanner(data: SegmentationData, thorough: bool) -> Callable[[Job], ScannedF
 def _count(data: SegmentationData, job: Job, image: Image, mask: Mask) -> NDArray[np.int64]:
     """Count the pixels of each class and the ignored ones."""
     num_classes, name = len(data.class_names), job.source.name(job.index)
-    if image.shape[:2] == mask.shape[::-1] != mask.shape:
-        tag = file_facts(job.source, job.index).orientation
-        if tag in _SWAPPED:
-            raise UserError(
-                f"expected image and mask of the same size, but the orientation tag {tag} turns {name} to "
-                f"{image.shape[1]} x {image.shape[0]}, and its mask is {mask.shape[1]} x {mask.shape[0]} pixels; set "
-                "dataset.orientation=ignore if masks were drawn on the stored pixels"
-            )
-    require_same_size(image, mask, name)
+    require_same_size(image, mask, job.source, job.index)
     require_classes(mask, name, num_classes, data.ignore_index)
     counts = np.bincount(mask.ravel(), minlength=256)
     return np.append(counts[:num_classes], counts[data.ignore_index])
@@ -354,6 +346,19 @@ def _palettes(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
             return
 
 
+def require_same_palettes(data: SegmentationData, part: str) -> None:
+    """Refuse masks of one part whose palettes differ, as `find_problems` does; files are read only if they do.
+
+    Raises:
+        UserError: If they give one number two colors, or one color two numbers.
+    """
+    jobs = [job for job in all_jobs(data) if job.part == part]
+    palettes = {file_facts(job.source, job.index).palette for job in jobs}
+    if len(palettes - {b""}) > 1:
+        for finding in _palettes(list(scan_files(data, jobs, thorough=False))):
+            raise UserError(finding.message)
+
+
 def _orientations(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
     """Find images turned by their orientation tag whose size cannot tell whether their masks are turned too."""
     turned = [
@@ -361,7 +366,7 @@ def _orientations(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
         for item in inspected
         if item.pixels_C1 is not None
         and item.facts.orientation != 1
-        and (item.facts.orientation not in _SWAPPED or item.size[0] == item.size[1])
+        and (item.facts.orientation not in SWAPPED or item.size[0] == item.size[1])
     ]
     if turned:
         first = turned[0].name
@@ -409,7 +414,7 @@ def _neighbors(inspected: Sequence[ScannedFile]) -> Iterator[Finding]:
             similar_N = training_ND @ thumbnail_D
             nearest.append((float(similar_N.max()), item.name, training[int(similar_N.argmax())].name))
         found = [one for one in nearest if one[0] >= SIMILAR]
-        if len(found) >= max(SIMILAR_SHARE * len(held_out), FEWEST_SIMILAR):
+        if len(found) >= max(SIMILAR_SHARE * len(held_out), min(FEWEST_SIMILAR, len(held_out))):
             _, name, other = max(found)
             advice = "dataset.group_by=folder or a pattern" if part == "val" else "another dataset.test"
             yield Finding(

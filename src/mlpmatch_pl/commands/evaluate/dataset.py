@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlpmatch_pl.data.base import Image, Mask, SegmentationData
+from mlpmatch_pl.data.base import FileFacts, Image, Mask, SegmentationData, file_facts
 from mlpmatch_pl.data.dataset import EvalDataset
 from mlpmatch_pl.data.datasets.folder import DEFAULT_VAL
+from mlpmatch_pl.data.validation import require_same_palettes
 from mlpmatch_pl.engine.build import build_data
 from mlpmatch_pl.engine.run_folder import describe_splits
 from mlpmatch_pl.engine.schema import checked_target
@@ -46,6 +47,9 @@ class _LabeledImages:
 
     def mask(self, index: int) -> Mask:
         return self.source.mask(self.indices[index])
+
+    def file_facts(self, index: int) -> FileFacts:
+        return file_facts(self.source, self.indices[index])
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
     A folder is evaluated as a whole, every image with a mask, unless the configuration or ``part`` says which images.
 
     Raises:
-        UserError: If the run folder or the dataset does not exist, or the dataset has no such part.
+        UserError: If the run folder or the dataset does not exist, the dataset has no such part, or the palettes of
+            its masks differ.
     """
     own = dataset is None or "_target_" not in dataset
     if own:
@@ -98,6 +103,8 @@ def open_part(checkpoint: Path, dataset: Mapping[str, Any] | None, part: Part | 
     if not split["count"]:
         raise UserError(f"expected images to evaluate on, but {part} has none; choose another part or dataset.{part}")
     saved = _saved_hash(checkpoint, key) if own else None
+    if saved != split["sha256"]:
+        require_same_palettes(data, key)
     return EvaluatedPart(data, part, split, None if saved is None else saved == split["sha256"])
 
 
@@ -116,7 +123,7 @@ def _whole(dataset: dict[str, Any], part: Part | None) -> dict[str, Any]:
     chosen = part is not None or any(dataset.get(key) is not None for key in lists)
     if dataset["_target_"] != FOLDER or chosen or dataset.get("val", DEFAULT_VAL) != DEFAULT_VAL:
         return dataset
-    return {**dataset, "val": 1.0}
+    return {**dataset, "val": 1.0, "group_by": None}  # groups are for a share
 
 
 def check_compatible(module: MLPMatch, data: SegmentationData, checkpoint: Path) -> None:
