@@ -32,6 +32,7 @@ job = "{JOB}" + ("_" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID
 for stream, option in ((1, "--output"), (2, "--error")):
     path = options[options.index(option) + 1]
     path = path.replace("%A_%a", job).replace("%j", job).replace("%t", "0")
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # submitit makes the folder once sbatch has returned
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 os.environ |= {{"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}}
 os.execv(sys.argv[len(options) + 1], sys.argv[len(options) + 1:])
