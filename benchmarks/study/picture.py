@@ -1,6 +1,8 @@
 """Draw the same test images under several methods, from the pictures in their run folders.
 
-python -m benchmarks.study.picture docs/methods.png runs/supervised runs/unimatch runs/mlpmatch
+    python -m benchmarks.study.picture docs/methods.png runs/supervised runs/unimatch runs/mlpmatch
+
+Titles have the test mIoU of the runs.
 """
 
 import json

@@ -31,7 +31,7 @@ def suggest(cfg: DictConfig) -> list[str]:
         The names of the suggested images, the best one first.
 
     Raises:
-        UserError: If the configuration is wrong, there are too few images, one cannot be read, or a file exists.
+        UserError: If the configuration is wrong, there are too few images that can be read, or a file exists.
     """
     from mlpmatch_pl.commands.suggest.run import SuggestOptions, run
     from mlpmatch_pl.utils.validation import read_options

@@ -123,6 +123,16 @@ def test_folders_named_as_for_training_are_found(photos, weights, tmp_path):
     assert found.startswith("images/red/")
 
 
+def test_masks_beside_their_images_are_not_suggested(photos, weights, tmp_path):
+    """As in the mask exports of an annotation tool, which name the classes in a file."""
+    (photos / "_classes.csv").write_text("Pixel Value, Class\n0, a\n1, b\n")
+    for name in ("red/3 of 9", "green/1 of 3"):
+        size = Image.open(photos / f"{name}.png").size
+        save_mask(photos / f"{name}_mask.png", np.zeros(size[::-1], np.uint8), palette=False)
+    found = start(photos, weights, tmp_path / "out", "count=13")
+    assert not [name for name in found if "_mask" in name or name in ("red/3 of 9.png", "green/1 of 3.png")]
+
+
 @pytest.fixture
 def trained(photos, tmp_path):
     """A checkpoint of a run with two labeled, two validation and one test image."""

@@ -11,6 +11,7 @@ from mlpmatch_pl.visualization.panels import (
     MARGIN,
     TITLE,
     colorize,
+    contact_sheet,
     prediction_panels,
     read_panels,
     save_panels,
@@ -93,3 +94,24 @@ def test_images_of_any_depth_and_channels_are_stretched_to_rgb(channels, dtype):
 def test_eight_bit_rgb_is_shown_unchanged():
     image = np.random.default_rng(0).integers(40, 200, (20, 30, 3), dtype=np.uint8)
     assert (to_rgb(image) == image).all()
+
+
+def test_a_contact_sheet_keeps_the_shapes_and_order_of_images():
+    images = {(10, 0, 99): (30, 60), (20, 0, 99): (90, 45), (30, 0, 99): (40, 40)}
+    panels = [(str(number), np.tile(np.uint8(color), (*images[color], 1))) for number, color in enumerate(images)]
+    sheet = np.array(contact_sheet(iter(panels), columns=2, side=90))
+    boxes = [np.argwhere((sheet == color).all(2)) for color in images]
+    tops, lefts = zip(*(box.min(0).tolist() for box in boxes), strict=True)
+    sizes = [tuple((box.max(0) - box.min(0) + 1).tolist()) for box in boxes]
+    assert sizes == [(45, 90), (90, 45), (90, 90)]
+    assert tops == (TITLE, TITLE, 2 * TITLE + 90 + MARGIN)
+    assert lefts == (MARGIN, 2 * MARGIN + 90, MARGIN)
+
+
+def test_a_long_title_of_a_contact_sheet_stays_above_its_image():
+    flat = np.zeros((90, 90, 3), np.uint8)
+    for title in ("1  a", "2  " + "folder/" * 20 + "0001.png"):
+        sheet = np.array(contact_sheet([(title, flat), ("", flat)], side=90))
+        above = (sheet[:TITLE] != sheet[0, 0]).any(2)
+        assert above[:, : MARGIN + 90].any()
+        assert not above[:, MARGIN + 91 :].any()

@@ -22,14 +22,7 @@ from mlpmatch_pl.utils.errors import UserError, suggest
 LIKE_TRAIN = ("train", "check", "benchmark")  # commands that take the configuration of a training
 PACKAGES = {"prepare": "mlpmatch_pl.commands.prepare"}  # of primary configs outside mlpmatch_pl.conf
 _PATHS = ("checkpoint", "input", "output", "root", "archives", "annotations", "init_weights", "resume")
-_FOLDERS = (
-    "dataset.root",
-    "dataset.images",
-    "dataset.masks",
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "labeled",
-)  # may be lists
+_FOLDERS = ("dataset.root", "dataset.images", "dataset.masks", "hydra.run.dir", "hydra.sweep.dir")  # may be lists
 # Also numbers, fractions, lists and other choices; only what is none of these is a path to quote.
 _PATHS_OR_CHOICES = (
     *(f"dataset.{part}" for part in ("train", "labeled", "unlabeled", "val", "test")),

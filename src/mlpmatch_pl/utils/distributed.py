@@ -95,7 +95,7 @@ def refuse_other_numbers(environment: Mapping[str, str], devices: int, nodes: in
     machine = "NODE_RANK" if "NODE_RANK" in environment else "GROUP_RANK"
     node, local = int(environment.get(machine, 0)), int(environment.get("LOCAL_RANK", 0))
     expected: dict[str, Sequence[int]] = {machine: range(nodes), "LOCAL_RANK": range(devices)}
-    if "RANK" in environment or "LOCAL_RANK" in environment:  # without them, nobody reads WORLD_SIZE
+    if "RANK" in environment or "LOCAL_RANK" in environment:  # Lightning ignores WORLD_SIZE otherwise
         expected |= {"RANK": [node * devices + local], "WORLD_SIZE": [devices * nodes]}
     for name, numbers in expected.items():
         found = environment.get(name)

@@ -84,7 +84,7 @@ class SuggestOptions:
             )
 
 
-class Choice(NamedTuple):
+class Pool(NamedTuple):
     """The images to choose from.
 
     Attributes:
@@ -108,23 +108,23 @@ def run(options: SuggestOptions) -> list[str]:
         paths = (options.output / LIST, options.output / SHEET)
         refuse_overwrite(paths, "choose another output, or set overwrite=true")
     predictor = _predictor(options)
-    choice = _choice(options, predictor)
-    _require(options.count, len(choice.unlabeled), "have no labels")
-    described = describe_images(predictor, choice.source, [*choice.labeled, *choice.unlabeled])
-    _require(options.count, len(described.keys() - set(choice.labeled)), "have no labels and can be read")
+    pool = _pool(options, predictor)
+    _require(options.count, len(pool.unlabeled), "have no labels")
+    described = describe_images(predictor, pool.source, [*pool.labeled, *pool.unlabeled])
+    _require(options.count, len(described.keys() - set(pool.labeled)), "have no labels and can be read")
     rows = {index: row for row, index in enumerate(described)}
     order = representatives(
         torch.stack([description.features_D for description in described.values()]),
         options.count,
-        [rows[index] for index in choice.labeled if index in rows],
+        [rows[index] for index in pool.labeled if index in rows],
         # Without a checkpoint, predictions mean nothing.
         torch.tensor([one.entropy for one in described.values()]) if options.checkpoint else None,
     )
     suggested = [list(described)[row] for row in order]
-    _write(options.output, choice.source, suggested)
-    total, known = len(choice.labeled) + len(choice.unlabeled), len(choice.labeled)
+    _write(options.output, pool.source, suggested)
+    total, known = len(pool.labeled) + len(pool.unlabeled), len(pool.labeled)
     say(f"suggested {len(suggested):,} of {total:,} images ({known:,} with labels): {options.output / LIST}")
-    return [choice.source.name(index) for index in suggested]
+    return [pool.source.name(index) for index in suggested]
 
 
 def _require(count: int, available: int, what: str) -> None:
@@ -141,33 +141,33 @@ def _predictor(options: SuggestOptions) -> Predictor:
     return Predictor(module.to(resolve_device(options.device)))
 
 
-def _choice(options: SuggestOptions, predictor: Predictor) -> Choice:
+def _pool(options: SuggestOptions, predictor: Predictor) -> Pool:
     """Find the images; of very many, some."""
     if options.input is not None:
-        choice = _folder(options.input, predictor)
+        pool = _folder(options.input, predictor)
     else:
         assert options.checkpoint is not None  # refused by the options
         data = open_run_dataset(options.checkpoint, options.dataset or {})
         check_compatible(predictor.module, data, options.checkpoint)
-        choice = Choice(data.train, data.labeled_indices, data.unlabeled)
-    room = max(LARGEST - len(choice.labeled), options.count)
-    if len(choice.unlabeled) > room:
-        say(f"{len(choice.unlabeled):,} unlabeled images are too many to compare; comparing {room:,} chosen at random")
-        kept = torch.randperm(len(choice.unlabeled), generator=torch.Generator().manual_seed(0))[:room]
-        choice = choice._replace(unlabeled=[choice.unlabeled[index] for index in sorted(kept.tolist())])
-    return choice
+        pool = Pool(data.train, data.labeled_indices, data.unlabeled)
+    room = max(LARGEST - len(pool.labeled), options.count)
+    if len(pool.unlabeled) > room:
+        say(f"{len(pool.unlabeled):,} unlabeled images are too many to compare; comparing {room:,} chosen at random")
+        kept = torch.randperm(len(pool.unlabeled), generator=torch.Generator().manual_seed(0))[:room]
+        pool = pool._replace(unlabeled=[pool.unlabeled[index] for index in sorted(kept.tolist())])
+    return pool
 
 
-def _folder(root: Path, predictor: Predictor) -> Choice:
+def _folder(root: Path, predictor: Predictor) -> Pool:
     if not root.is_dir():
         raise UserError(f"expected input to be a folder with images, but {root} is none; correct it")
     images, masks = find_layout(root)
     images = images if (root / images).is_dir() else "."
-    files = FileIndex([root], images, masks if masks != "." else "masks")
+    files = FileIndex([root], images, masks)
     pairs = [pair for pair in files.discover() if not _is_own_sheet(root / pair.image)]
     for note in files.notes:
         say(f"note: {note}")
-    return Choice(
+    return Pool(
         FileSource(files.base, pairs, predictor.read_image, MaskReader()),
         [index for index, pair in enumerate(pairs) if pair.mask],
         [index for index, pair in enumerate(pairs) if not pair.mask],
